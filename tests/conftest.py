@@ -1,8 +1,8 @@
-"""What every test shares: one thread per process, no network, fixed seeds, readable ids, and the `gpu` marker."""
+"""What every test shares: one thread per process, no network, fixed seeds, readable ids, the `gpu` marker."""
 
 import os
 
-# Read when torch, matplotlib and the hub client are first imported; the commands that tests start inherit them.
+# Read when torch, matplotlib and the hub client are first imported; commands that tests start inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
-    """Spells shapes, dtypes and options in test ids: `T65,K8`, `2x65x4`, `float64`. None: pytest's own choice."""
+    """Spells shapes, dtypes and options in test ids: `T65,K8`, `2x65x4`, `float64`; else pytest's own choice."""
     if isinstance(val, torch.dtype):
         return str(val).removeprefix("torch.")
     if isinstance(val, tuple) and hasattr(val, "_asdict"):
