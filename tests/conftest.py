@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
-    """Spells shapes, dtypes and options in test ids: `T65,K8`, `2x65x4`, `float64`; else pytest's own choice."""
+    """Spells shapes, dtypes and options in test ids: `T65,K8`, `2x65x4`, `float64`; else pytest chooses."""
     if isinstance(val, torch.dtype):
         return str(val).removeprefix("torch.")
     if isinstance(val, tuple) and hasattr(val, "_asdict"):
