@@ -1,7 +1,7 @@
-"""Rules about the source itself, read from its syntax trees: one home for Fenwick bookkeeping, imports one way.
+"""Rules about the source, read from its syntax trees: one home for Fenwick bookkeeping, imports one way.
 
-Each rule is a function from source text to a list of complaints, and is tried on text that breaks it before the
-package is judged by it.
+Each rule is a function from source text to a list of complaints, and is tried on text that breaks it before
+the package is judged by it.
 """
 
 import ast
@@ -56,8 +56,8 @@ BIT_NAMES = {
 def bit_tricks(source: str) -> list[str]:
     """Names every place where `source` handles the bits of integers.
 
-    `<<`, `>>`, `^` and `&` are refused outright (boolean tensors have `logical_and`, sets have `intersection`), as
-    are `log2`, `bit_length` and their like. `|` is refused except where it can be seen to join types, or a
+    `<<`, `>>`, `^` and `&` are refused outright (boolean tensors have `logical_and`, sets `intersection`),
+    as are `log2`, `bit_length` and their like. `|` is refused except where it can be seen to join types, or a
     dictionary or set written out on either side.
     """
     tree = ast.parse(source)
@@ -123,7 +123,7 @@ def _name(node: ast.AST) -> str | None:
 
 
 def _unions_of_types(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every operator inside an annotation, an alias of a union, or the types given to `isinstance` or `cast`."""
+    """Operators inside annotations, aliases of unions, and the types given to `isinstance` and `cast`."""
     for node in ast.walk(tree):
         places: list[ast.AST | None] = []
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
