@@ -1,8 +1,8 @@
 """The `loglinear` command: thin commands over the Python API.
 
 Every command imports what it needs inside its own body, so that `--help` answers at once.
-A user's mistake (`ValueError`, `TypeError`, a missing file or a missing optional package) becomes one line on stderr and exit code 2;
-`loglinear --debug COMMAND` shows the traceback instead.
+A user's mistake (`ValueError`, `TypeError`, a missing file or a missing optional package) becomes one line on
+stderr and exit code 2; `loglinear --debug COMMAND` shows the traceback instead.
 """
 
 import sys
@@ -11,7 +11,8 @@ import typer
 
 app = typer.Typer(
     name="loglinear",
-    help="Log-linear attention: train, generate from, look into and measure models whose state grows with the logarithm of the length.",
+    help="Log-linear attention: train, generate from, look into and measure models whose state grows with "
+    "the logarithm of the length.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -28,7 +29,9 @@ USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
 @app.callback()
 def root(
-    debug: bool = typer.Option(False, "--debug", help="Show the full traceback of an error instead of one line."),
+    debug: bool = typer.Option(
+        False, "--debug", help="Show the full traceback of an error instead of one line."
+    ),
 ) -> None:
     _settings["debug"] = debug
 
