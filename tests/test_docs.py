@@ -1,4 +1,4 @@
-"""The documents say what is so: their Python runs, their commands and options exist, their links and pictures too."""
+"""The documents say what is so: their Python runs, their commands, options, links and pictures exist."""
 
 import re
 import runpy

@@ -5,6 +5,7 @@ the package is judged by it.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,11 +63,16 @@ def bit_tricks(source: str) -> list[str]:
     """
     tree = ast.parse(source)
     unions = set(_unions_of_types(tree))
+    collections = _names_of_collections(tree)
     complaints = []
     for node in ast.walk(tree):
         if isinstance(node, (ast.BinOp, ast.AugAssign)):
             symbol = BIT_OPERATORS.get(type(node.op))
-            if isinstance(node.op, ast.BitOr) and node not in unions and not _joins_collections(node):
+            if (
+                isinstance(node.op, ast.BitOr)
+                and node not in unions
+                and not _joins_collections(node, collections)
+            ):
                 symbol = "|"
             if symbol is not None:
                 complaints.append(f"line {node.lineno}: {symbol}")
@@ -82,7 +88,9 @@ def backward_imports(source: str, stage: int) -> list[str]:
     Imports inside functions are allowed (a command imports what it needs when it runs), and so are those of
     `if TYPE_CHECKING`. Relative imports are complained of too: inside the package they are written in full.
     """
-    later = {module: number for number, modules in enumerate(STAGES) for module in modules if number > stage}
+    later = {
+        module: number for number, modules in enumerate(STAGES) for module in modules if number > stage
+    }
     complaints = []
     for node in _module_level(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -123,7 +131,7 @@ def _name(node: ast.AST) -> str | None:
 
 
 def _unions_of_types(tree: ast.AST) -> Iterator[ast.AST]:
-    """Operators inside annotations, aliases of unions, and the types given to `isinstance` and `cast`."""
+    """Operators inside annotations, names for types, and the types given to `isinstance` and `cast`."""
     for node in ast.walk(tree):
         places: list[ast.AST | None] = []
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -136,34 +144,48 @@ def _unions_of_types(tree: ast.AST) -> Iterator[ast.AST]:
             places.extend(node.args[1:])
         elif isinstance(node, ast.Call) and _name(node.func) == "cast":
             places.extend(node.args[:1])
-        elif isinstance(node, ast.Assign) and _is_union(node.value):
+        elif isinstance(node, ast.Assign) and _names_a_type(node):
             places.append(node.value)
         for place in places:
             if place is not None:
                 yield from (inner for inner in ast.walk(place) if isinstance(inner, ast.BinOp))
 
 
-def _is_union(node: ast.AST) -> bool:
-    """Whether an expression can only be a union of types: `None` is a member, as in `Path | None`."""
-    if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr)):
-        return False
-    members = [node.left, node.right]
-    return any(
-        (isinstance(member, ast.Constant) and member.value is None) or _is_union(member) for member in members
+def _names_a_type(node: ast.Assign) -> bool:
+    """Whether an assignment names a type: its one target is in CapWords, as types are."""
+    target = node.targets[0]
+    return (
+        len(node.targets) == 1
+        and isinstance(target, ast.Name)
+        and bool(re.match("[A-Z].*[a-z]", target.id))
     )
 
 
-def _joins_collections(node: ast.AST) -> bool:
-    """Whether one side of a `|` is a dictionary or set written out, or a call that makes one."""
-    sides = [node.left, node.right] if isinstance(node, ast.BinOp) else [getattr(node, "value", None)]
-    for side in sides:
-        if isinstance(side, (ast.Dict, ast.DictComp, ast.Set, ast.SetComp)):
-            return True
-        if isinstance(side, ast.Call) and _name(side.func) in ("dict", "set", "frozenset"):
-            return True
-        if isinstance(side, ast.BinOp) and isinstance(side.op, ast.BitOr) and _joins_collections(side):
-            return True
-    return False
+def _names_of_collections(tree: ast.AST) -> set[str]:
+    """Names that are bound to a dictionary or set anywhere in the module, and never to anything else."""
+    collections, others = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            names = {target.id for target in node.targets if isinstance(target, ast.Name)}
+            (collections if _is_collection(node.value, set()) else others).update(names)
+    return collections - others
+
+
+def _is_collection(node: ast.AST, names: set[str]) -> bool:
+    """Whether an expression is a dictionary or set: written out, made by a call, or one of `names`."""
+    if isinstance(node, ast.Call):
+        return _name(node.func) in ("dict", "set", "frozenset")
+    if isinstance(node, ast.BinOp):
+        return isinstance(node.op, ast.BitOr) and _joins_collections(node, names)
+    return isinstance(node, (ast.Dict, ast.DictComp, ast.Set, ast.SetComp)) or (
+        isinstance(node, ast.Name) and node.id in names
+    )
+
+
+def _joins_collections(node: ast.BinOp | ast.AugAssign, names: set[str]) -> bool:
+    """Whether a side of a `|` is a dictionary or set."""
+    sides = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.target, node.value]
+    return any(_is_collection(side, names) for side in sides)
 
 
 def _module_level(tree: ast.Module) -> Iterator[ast.AST]:
@@ -206,6 +228,8 @@ def _identifier(path: Path) -> str:
         "isinstance(x, int) and y & 1",
         "isinstance(x | y, int)",
         "mask = (a == b) | (c == d)",
+        "A = {1}\nA = 3\nB = A | 4",
+        "FLAGS = LOW | HIGH",
     ],
 )
 def test_bit_tricks_are_seen(source: str) -> None:
@@ -222,6 +246,8 @@ def test_bit_tricks_are_seen(source: str) -> None:
         "names = known | {'extra'}",
         "fields = dict(a) | b",
         "settings |= {'a': 1}",
+        "A = {1}\nB = frozenset({2})\nC = A | B | other",
+        "Index = slice | torch.Tensor",
         "mask = torch.logical_and(a, ~b)",
         "x = 'a << b, log2, c ^ d'",
     ],
@@ -233,7 +259,9 @@ def test_other_operators_pass(source: str) -> None:
 @pytest.mark.parametrize("path", [path for path in MODULES if path != BOOKKEEPING], ids=_identifier)
 def test_bookkeeping_stays_in_fenwick(path: Path) -> None:
     complaints = bit_tricks(path.read_text(encoding="utf-8"))
-    assert not complaints, f"bit tricks belong to fenwick.py, found in {_identifier(path)}: {complaints}"
+    assert not complaints, (
+        f"bit tricks belong to fenwick.py, found in {_identifier(path)}: {complaints}"
+    )
 
 
 def test_bookkeeping_exists() -> None:
