@@ -1,0 +1,218 @@
+"""What one chunk does, by family of mixer: the only place that knows how the families differ.
+
+Every chunk is an affine map of the state that enters it, S ↦ P S + U, and every mixer of the table in
+`log_linear_attention` becomes, chunk by chunk, linear attention with other queries, keys and scores:
+
+    U = writesᵀ v                what the chunk adds to the state at its end
+    scores                       how its rows see each other (before the level scales)
+    queries                      its rows as seen from the state that enters it
+    P                            what it does to that state: a number, a diagonal, or a matrix per head
+
+Legend
+    A heads that are multiplied separately: the G groups for scalar decay, the H heads else
+    R heads that share one such product: H / G for scalar decay (their decays are row weights), 1 else
+    N chunks, C tokens in a chunk, K key width, V value width
+    γ log decay summed over the rows of the chunk up to and including a row; Γ its last entry
+
+Precision: logs of decays are float64 until they are exponentiated, so that differences of sums lose nothing; only
+e^x with x ≤ 0 is ever formed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+class Transition(Protocol):
+    """P of a set of nodes, [A, nodes, …]. Nodes are picked by `at`, composed, and applied to states."""
+
+    data: Tensor
+
+    def act(self, states: Tensor) -> Tensor:
+        """P S for states [A, nodes, K, R·V]."""
+        ...
+
+    def after(self, earlier: Transition) -> Transition:
+        """The composition: first `earlier`, then this one."""
+        ...
+
+
+class ScalarDecay(NamedTuple):
+    """P is a number per head: `data` [A, nodes, R] holds its log."""
+
+    data: Tensor
+
+    def act(self, states: Tensor) -> Tensor:
+        heads = self.data.shape[-1]
+        grouped = states.unflatten(-1, (heads, -1))
+        return (grouped * self.data.to(torch.float64).exp().to(states.dtype)[:, :, None, :, None]).flatten(-2)
+
+    def after(self, earlier: ScalarDecay) -> ScalarDecay:
+        return ScalarDecay(self.data + earlier.data)
+
+    def identity(self, nodes: int) -> ScalarDecay:
+        return ScalarDecay(self.data.new_zeros(self.data.shape[0], nodes, self.data.shape[-1]))
+
+
+class ChannelDecay(NamedTuple):
+    """P is diagonal: `data` [A, nodes, K] holds the log of the diagonal."""
+
+    data: Tensor
+
+    def act(self, states: Tensor) -> Tensor:
+        return states * self.data.exp().to(states.dtype)[..., None]
+
+    def after(self, earlier: ChannelDecay) -> ChannelDecay:
+        return ChannelDecay(self.data + earlier.data)
+
+    def identity(self, nodes: int) -> ChannelDecay:
+        return ChannelDecay(self.data.new_zeros(self.data.shape[0], nodes, self.data.shape[-1]))
+
+
+class Matrix(NamedTuple):
+    """P is a matrix: `data` [A, nodes, K, K]."""
+
+    data: Tensor
+
+    def act(self, states: Tensor) -> Tensor:
+        return self.data @ states
+
+    def after(self, earlier: Matrix) -> Matrix:
+        return Matrix(self.data @ earlier.data)
+
+    def identity(self, nodes: int) -> Matrix:
+        heads, _, key_dim, _ = self.data.shape
+        return Matrix(torch.eye(key_dim, dtype=self.data.dtype, device=self.data.device).expand(heads, nodes, -1, -1))
+
+
+class Factors(NamedTuple):
+    """One chunk map per chunk, and how its rows read and write. See the head of this file."""
+
+    queries: Tensor  # [A, N, C, K]
+    query_log: Tensor | None  # [A, N, C, R] log weight of each row's query, or None
+    writes: Tensor  # [A, N, C, K]
+    write_weight: Tensor | None  # [A, N, C, R] weight of each row's write, or None
+    scores: Tensor  # [A, N, R, C, C], causal
+    transition: ScalarDecay | ChannelDecay | Matrix
+
+    def written(self, v: Tensor) -> Tensor:
+        """U = writesᵀ v for values v [A, N', C, R, V] of the same chunks: [A, N', K, R·V]."""
+        if self.write_weight is not None:
+            v = v * self.write_weight[..., None]
+        return self.writes.transpose(-1, -2) @ v.flatten(-2)
+
+    def at(self, chunks: Tensor) -> Factors:
+        """The factors of some of the chunks."""
+        pick = [None if x is None else x.index_select(1, chunks) for x in self[:-1]]
+        return Factors(*pick, type(self.transition)(self.transition.data.index_select(1, chunks)))
+
+
+def factors(q: Tensor, k: Tensor, heads: int, log_decay: Tensor | None, beta: Tensor | None) -> Factors:
+    """Factors of every chunk.
+
+    Args:
+        q, k: [A, N, C, K]; rows that do not exist are zero.
+        heads: R.
+        log_decay: [A, N, C, R], or per channel [A, N, C, 1, K], float64.
+        beta: [A, N, C, R]. With beta, and with channel decay, A is H and R is 1.
+    """
+    if log_decay is None and beta is None:
+        return _without_decay(q, k, heads)
+    if log_decay is None:
+        log_decay = q.new_zeros(1, dtype=torch.float64).expand(*q.shape[:-1], 1)
+    total = log_decay.cumsum(2)
+    if total.ndim == 5:
+        return _channel(q, k, total[:, :, :, 0]) if beta is None else _delta(q, k, total[:, :, :, 0], beta)
+    return _scalar(q, k, total) if beta is None else _delta(q, k, total, beta)
+
+
+def _without_decay(q: Tensor, k: Tensor, heads: int) -> Factors:
+    scores = (q @ k.transpose(-1, -2)).tril()[:, :, None]
+    none = ScalarDecay(q.new_zeros(*q.shape[:2], heads, dtype=torch.float64))
+    return Factors(q, None, k, None, scores.expand(-1, -1, heads, -1, -1), none)
+
+
+def _scalar(q: Tensor, k: Tensor, total: Tensor) -> Factors:
+    end = total[:, :, -1]
+    scores = (q @ k.transpose(-1, -2))[:, :, None] * decay_matrix(total.transpose(-1, -2), q.dtype)
+    return Factors(q, total, k, (end[:, :, None] - total).exp().to(q.dtype), scores, ScalarDecay(end))
+
+
+def _channel(q: Tensor, k: Tensor, total: Tensor) -> Factors:
+    end = total[:, :, -1]
+    reads, writes = q * total.exp().to(q.dtype), k * (end[:, :, None] - total).exp().to(q.dtype)
+    return Factors(reads, None, writes, None, channel_scores(q, k, total)[:, :, None], ChannelDecay(end))
+
+
+def _delta(q: Tensor, k: Tensor, total: Tensor, beta: Tensor) -> Factors:
+    """The chunk of the delta rule in the WY form (arXiv 2406.06484; gated: 2412.06464).
+
+    total [A, N, C, 1] for one decay per head, or [A, N, C, K]. With T = (I + tril(diag(β) overlap, -1))⁻¹ diag(β), what
+    the rows write is T (v − keys-as-seen-from-the-start · S), which gives all four factors below.
+    """
+    dtype, chunk, end = q.dtype, q.shape[2], total[:, :, -1:]
+    if total.shape[-1] == 1:
+        decay = decay_matrix(total[..., 0], dtype)
+        scores, overlap = (q @ k.transpose(-1, -2)) * decay, (k @ k.transpose(-1, -2)) * decay
+    else:
+        scores, overlap = channel_scores(q, k, total), channel_scores(k, k, total)
+    system = torch.eye(chunk, dtype=dtype, device=q.device) + (beta * overlap).tril(-1)
+    strengths = torch.diag_embed(beta[..., 0])
+    solved = torch.linalg.solve_triangular(system, strengths, upper=False, unitriangular=True)
+    scores = scores @ solved
+    entering = total.exp().to(dtype)
+    keys = k * entering  # the keys as they meet the state that enters the chunk
+    writes = solved.transpose(-1, -2) @ (k * (end - total).exp().to(dtype))
+    kept = torch.diag_embed(end[:, :, 0].exp().to(dtype).expand(*q.shape[:2], q.shape[-1]))
+    transition = Matrix(kept - writes.transpose(-1, -2) @ keys)
+    return Factors(q * entering - scores @ keys, None, writes, None, scores[:, :, None], transition)
+
+
+def decay_matrix(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """e^{γ_t - γ_s} for s ≤ t, else 0: [..., C] float64 to [..., C, C]."""
+    return _DecayMatrix.apply(total, dtype)
+
+
+class _DecayMatrix(torch.autograd.Function):
+    """Its own rule so that the float64 differences are not kept for the backward."""
+
+    @staticmethod
+    def forward(ctx, total, dtype):
+        matrix = (total[..., :, None] - total[..., None, :]).clamp_(max=0).to(dtype).exp_().tril_()
+        ctx.save_for_backward(matrix)
+        return matrix
+
+    @staticmethod
+    def backward(ctx, grad):
+        (matrix,) = ctx.saved_tensors
+        weighted = grad * matrix
+        return weighted.sum(-1, dtype=torch.float64) - weighted.sum(-2, dtype=torch.float64), None
+
+
+def channel_scores(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
+    """Σ_k q_tk k_sk e^{γ_tk - γ_sk} for s ≤ t, else 0: [A, N, C, K] to [A, N, C, C].
+
+    By halves: the right half of a block sees the left one through the end of the left one, so that both exponents are
+    ≤ 0 however strong the decay is; e^{-γ} would overflow.
+    """
+    if torch.is_grad_enabled():  # the halves of every size are cheaper to make again than to keep
+        return checkpoint(_channel_scores, q, k, total, use_reentrant=False)
+    return _channel_scores(q, k, total)
+
+
+def _channel_scores(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
+    scores = (q * k).sum(-1)[..., None, None]  # [A, N, blocks, size, size], blocks of one row
+    while scores.shape[2] > 1:
+        size = scores.shape[-1]
+        (_, q_right), (k_left, _), (left, right) = (x.unflatten(2, (-1, 2, size)).unbind(3) for x in (q, k, total))
+        middle = left[:, :, :, -1:]
+        across = (q_right * (right - middle).exp().to(q.dtype)) @ (
+            k_left * (middle - left).exp().to(q.dtype)
+        ).transpose(-1, -2)
+        upper = torch.cat([scores[:, :, 0::2], torch.zeros_like(across)], dim=-1)
+        scores = torch.cat([upper, torch.cat([across, scores[:, :, 1::2]], dim=-1)], dim=-2)
+    return scores[:, :, 0]

@@ -1,0 +1,265 @@
+"""The public operator: everything is checked here, once, and handed to a backend.
+
+Legend
+    B batch, T tokens, G query/key groups (G divides H), H heads, K key width, V value width, L levels,
+    S sequences (B, or the number of packed sequences)
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from loglinear.ops import chunked, reference, step
+from loglinear.state import FenwickState
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["auto", "reference", "torch", "triton"]
+BACKENDS = ("auto", "reference", "torch", "triton")
+FLOAT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def log_linear_attention(
+    q: Float[Tensor, "B T G K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T H V"],
+    level_scales: Float[Tensor, "B T H L"] | None = None,
+    *,
+    log_decay: Float[Tensor, "B T H"] | Float[Tensor, "B T H K"] | None = None,
+    beta: Float[Tensor, "B T H"] | None = None,
+    scale: float = 1.0,
+    cu_seqlens: Int[Tensor, "S+1"] | None = None,
+    initial_state: FenwickState | None = None,
+    return_state: bool = False,
+    backend: Backend = "auto",
+) -> tuple[Float[Tensor, "B T H V"], FenwickState | None]:
+    """Log-linear attention for the whole family of linear mixers (arXiv 2506.04761).
+
+    Every token writes into a state of its own; states merge along a Fenwick tree as they age, so that token t finds
+    about log2(t) of them, and reads each with a scale of its own:
+    o_t = Σ_level level_scales[t, level] · S_t[level]ᵀ (scale · q_t).
+
+    ============================  ====================  ========  ==============================  ================
+    mixer                         ``log_decay`` g       ``beta``  transition of every state       written at t
+    ============================  ====================  ========  ==============================  ================
+    linear attention              None                  None      I                               k vᵀ
+    RetNet, Mamba-2 (v times dt)  [B, T, H]             None      e^g I                           k vᵀ
+    GLA                           [B, T, H, K]          None      diag(e^g)                       k vᵀ
+    DeltaNet                      None                  given     I − β k kᵀ                      β k vᵀ
+    Gated DeltaNet                [B, T, H]             given     e^g (I − β k kᵀ)                β k vᵀ
+    Kimi Delta Attention (KDA)    [B, T, H, K]          given     (I − β k kᵀ) diag(e^g)          β k vᵀ
+    ============================  ====================  ========  ==============================  ================
+
+    Args:
+        q: queries [B, T, G, K]. Head h uses group h // (H / G).
+        k: keys [B, T, G, K]. The delta rule expects keys of norm about 1 (normalised by the caller).
+        v: values [B, T, H, V]. q, k and v have one dtype: float64, float32, bfloat16 or float16.
+        level_scales: λ [B, T, H, L], any sign; L - 1 is the level that holds everything older than the first L - 1
+            levels do, so any L ≥ 1 works at any length (`fenwick.full_num_levels(T)` levels make the partition
+            full). None: one level with λ = 1, which is the plain linear mixer.
+        log_decay: natural log of the decay, ≤ 0, per head [B, T, H] or per channel [B, T, H, K]. Any float dtype.
+        beta: write strength of the delta rule [B, T, H]; up to 2 allows negative eigenvalues. Any float dtype.
+        scale: multiplies q.
+        cu_seqlens: [S + 1] int32 or int64, 0 = first ≤ … ≤ last = T: packed sequences, each with a partition of its
+            own (then B == 1). Sequences may be empty.
+        initial_state: what the first token of each sequence finds (`FenwickState` of S rows); gradients flow into its
+            buckets. Buckets that are not occupied at the row's position are not read.
+        return_state: whether to return the state after the last token.
+        backend: "reference" (recurrence over tokens, a specification), "torch" (the tree algorithm in O(T log T) time
+            and O(T) memory, on any device), "triton" (CUDA kernels), or "auto" (the fastest that covers the call).
+
+    Returns:
+        o [B, T, H, V] in v's dtype, and the new state (None unless `return_state`).
+
+    Raises:
+        TypeError: an argument is no tensor, or of a dtype that is not supported.
+        ValueError: a shape, device, `cu_seqlens`, state or backend that does not fit.
+        RuntimeError: backend="triton" where no kernel can run.
+
+    Under autocast q, k and v are cast to its dtype. Everything inside is computed in float32 (float64 for float64
+    inputs), decays in float64.
+
+    Example:
+        >>> import torch
+        >>> from loglinear import log_linear_attention
+        >>> q, k = torch.randn(2, 1, 100, 2, 16).unbind(0)
+        >>> v, level_scales = torch.randn(1, 100, 4, 32), torch.rand(1, 100, 4, 8)
+        >>> o, state = log_linear_attention(q, k, v, level_scales, log_decay=-torch.rand(1, 100, 4), return_state=True)
+        >>> o.shape, state.positions.tolist()
+        (torch.Size([1, 100, 4, 32]), [100])
+    """
+    q, k, v = _autocast(q, k, v)
+    _check_tensors(q, k, v, level_scales, log_decay, beta, tokens="B, T, ")
+    _check_packing(q, cu_seqlens)
+    num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    _check_state(q, v, level_scales, initial_state, num_sequences)
+    run = _choose(backend, q)
+    with torch.autocast(q.device.type, enabled=False):
+        o, buckets, positions = run(
+            q, k, v, level_scales, log_decay=log_decay, beta=beta, scale=float(scale), cu_seqlens=cu_seqlens,
+            initial_state=initial_state, return_state=return_state,
+        )  # fmt: skip
+    return o, FenwickState(buckets, positions) if return_state else None
+
+
+def log_linear_attention_step(
+    q: Float[Tensor, "B G K"],
+    k: Float[Tensor, "B G K"],
+    v: Float[Tensor, "B H V"],
+    level_scales: Float[Tensor, "B H L"] | None,
+    state: FenwickState,
+    *,
+    log_decay: Float[Tensor, "B H"] | Float[Tensor, "B H K"] | None = None,
+    beta: Float[Tensor, "B H"] | None = None,
+    scale: float = 1.0,
+) -> Float[Tensor, "B H V"]:
+    """One token of `log_linear_attention`; `state` is updated in place.
+
+    Rows may be at different positions. Nothing is read back by the host, so a step can be captured in a CUDA graph.
+    For inference: where gradients are needed, call `log_linear_attention` on one token.
+
+    Args:
+        q, k: [B, G, K]. v: [B, H, V]. level_scales: [B, H, L] or None. log_decay: [B, H] or [B, H, K]. beta: [B, H].
+        state: what this token finds; afterwards, what the next one finds. Its L is that of `level_scales` (1 for None).
+        scale: multiplies q.
+
+    Returns:
+        o [B, H, V] in v's dtype.
+
+    Raises:
+        TypeError, ValueError: as `log_linear_attention`.
+        RuntimeError: gradients are enabled and an argument requires them.
+
+    Example:
+        >>> import torch
+        >>> from loglinear import FenwickState, log_linear_attention_step
+        >>> state = FenwickState.zeros(batch=1, num_levels=8, num_heads=4, key_dim=16, value_dim=32)
+        >>> q, k = torch.randn(2, 1, 4, 16).unbind(0)
+        >>> o = log_linear_attention_step(q, k, torch.randn(1, 4, 32), torch.rand(1, 4, 8), state)
+        >>> o.shape, state.positions.tolist()
+        (torch.Size([1, 4, 32]), [1])
+    """
+    q, k, v = _autocast(q, k, v)
+    _check_tensors(q, k, v, level_scales, log_decay, beta, tokens="B, ")
+    _check_state(q, v, level_scales, state, q.shape[0], required=True)
+    if torch.is_grad_enabled():
+        arguments = (q, k, v, level_scales, log_decay, beta, state.buckets)
+        if any(x is not None and x.requires_grad for x in arguments):
+            raise RuntimeError(
+                "log_linear_attention_step updates its state in place and has no gradient, but an argument requires "
+                "one; wrap the call in torch.no_grad(), or call log_linear_attention on one token"
+            )
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        return step.step(q, k, v, level_scales, state, log_decay, beta, float(scale))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backends
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _choose(backend: str, q: Tensor):
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend == "reference":
+        return reference.log_linear_attention_recurrent
+    if backend == "triton":
+        raise RuntimeError("backend='triton': this version has no Triton kernels; use backend='auto' or 'torch'")
+    return chunked.log_linear_attention_chunked
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _autocast(*tensors):
+    first = tensors[0]
+    if isinstance(first, Tensor) and torch.is_autocast_enabled(first.device.type):
+        dtype = torch.get_autocast_dtype(first.device.type)
+        return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype != torch.float64 else x for x in tensors)
+    return tensors
+
+
+def _shape(x: Tensor) -> str:
+    return str(list(x.shape))
+
+
+def _check_tensors(q, k, v, level_scales, log_decay, beta, tokens: str) -> None:
+    optional = {"level_scales": level_scales, "log_decay": log_decay, "beta": beta}
+    named = {"q": q, "k": k, "v": v} | {name: x for name, x in optional.items() if x is not None}
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dtype not in FLOAT_TYPES:
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    for name, x in named.items():
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}: all arguments must be on one device")
+
+    leading = 1 + tokens.count(",")  # dimensions before the head's: B, T or B, counted with the head's own
+    for name, x, axes in (("q", q, "G, K"), ("k", k, "G, K"), ("v", v, "H, V")):
+        if x.ndim != leading + 1:
+            raise ValueError(f"{name} must be [{tokens}{axes}], got shape {_shape(x)}")
+    if k.shape != q.shape:
+        raise ValueError(f"q and k must have one shape [{tokens}G, K], got {_shape(q)} and {_shape(k)}")
+    outer, (groups, key_dim), (heads, value_dim) = q.shape[:-2], q.shape[-2:], v.shape[-2:]
+    if v.shape[:-2] != outer:
+        raise ValueError(f"v must be [{tokens}H, V] with the leading sizes {list(outer)} of q, got {_shape(v)}")
+    if tokens == "B, T, " and outer[1] < 1:
+        raise ValueError(f"q must hold at least one token, got shape {_shape(q)}")
+    for name, size in (("G", groups), ("K", key_dim), ("H", heads), ("V", value_dim)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got q {_shape(q)} and v {_shape(v)}")
+    if heads % groups:
+        raise ValueError(f"the number of groups must divide the number of heads, got G = {groups} and H = {heads}")
+    by_head = (*outer, heads)
+    if level_scales is not None and (level_scales.shape[:-1] != by_head or level_scales.shape[-1] < 1):
+        raise ValueError(
+            f"level_scales must be [{tokens}H, L] = {list(by_head)} + [L ≥ 1], got shape {_shape(level_scales)}")  # fmt: skip
+    if log_decay is not None and log_decay.shape not in (by_head, (*by_head, key_dim)):
+        raise ValueError(f"log_decay must be [{tokens}H] = {list(by_head)} or [{tokens}H, K] = "
+                         f"{[*by_head, key_dim]}, got shape {_shape(log_decay)}")  # fmt: skip
+    if beta is not None and beta.shape != by_head:
+        raise ValueError(f"beta must be [{tokens}H] = {list(by_head)}, got shape {_shape(beta)}")
+
+
+def _check_packing(q: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Shape and dtype; the values are checked by the backend, which needs them on the host (`chunked.sequence_bounds`)."""
+    if cu_seqlens is None:
+        return
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens must be [number of sequences + 1], got shape {_shape(cu_seqlens)}")
+    if q.shape[0] != 1:
+        raise ValueError(f"packed sequences (cu_seqlens) need a batch of 1, got {q.shape[0]}")
+
+
+def _check_state(q, v, level_scales, state, rows: int, required: bool = False) -> None:
+    if state is None and not required:
+        return
+    if not isinstance(state, FenwickState):
+        raise TypeError(f"the state must be a FenwickState, got {type(state).__name__}")
+    num_levels = 1 if level_scales is None else level_scales.shape[-1]
+    wanted = (rows, num_levels, v.shape[-2], q.shape[-1], v.shape[-1])
+    if state.buckets.shape != wanted:
+        raise ValueError(f"the state's buckets must be [rows, L, H, K, V] = {list(wanted)}, got {_shape(state.buckets)}")
+    if state.buckets.dtype not in FLOAT_TYPES:
+        raise TypeError(f"the state's buckets must be floating point, got {state.buckets.dtype}")
+    if state.positions.dtype != torch.int64:
+        raise TypeError(f"the state's positions must be int64, got {state.positions.dtype}")
+    if state.positions.shape != (rows,):
+        raise ValueError(f"the state's positions must be [rows] = [{rows}], got {_shape(state.positions)}")
+    for name, x in (("buckets", state.buckets), ("positions", state.positions)):
+        if x.device != q.device:
+            raise ValueError(f"the state's {name} are on {x.device}, q on {q.device}: all must be on one device")
