@@ -1,0 +1,157 @@
+"""Causal softmax attention with rotary positions and grouped heads: the baseline, and the other half of hybrids.
+
+    B rows · T tokens · M model width · H query heads · J key/value heads (J divides H) · D head width
+    S columns of the cache · R, M rows and length of a block of packed sequences
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loglinear.layers.packing import DocumentRows, Documents, token_positions, token_rows
+from loglinear.layers.rotary import rotate
+from loglinear.layers.state import AttentionState
+
+if TYPE_CHECKING:
+    from loglinear.models.config import LogLinearConfig
+
+MASK_ELEMENTS = 64 * 1024 * 1024  # a mask over a cache is made for this many (row, query, column) triples at a time
+
+
+class Attention(nn.Module):
+    """Softmax attention through torch's `scaled_dot_product_attention`, with the interface of the recurrent mixers."""
+
+    def __init__(self, config: LogLinearConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.rope_theta = config.attention_head_dim, config.rope_theta
+        queries, keys = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        self.splits = (queries, keys, keys)
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.splits), bias=False)
+        self.out_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def zero_state(
+        self,
+        batch: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        capacity: int | None = None,
+    ) -> AttentionState:
+        """An empty cache of `batch` rows, growing or, with `capacity`, of that many columns for good."""
+        dtype = self.qkv_proj.weight.dtype if dtype is None else dtype
+        device = self.qkv_proj.weight.device if device is None else device
+        shape = (batch, capacity or 0, self.num_key_value_heads, self.head_dim)
+        keys, values = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+        return AttentionState(
+            keys, values, torch.zeros(batch, dtype=torch.int64, device=device), fixed=capacity is not None
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        state: AttentionState | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        return_state: bool = False,
+        documents: Documents | None = None,
+    ) -> tuple[Tensor, AttentionState | None]:
+        """Attends from each token of `x [B, T, M]` to its own sequence up to itself.
+
+        Args:
+            x: `[B, T, M]`; `[1, N, M]` when packed.
+            state: keys and values seen so far, one row for each row (sequence) of `x`. It is consumed: see `layers.state`.
+            cu_seqlens: `[S+1]` bounds of packed sequences. No token attends across a bound, and rotations restart at it.
+            return_state: whether the state after the last token is wanted.
+            documents: the host-side plan of `cu_seqlens`, if the caller has it already; making it reads `cu_seqlens` back once.
+
+        Returns:
+            `y` as `x`, and the new state or None.
+        """
+        batch, length, _ = x.shape
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x).split(self.splits, dim=-1))
+        start = None if state is None else state.positions
+        positions = token_positions(batch, length, start, cu_seqlens, x.device)
+        q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
+        if cu_seqlens is not None and documents is None:
+            documents = Documents(cu_seqlens)
+        past = state is not None and state.columns > 0
+        if state is None and return_state:
+            rows = batch if documents is None else len(documents.lengths)
+            state = self.zero_state(rows, k.dtype, k.device)
+        if state is not None:
+            self._store(state, k, v, positions, cu_seqlens, documents)
+        if past:
+            o = self._over_cache(q, state, positions, documents)
+        elif documents is None:
+            o = self._attend(q, k, v)
+        else:
+            o = self._over_documents(q, k, v, documents)
+        return self.out_proj(o.flatten(-2)), state if return_state else None
+
+    def _store(
+        self,
+        state: AttentionState,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor | None,
+        documents: Documents | None,
+    ) -> None:
+        """Appends the new keys and values to `state` and moves its positions on."""
+        batch, length = positions.shape
+        if documents is None:
+            state.reserve(length)
+            rows = torch.arange(batch, device=k.device)[:, None]
+            counts = length
+        else:
+            state.reserve(max(documents.lengths, default=0))
+            rows = token_rows(cu_seqlens, length)[None]
+            counts = cu_seqlens.diff().to(torch.int64)
+        state.store(k, v, rows, positions)
+        state.seen.add_(counts)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Scaled dot-product attention of `q [B,T,H,D]` to `k`, `v` `[B,S,J,D]`: causal, or by `mask [B,1,T,S]`."""
+        o = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.to(q.dtype).transpose(1, 2),
+            v.to(q.dtype).transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None and q.shape[1] > 1,
+            enable_gqa=self.num_heads != self.num_key_value_heads,
+        )
+        return o.transpose(1, 2)
+
+    def _over_documents(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        """Causal attention inside each packed sequence, in blocks of sequences of similar length."""
+        o = torch.zeros_like(q)
+        for block in documents.buckets():
+            gathered = (part[0][block.indices] for part in (q, k, v))
+            o = o.index_put((torch.zeros_like(block.indices[block.valid]), block.indices[block.valid]),
+                            self._attend(*gathered)[block.valid])  # fmt: skip
+        return o
+
+    def _over_cache(self, q: Tensor, state: AttentionState, positions: Tensor, documents: Documents | None) -> Tensor:
+        """Attention of the newest tokens to everything in the cache up to themselves, each row by its own positions."""
+        block: DocumentRows | None = None
+        rows_q, rows_positions = q, positions
+        if documents is not None:
+            block = documents.all_rows()
+            rows_q = q[0][block.indices]
+            rows_positions = torch.where(block.valid, positions[0][block.indices], 0)
+        keys, values = state.keys[:, : state.columns], state.values[:, : state.columns]
+        columns = torch.arange(state.columns, device=q.device)
+        at_once = max(1, MASK_ELEMENTS // max(1, rows_q.shape[0] * state.columns))
+        parts = []
+        for first in range(0, rows_q.shape[1], at_once):
+            mask = columns <= rows_positions[:, first : first + at_once, None]
+            parts.append(self._attend(rows_q[:, first : first + at_once], keys, values, mask[:, None]))
+        o = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if block is None:
+            return o
+        return torch.zeros_like(q[0]).index_put((block.indices[block.valid],), o[block.valid])[None]

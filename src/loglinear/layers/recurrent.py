@@ -1,0 +1,267 @@
+"""The skeleton that all recurrent mixers share.
+
+    B rows · T tokens · M model width · G query/key groups · H heads · K key width · V value width · L levels · W convolution taps
+
+    x ──► projection ──► short convolution ──► prepare (the mixer) ──► log_linear_attention ──► finish (norm, gate) ──► output projection
+      └─► level scales, decay, write strength, output gate ────────────────────┘
+
+A mixer is one short file: it says in `sizes` how wide it is, in `__init__` which small projections it has, in `prepare` how q, k, v and
+the controls of the operator come about, and where it differs, in `finish`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loglinear.layers.convolution import ShortConvolution
+from loglinear.layers.norms import GatedRMSNorm, RMSNorm
+from loglinear.layers.packing import token_positions
+from loglinear.layers.precision import initialize, widen
+from loglinear.layers.state import RecurrentState
+from loglinear.ops.interface import log_linear_attention, log_linear_attention_step
+from loglinear.state import FenwickState
+
+if TYPE_CHECKING:
+    from loglinear.models.config import LogLinearConfig
+
+
+class OperatorInputs(NamedTuple):
+    """What a mixer hands to the operator: q, k `[B,T,G,K]`, v `[B,T,H,V]`, and the controls that its family has."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None = None
+    beta: Tensor | None = None
+
+
+class LevelScales(nn.Module):
+    """λ for each head and level from the layer's input: `softplus(weight[h, l] * (W x)[h, l])`, `weight` starting at ones.
+
+    Args:
+        hidden_size: M.
+        num_heads: H.
+        num_levels: L.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, num_levels: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(hidden_size, num_heads * num_levels, bias=False)
+        self.weight = nn.Parameter(torch.ones(num_heads, num_levels))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [B, T, M]` to `[B, T, H, L]`, at least fp32."""
+        raw = widen(self.proj(x)).unflatten(-1, self.weight.shape)
+        return F.softplus(widen(self.weight) * raw)
+
+
+class TimeStep(nn.Module):
+    """Mamba's input-dependent step and the decay that follows from it: `dt = softplus(z + dt_bias)`, `log_decay = -exp(A_log) * dt`.
+
+    At the start `dt` (for z = 0) is log-uniform in [dt_min, dt_max] and `exp(A_log)` uniform in `decay_rates` (Mamba-2, section 7).
+
+    Args:
+        num_heads: H.
+        config: for the range of the step.
+        channels: width of `z` per head; 1 for a decay per head, K for one per channel.
+        decay_rates: range of `exp(A_log)`.
+    """
+
+    DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+
+    def __init__(self, num_heads: int, channels: int = 1, decay_rates: tuple[float, float] = (1.0, 16.0)) -> None:
+        super().__init__()
+        self.num_heads, self.channels, self.decay_rates = num_heads, channels, decay_rates
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(num_heads * channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        low, high = self.decay_rates
+        uniform = torch.rand(self.A_log.shape, device=self.A_log.device)
+        initialize(self.A_log, (low + (high - low) * uniform).clamp_min(1e-3).log())
+        low, high = math.log(self.DT_MIN), math.log(self.DT_MAX)
+        uniform = torch.rand(self.dt_bias.shape, device=self.dt_bias.device)
+        dt = (low + (high - low) * uniform).exp().clamp_min(self.DT_FLOOR)
+        initialize(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """`z [B, T, H]` (`[B, T, H*K]`) to `(dt, log_decay)`, each `[B, T, H]` (`[B, T, H, K]`), at least fp32."""
+        dt = F.softplus(widen(z) + widen(self.dt_bias))
+        rate = widen(self.A_log).exp()
+        if self.channels > 1:
+            dt, rate = dt.unflatten(-1, (self.num_heads, self.channels)), rate[:, None]
+        return dt, -rate * dt
+
+
+class RecurrentMixer(nn.Module):
+    """Base of the recurrent mixers: `forward(x, state) -> (y, state)`.
+
+    Class attributes, set by a mixer:
+        key_ratio: total key width over the model width, when `state_size` is not given.
+        value_ratio: V / K, when neither `head_dim` nor `expand_v` is given.
+        conv_taps: W of its paper, 0 for no convolution.
+        conv_bias: whether the convolution has a bias.
+        gate: activation of the output gate, or None for no gate.
+        uses: "decay", "channel_decay" and "beta", whichever controls it gives to the operator (for the cost report).
+    """
+
+    key_ratio: ClassVar[float] = 1.0
+    value_ratio: ClassVar[float] = 1.0
+    conv_taps: ClassVar[int] = 4
+    conv_bias: ClassVar[bool] = False
+    gate: ClassVar[str | None] = "silu"
+    uses: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def sizes(cls, config: LogLinearConfig) -> dict[str, Any]:
+        """The sizes of this mixer that `config` leaves open (None), from those that it gives.
+
+        Returns values for the fields num_groups, state_size, expand_v, head_dim and conv_size.
+
+        Raises:
+            ValueError: the given sizes contradict each other or do not divide.
+        """
+        if config.expand is not None:
+            raise ValueError(f"expand is a size of mixer 'mamba2'; for {config.mixer!r} give expand_v, head_dim or state_size")
+        groups = config.num_heads if config.num_groups is None else config.num_groups
+        key_width = config.state_size
+        if key_width is None:
+            key_width = round(cls.key_ratio * config.hidden_size / config.num_heads)
+        value_width = config.head_dim
+        if value_width is None:
+            value_width = round((cls.value_ratio if config.expand_v is None else config.expand_v) * key_width)
+        elif config.expand_v is not None and round(config.expand_v * key_width) != value_width:
+            raise ValueError(
+                f"head_dim {value_width} contradicts expand_v {config.expand_v} x state_size {key_width}: give one of the two"
+            )
+        return {
+            "num_groups": groups,
+            "state_size": key_width,
+            "head_dim": value_width,
+            "expand_v": value_width / key_width,
+            "conv_size": cls.conv_taps if config.conv_size is None else config.conv_size,
+        }
+
+    def __init__(self, config: LogLinearConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads, self.num_groups = config.num_heads, config.num_groups
+        self.key_width, self.value_width, self.num_levels = config.state_size, config.head_dim, config.num_levels
+        keys, values = self.num_groups * self.key_width, self.num_heads * self.value_width
+        self.splits = (keys, keys, values)
+        self.scale = self.key_width**-0.5
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.splits), bias=False)
+        self.conv = ShortConvolution(sum(self.splits), config.conv_size, self.conv_bias) if config.conv_size else None
+        self.level_scales = (
+            LevelScales(config.hidden_size, self.num_heads, self.num_levels) if self.num_levels > 1 else None
+        )
+        self.gate_proj = nn.Linear(config.hidden_size, values, bias=False) if self.gate else None
+        self.norm = self.make_norm(config)
+        self.out_proj = nn.Linear(values, config.hidden_size, bias=False)
+
+    def make_norm(self, config: LogLinearConfig) -> nn.Module:
+        """The norm of the operator's output: per head, gated if the mixer has a gate."""
+        if self.gate is None:
+            return RMSNorm(self.value_width, config.norm_eps)
+        return GatedRMSNorm(self.value_width, self.gate, eps=config.norm_eps)
+
+    def prepare(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> OperatorInputs:
+        """The operator's inputs from the layer's input `x [B,T,M]` and the projected, convolved q, k `[B,T,G,K]` and v `[B,T,H,V]`.
+
+        `start` (`[B]`, tokens already seen, or None for 0) and `cu_seqlens` are for mixers that use positions.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how it prepares the operator's inputs")
+
+    def output_gate(self, x: Tensor) -> Tensor:
+        """`[B, T, H*V]`, before the activation."""
+        assert self.gate_proj is not None
+        return self.gate_proj(x)
+
+    def finish(self, o: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        """`[B, T, H*V]` from the operator's output `o [B,T,H,V]`, the convolved `v` and the layer's input `x`."""
+        if self.gate is None:
+            return self.norm(o).flatten(-2)
+        return self.norm(o, self.output_gate(x).unflatten(-1, o.shape[-2:])).flatten(-2)
+
+    def zero_state(self, batch: int, dtype: torch.dtype | None = None, device: torch.device | None = None) -> RecurrentState:
+        """The state before the first token of `batch` rows. Buckets are fp32 (fp64 for a fp64 model)."""
+        dtype = self.qkv_proj.weight.dtype if dtype is None else dtype
+        device = self.qkv_proj.weight.device if device is None else device
+        buckets = torch.float64 if dtype == torch.float64 else torch.float32
+        sizes = (batch, self.num_levels, self.num_heads, self.key_width, self.value_width)
+        return RecurrentState(
+            None if self.conv is None else self.conv.zero_state(batch, dtype, device),
+            FenwickState.zeros(*sizes, dtype=buckets, device=device),
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        state: RecurrentState | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, RecurrentState | None]:
+        """Mixes `x [B, T, M]` along its tokens.
+
+        One token with a state and without gradients (`T == 1`, grad mode off, not packed) takes the step of the operator and updates
+        `state` in place, without host syncs and with fixed shapes; everything else goes through the operator itself.
+
+        Args:
+            x: `[B, T, M]`; `[1, N, M]` when packed.
+            state: of a row each (of a sequence each when packed), or None for zeros. It is consumed: see `layers.state`.
+            cu_seqlens: `[S+1]` bounds of packed sequences.
+            return_state: whether the state after the last token is wanted.
+
+        Returns:
+            `y` as `x`, and the new state or None.
+        """
+        step = state is not None and x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled()
+        projected = self.qkv_proj(x)
+        convolution = None if state is None else state.convolution
+        if self.conv is not None and step:
+            projected = self.conv.step(projected, convolution)
+        elif self.conv is not None:
+            projected, convolution = self.conv(projected, convolution, cu_seqlens, return_state)
+        q, k, v = projected.split(self.splits, dim=-1)
+        q, k = q.unflatten(-1, (self.num_groups, -1)), k.unflatten(-1, (self.num_groups, -1))
+        v = v.unflatten(-1, (self.num_heads, -1))
+        inputs = self.prepare(x, q, k, v, None if state is None else state.positions, cu_seqlens)
+        # The operator wants one dtype for q, k and v; rotations and norms under autocast may have left another.
+        dtype = v.dtype
+        inputs = inputs._replace(q=inputs.q.to(dtype), k=inputs.k.to(dtype), v=inputs.v.to(dtype))
+        level_scales = None if self.level_scales is None else self.level_scales(x)
+        if step:
+            now = [None if tensor is None else tensor[:, 0] for tensor in (*inputs, level_scales)]
+            o = log_linear_attention_step(
+                now[0], now[1], now[2], now[5], state.fenwick, log_decay=now[3], beta=now[4], scale=self.scale
+            )[:, None]
+            new_state = state if return_state else None
+        else:
+            o, fenwick = log_linear_attention(
+                inputs.q,
+                inputs.k,
+                inputs.v,
+                level_scales,
+                log_decay=inputs.log_decay,
+                beta=inputs.beta,
+                scale=self.scale,
+                cu_seqlens=cu_seqlens,
+                initial_state=None if state is None else state.fenwick,
+                return_state=return_state,
+            )
+            new_state = RecurrentState(convolution, fenwick) if return_state else None
+        return self.out_proj(self.finish(o, v, x)), new_state
+
+    def positions(self, x: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        """`[B, T]` position of every token of `x` in its own sequence."""
+        return token_positions(x.shape[0], x.shape[1], start, cu_seqlens, x.device)

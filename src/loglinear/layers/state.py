@@ -1,0 +1,142 @@
+"""What a mixer carries from one call to the next.
+
+    B rows (or packed sequences) · W convolution taps · C convolution channels · S cache columns · H heads · D head width
+
+A mixer *consumes* the state it is given: it may update the tensors in place (decoding does) and the caller goes on with the state
+that it returns. `clone()` a state to keep it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from loglinear.state import FenwickState
+
+
+@dataclass
+class MixerState:
+    """Tensors whose first dimension is the row; the operations that every mixer's state shares."""
+
+    def _apply(self, function: Callable[[Tensor], Tensor]) -> Self:
+        changed: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = function(value)
+            elif isinstance(value, FenwickState):
+                changed[field.name] = FenwickState(*(function(tensor) for tensor in value))
+        return replace(self, **changed)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the state, in a fixed order."""
+        found: list[Tensor] = []
+        self._apply(lambda tensor: found.append(tensor) or tensor)
+        return found
+
+    def select(self, rows: Tensor) -> Self:
+        """A new state with the given rows (`[R]` int64; repeats allowed): reordering for beam search, repeating, dropping."""
+        return self._apply(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+
+    def clone(self) -> Self:
+        return self._apply(torch.clone)
+
+    def detach(self) -> Self:
+        return self._apply(torch.Tensor.detach)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The state on another device (dtypes are kept)."""
+        return self._apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def copy_(self, other: Self) -> Self:
+        """Overwrites the tensors of this state with those of `other`, which must have the same shapes; the addresses stay."""
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(theirs)
+        return self
+
+    @property
+    def positions(self) -> Tensor:
+        """`[B]` int64: tokens that each row has seen."""
+        raise NotImplementedError(f"{type(self).__name__} does not say where its positions are")
+
+    @property
+    def batch_size(self) -> int:
+        return self.positions.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, including places that are allocated and not yet occupied."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+
+@dataclass
+class RecurrentState(MixerState):
+    """State of a recurrent mixer; every shape is fixed.
+
+    Attributes:
+        convolution: `[B, W-1, C]` last inputs of the short convolution, or None for a mixer without one.
+        fenwick: the operator's state, buckets `[B, L, H, K, V]` and positions `[B]`.
+    """
+
+    convolution: Tensor | None
+    fenwick: FenwickState
+
+    @property
+    def positions(self) -> Tensor:
+        return self.fenwick.positions
+
+
+@dataclass
+class AttentionState(MixerState):
+    """Keys and values of a softmax attention layer. Each row is packed to the left, whatever padding it came with: token `p` of a row
+    is in column `p`, so that the row's position alone says which columns are real and where the next token goes.
+
+    Attributes:
+        keys, values: `[B, S, H, D]`.
+        seen: `[B]` int64, tokens of each row.
+        columns: how many columns may hold tokens of some row, known to the host.
+        fixed: whether S is fixed (a static cache); else S grows as needed.
+    """
+
+    keys: Tensor
+    values: Tensor
+    seen: Tensor
+    columns: int = 0
+    fixed: bool = False
+
+    @property
+    def positions(self) -> Tensor:
+        return self.seen
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[1]
+
+    def reserve(self, new_tokens: int) -> None:
+        """Makes room for `new_tokens` more columns.
+
+        Raises:
+            ValueError: a fixed state is smaller than the tokens that are to go in.
+        """
+        if self.fixed:
+            if new_tokens > self.capacity:
+                raise ValueError(f"{new_tokens} tokens do not fit into a static cache of {self.capacity} tokens")
+            self.columns = self.capacity
+            return
+        self.columns += new_tokens
+        missing = self.columns - self.capacity
+        if missing > 0:
+            # Growing by a quarter keeps the cost of copying per token constant; the first fill is exact.
+            extra = missing if self.capacity == 0 else max(missing, 16, self.capacity // 4)
+            grow = (0, 0, 0, 0, 0, extra)
+            self.keys = torch.nn.functional.pad(self.keys, grow)
+            self.values = torch.nn.functional.pad(self.values, grow)
+
+    def store(self, keys: Tensor, values: Tensor, rows: Tensor, positions: Tensor) -> None:
+        """Puts `keys`, `values` `[..., H, D]` at (`rows`, `positions`), both broadcastable to `[...]`."""
+        if torch.is_grad_enabled() and (keys.requires_grad or self.keys.requires_grad):
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+        self.keys[rows, positions] = keys.to(self.keys.dtype)
+        self.values[rows, positions] = values.to(self.values.dtype)

@@ -1,0 +1,24 @@
+"""One configuration and one model with a mixer slot, registered with transformers' Auto classes on import."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from loglinear.models.cache import MixerCacheLayer, cache_nbytes, new_cache
+from loglinear.models.config import LogLinearConfig
+from loglinear.models.cost import Cost
+from loglinear.models.model import LogLinearForCausalLM, LogLinearModel
+from loglinear.models.optim import parameter_groups
+
+AutoConfig.register(LogLinearConfig.model_type, LogLinearConfig, exist_ok=True)
+AutoModel.register(LogLinearConfig, LogLinearModel, exist_ok=True)
+AutoModelForCausalLM.register(LogLinearConfig, LogLinearForCausalLM, exist_ok=True)
+
+__all__ = [
+    "Cost",
+    "LogLinearConfig",
+    "LogLinearForCausalLM",
+    "LogLinearModel",
+    "MixerCacheLayer",
+    "cache_nbytes",
+    "new_cache",
+    "parameter_groups",
+]

@@ -1,0 +1,179 @@
+"""The state of a model between calls, in the shape that transformers' `generate` expects.
+
+A `DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=...)` then holds one `MixerCacheLayer` for each
+block, and that holds the mixer's state whatever its kind. transformers' own layers are of no use here: those for linear attention do not
+know the length that `generate` asks for, and those for attention keep the padding in the cache, so that rows share their positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    LinearAttentionCacheLayerMixin,
+)
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+
+from loglinear.layers.attention import Attention
+from loglinear.layers.recurrent import RecurrentMixer
+from loglinear.layers.state import MixerState
+from loglinear.models.config import CACHE_LAYER_TYPE, LogLinearConfig
+
+
+class MixerCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
+    """The state of one block.
+
+    Args:
+        max_cache_len: columns that an attention layer allocates for good (static caches), or None to grow. Recurrent states have a fixed
+            size in both.
+
+    Attributes:
+        state: the mixer's state, None before the first token.
+    """
+
+    is_compileable = True
+    supports_early_init = False
+    is_croppable = False
+
+    def __init__(self, max_cache_len: int | None = None) -> None:
+        CacheLayerMixin.__init__(self)
+        LinearAttentionCacheLayerMixin.__init__(self)
+        self.max_cache_len = max_cache_len
+        self.state: MixerState | None = None
+        # Columns of the batch seen so far, padding included: what `generate` calls the length. A tensor where the call may be compiled,
+        # because a Python number would be compiled in.
+        self.cumulative_length: int | Tensor = 0 if max_cache_len is None else torch.tensor(0)
+
+    def starting_state(self, mixer: RecurrentMixer | Attention, batch: int, x: Tensor) -> MixerState | None:
+        """The state to begin a call with; made here if a static cache has to exist beforehand.
+
+        Raises:
+            ValueError: the cache is for another number of rows.
+        """
+        if self.state is None:
+            if self.max_cache_len is not None and isinstance(mixer, Attention):
+                return mixer.zero_state(batch, x.dtype, x.device, capacity=self.max_cache_len)
+            return None
+        if self.state.batch_size != batch:
+            raise ValueError(f"past_key_values holds {self.state.batch_size} rows, but the batch has {batch}")
+        return self.state
+
+    def record(self, state: MixerState, columns: int) -> None:
+        """Takes the state after `columns` more columns. A static cache keeps its tensors' addresses."""
+        if self.state is None:
+            if self.max_cache_len is not None and not torch.compiler.is_compiling():
+                self.cumulative_length = self.cumulative_length.to(state.positions.device)
+                for tensor in (*state.tensors(), self.cumulative_length):
+                    torch._dynamo.mark_static_address(tensor)
+            self.state = state
+        elif self.state is not state:
+            keep = self.max_cache_len is not None and not torch.is_grad_enabled()
+            self.state = self.state.copy_(state) if keep else state
+        self.advance(columns)
+
+    def advance(self, columns: int) -> None:
+        """Counts `columns` more columns."""
+        if isinstance(self.cumulative_length, Tensor):
+            self.cumulative_length.add_(columns)
+        else:
+            self.cumulative_length += columns
+
+    # What follows is transformers' side of the object.
+
+    def get_seq_length(self) -> int | Tensor:
+        return self.cumulative_length
+
+    def get_max_length(self) -> int:
+        return -1 if self.max_cache_len is None else self.max_cache_len
+
+    get_max_cache_shape = get_max_length  # the name before transformers 5.20
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return int(self.cumulative_length) + query_length, 0
+
+    def reset(self) -> None:
+        self.state = None
+        self.cumulative_length = 0 if self.max_cache_len is None else torch.tensor(0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.state is not None:
+            selected = self.state.select(indices)
+            keep = self.max_cache_len is not None and selected.batch_size == self.state.batch_size
+            self.state = self.state.copy_(selected) if keep else selected
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            rows = torch.arange(self.state.batch_size, device=self.state.positions.device)
+            self.state = self.state.select(rows.repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        if self.state is not None:
+            self.state = self.state.to("cpu", non_blocking=True)
+
+    def prefetch(self) -> None:
+        """Nothing: a state that was offloaded is brought back by the call that uses it."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError("a recurrent state cannot forget its last tokens; clone it before reading them instead")
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("the state of a log-linear model is made by its layers, not by the cache")
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("the state of a log-linear model is updated by its layers, not through Cache.update")
+
+    update_conv_state = update
+    update_recurrent_state = update
+
+
+DYNAMIC_LAYER_TYPE_MAPPING[CACHE_LAYER_TYPE] = MixerCacheLayer
+STATIC_LAYER_TYPE_MAPPING[CACHE_LAYER_TYPE] = MixerCacheLayer
+
+
+def _padding_mask(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+    """The mask of our layer type is the padding mask itself."""
+    return attention_mask
+
+
+LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[CACHE_LAYER_TYPE] = _padding_mask
+
+
+def new_cache(config: LogLinearConfig) -> DynamicCache:
+    """An empty cache for a model of `config`."""
+    return DynamicCache(config=config)
+
+
+def check_cache(cache: Any, config: LogLinearConfig) -> None:
+    """Refuses a cache that was not made for `config`.
+
+    Raises:
+        TypeError: it is not a cache of our layers.
+        ValueError: it has another number of layers.
+    """
+    if not isinstance(cache, Cache) or not all(isinstance(layer, MixerCacheLayer) for layer in cache.layers) or not cache.layers:
+        raise TypeError(
+            "past_key_values must be made for this model, as DynamicCache(config=model.config) or "
+            f"StaticCache(config=model.config, max_cache_len=...), got {type(cache).__name__} with layers "
+            f"{sorted({type(layer).__name__ for layer in getattr(cache, 'layers', [])})}"
+        )
+    if len(cache.layers) != config.num_hidden_layers:
+        raise ValueError(f"past_key_values has {len(cache.layers)} layers, the model {config.num_hidden_layers}")
+
+
+def cache_nbytes(cache: Cache) -> int:
+    """Bytes of the states that a cache of ours holds at the moment."""
+    states = (layer.state for layer in cache.layers if isinstance(layer, MixerCacheLayer))
+    return sum(state.nbytes for state in states if state is not None)
+
+

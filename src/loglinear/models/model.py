@@ -1,0 +1,342 @@
+"""One model with a mixer slot: pre-norm blocks of a mixer and a SwiGLU MLP, and the language model head.
+
+    B rows · T tokens · N packed tokens · S packed sequences · M model width
+
+A padded batch is packed at the door (its padding dropped) and unpacked at the exit, so that every layer sees whole sequences only, each with its
+own positions; what a row gives does not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from loglinear.layers import MIXERS, Attention, RMSNorm
+from loglinear.layers.packing import Documents, PaddedBatch, pack_padded, token_positions
+from loglinear.models.cache import MixerCacheLayer, check_cache, new_cache
+from loglinear.models.config import LogLinearConfig
+from loglinear.models.cost import Cost
+from loglinear.models.optim import parameter_groups
+
+IGNORED_LABEL = -100
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate(x)) * up(x))` (Shazeer, 2020)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LogLinearBlock(GradientCheckpointingLayer):
+    """`x + mixer(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, config: LogLinearConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer = MIXERS[config.mixers[layer_idx]](config, layer_idx)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        documents: Documents | None = None,
+        past_key_values: MixerCacheLayer | None = None,
+        columns: int = 0,
+    ) -> Tensor:
+        """`x [B, T, M]` (`[1, N, M]` packed) to the same; the state in `past_key_values` moves on by `columns` columns of the batch."""
+        state, extra = None, {}
+        if isinstance(self.mixer, Attention):
+            extra["documents"] = documents
+        if past_key_values is not None:
+            rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            state = past_key_values.starting_state(self.mixer, rows, x)
+        mixed, state = self.mixer(
+            self.mixer_norm(x), state, cu_seqlens=cu_seqlens, return_state=past_key_values is not None, **extra
+        )
+        if past_key_values is not None:
+            past_key_values.record(state, columns)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class LogLinearPreTrainedModel(PreTrainedModel):
+    """What transformers has to know about our models."""
+
+    config_class = LogLinearConfig
+    config: LogLinearConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # the Trainer then passes num_items_in_batch
+    _no_split_modules = ["LogLinearBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _is_stateful = True  # no rollback: assisted decoding is refused
+    _can_compile_fullgraph = True
+    _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "time_step", "level_scales.weight"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, mean=0.0, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, LogLinearBlock) and self.config.rescale_residual_init:
+            for writer in (module.mixer.out_proj, module.mlp.down_proj):
+                nn.init.normal_(writer.weight, mean=0.0, std=std * (2 * self.config.num_hidden_layers) ** -0.5)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+class LogLinearModel(LogLinearPreTrainedModel):
+    """Embedding, blocks and a final norm: token ids in, hidden states out."""
+
+    def __init__(self, config: LogLinearConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LogLinearBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Hidden states of `input_ids [B, T]`.
+
+        Args:
+            input_ids: `[B, T]` int64; or give `inputs_embeds [B, T, M]`.
+            attention_mask: `[B, S]` with S >= T, nonzero at real tokens; its last T columns are those of this call, and earlier ones are
+                not needed (the state knows every row's own position). The real tokens of a row must be contiguous within the call.
+                Or a dict of such masks by layer type. A mask costs one device sync per call; without padding, leave it out to avoid it.
+            past_key_values: state to go on from, `DynamicCache(config=model.config)` or a `StaticCache`; it is updated in place.
+            inputs_embeds: see input_ids.
+            use_cache: whether to return a state when none was given. Default: `config.use_cache`, but never in training.
+            cu_seqlens: `[S+1]` integer bounds of sequences packed into one row (then B is 1): each is read on its own. In models with
+                attention layers it is read back to the host once per call.
+            output_hidden_states: whether to return the input of every block and the final output.
+            return_dict: False for a tuple.
+
+        Returns:
+            last_hidden_state `[B, T, M]`: at padding behind a row's tokens, the hidden state of its last real token (so `[:, -1]` is each
+            row's newest one); at padding before them, zeros. past_key_values, hidden_states as asked for.
+
+        Raises:
+            ValueError, TypeError: inputs that contradict each other, a mask with holes, a cache of another model.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.ndim != 3 or x.shape[1] < 1:
+            given = tuple(x.shape if input_ids is None else input_ids.shape)
+            wanted = "[B, T, M] inputs_embeds" if input_ids is None else "[B, T] input_ids"
+            raise ValueError(f"{wanted} with T >= 1 wanted, got shape {given}")
+        batch, columns = x.shape[:2]
+        if past_key_values is not None:
+            check_cache(past_key_values, self.config)
+        elif self._wants_cache(use_cache):
+            past_key_values = new_cache(self.config)
+        padded = self._padding(attention_mask, cu_seqlens, past_key_values, batch, columns)
+        if padded is not None:
+            cu_seqlens, x = padded.cu_seqlens, padded.pack(x)
+        documents = None
+        if cu_seqlens is not None and any(isinstance(block.mixer, Attention) for block in self.layers):
+            documents = Documents(cu_seqlens)
+        collected: list[Tensor] = []
+        for index, block in enumerate(self.layers):
+            if output_hidden_states:
+                collected.append(x)
+            cache_layer = None if past_key_values is None else past_key_values.layers[index]
+            if x.shape[1] == 0:  # a call of nothing but padding
+                if cache_layer is not None:
+                    cache_layer.advance(columns)
+                continue
+            x = block(x, cu_seqlens=cu_seqlens, documents=documents, past_key_values=cache_layer, columns=columns)
+        x = self.norm(x)
+        collected.append(x)
+        if padded is not None:
+            collected = [padded.unpack(hidden) for hidden in (collected if output_hidden_states else collected[-1:])]
+        output = BaseModelOutputWithPast(
+            last_hidden_state=collected[-1],
+            past_key_values=past_key_values,
+            hidden_states=tuple(collected) if output_hidden_states else None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _wants_cache(self, use_cache: bool | None) -> bool:
+        if self.training and (self.gradient_checkpointing or use_cache is None):
+            return False
+        return self.config.use_cache if use_cache is None else use_cache
+
+    def _padding(
+        self,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
+        cu_seqlens: Tensor | None,
+        past_key_values: Cache | None,
+        batch: int,
+        columns: int,
+    ) -> PaddedBatch | None:
+        """The packed form of a padded batch; None when there is no padding or the caller has packed it."""
+        mask = attention_mask
+        if isinstance(mask, dict):
+            mask = next((value for value in mask.values() if value is not None), None)
+        if cu_seqlens is not None:
+            if mask is not None:
+                raise ValueError("give attention_mask (a padded batch) or cu_seqlens (a packed one), not both")
+            if batch != 1:
+                raise ValueError(f"a packed batch has one row, but cu_seqlens came with {batch} rows")
+            if past_key_values is not None and past_key_values.layers[0].state is not None and cu_seqlens.ndim == 1:
+                rows = past_key_values.layers[0].state.batch_size
+                if rows != cu_seqlens.shape[0] - 1:
+                    raise ValueError(f"past_key_values holds {rows} rows, but cu_seqlens has {cu_seqlens.shape[0] - 1} sequences")
+            return None
+        if mask is None:
+            return None
+        if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < columns:
+            raise ValueError(f"attention_mask must be [{batch}, at least {columns}], got {tuple(mask.shape)}")
+        return pack_padded(mask[:, mask.shape[1] - columns :])
+
+
+class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
+    """`LogLinearModel` with a language model head, for training and for `generate`.
+
+    Example:
+        >>> import torch
+        >>> from loglinear import LogLinearConfig, LogLinearForCausalLM
+        >>> model = LogLinearForCausalLM(LogLinearConfig.preset("tiny-gated-deltanet")).eval()
+        >>> model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, min_new_tokens=4).shape
+        torch.Size([1, 7])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: LogLinearConfig) -> None:
+        super().__init__(config)
+        self.model = LogLinearModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits of the next token after each token of `input_ids [B, T]`; see `LogLinearModel.forward` for the other inputs.
+
+        Args:
+            labels: `[B, T]`, the ids themselves (they are shifted here), -100 where nothing is to be predicted. Padding, and the first
+                token of each row and packed sequence, are never predicted.
+            logits_to_keep: how many of the last columns to compute logits for (0: all), or `[P]` indices of columns.
+            num_items_in_batch: what to divide the summed loss by (gradient accumulation); default: the predicted tokens.
+
+        Returns:
+            loss (with labels), logits `[B, T or fewer, vocab_size]`, past_key_values, hidden_states as asked for.
+
+        Raises:
+            ValueError: as `LogLinearModel.forward`; labels of another shape, or together with logits_to_keep.
+        """
+        whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if labels is not None and not whole:
+            raise ValueError("labels need the logits of every column: leave logits_to_keep out")
+        if use_cache is None and labels is not None:
+            use_cache = False  # a loss is asked for, not a state
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden = outputs.last_hidden_state
+        if not whole:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            hidden = hidden[:, kept]
+        logits = self.lm_head(hidden)
+        loss = None
+        if labels is not None:
+            if labels.shape != logits.shape[:2]:
+                raise ValueError(f"labels must be {tuple(logits.shape[:2])} like the batch, got {tuple(labels.shape)}")
+            labels = self._predictable(labels, attention_mask, cu_seqlens)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    @staticmethod
+    def _predictable(labels: Tensor, attention_mask: Tensor | dict | None, cu_seqlens: Tensor | None) -> Tensor:
+        """`labels` without those that would be predicted from another sequence or from padding."""
+        if cu_seqlens is not None:
+            positions = token_positions(1, labels.shape[1], None, cu_seqlens, labels.device)
+            return labels.masked_fill(positions == 0, IGNORED_LABEL)
+        if isinstance(attention_mask, dict):
+            attention_mask = next((value for value in attention_mask.values() if value is not None), None)
+        if attention_mask is None:
+            return labels
+        real = attention_mask[:, attention_mask.shape[1] - labels.shape[1] :].ne(0)
+        previous = F.pad(real[:, :-1], (1, 0), value=True)
+        return labels.masked_fill(torch.logical_not(torch.logical_and(real, previous)), IGNORED_LABEL)
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: LogLinearConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None,
+        is_first_iteration: bool = True,
+        **_: Any,
+    ) -> Tensor | None:
+        """The mask that `generate` passes on: of this call's columns only, and none for a token that was just generated.
+
+        So a decoding step has inputs of fixed shape and needs no device sync: the state knows where every row is.
+        """
+        columns = inputs_embeds.shape[1]
+        if attention_mask is None or attention_mask.ndim != 2 or (columns == 1 and not is_first_iteration):
+            return None
+        return attention_mask[:, attention_mask.shape[1] - columns :]
+
+    def cost(self, length: int | None = None, dtype: torch.dtype | None = None) -> Cost:
+        """What this model costs at a context of `length` tokens: see `loglinear.models.cost.Cost`."""
+        return self.config.cost(length, dtype)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimiser groups with and without weight decay, each parameter in exactly one: see `loglinear.models.optim`."""
+        return parameter_groups(self, weight_decay)
