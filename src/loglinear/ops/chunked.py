@@ -89,6 +89,8 @@ def tree_attention(
 def to_chunks(x: Tensor, plan: Plan) -> Tensor:
     """[B, T, A, …] to [A, N, C, …]; rows that do not exist are zero."""
     if plan.row_of_slot is None:
+        # packed sequences of equal length are the rows of a batch, too
+        x = x.reshape(plan.num_chunks // plan.chunks_per_sequence, -1, *x.shape[2:])
         missing = plan.chunks_per_sequence * plan.chunk - x.shape[1]
         if missing:
             x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
@@ -103,7 +105,9 @@ def from_chunks(x: Tensor, plan: Plan, batch: int, tokens: int) -> Tensor:
     """[A, N, C, …] to [B, T, A, …]."""
     rows = x.movedim(0, 2).flatten(0, 1)
     if plan.row_of_slot is None:
-        return rows.unflatten(0, (batch, -1))[:, :tokens]
+        sequences = plan.num_chunks // plan.chunks_per_sequence
+        rows = rows.unflatten(0, (sequences, -1))[:, : batch * tokens // sequences]
+        return rows.reshape(batch, tokens, *rows.shape[2:])
     return rows.index_select(0, plan.slot_of_row).unflatten(0, (batch, tokens))
 
 
