@@ -68,7 +68,7 @@ def test_endless_stream_holds_every_epoch_whole(corpus):
     """Over k epochs of an endless stream every token was seen k times, whatever the row length divides."""
     length, epochs = 48, 4
     rows = PackedRows(corpus, length, seed=5)
-    # Rows that begin in the first `epochs` epochs; the last of them in the stream runs on into the next epoch.
+    # Rows that begin in the first `epochs` epochs; the last of them runs on into the next epoch.
     count = -(-epochs * corpus.num_tokens // length)
     total = Counter(np.concatenate([rows[number].tokens for number in range(count)]).tolist())
     wanted = Counter(np.concatenate(list(corpus)).tolist())

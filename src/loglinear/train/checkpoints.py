@@ -1,0 +1,125 @@
+"""Checkpoints: finding them in the folder of a run, loading what is in them, and the data they were held out
+from.
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from loglinear.data import Corpus, Documents, load_tokenizer
+from loglinear.train.config import CONFIG_FILE, TrainConfig
+
+if TYPE_CHECKING:
+    from loglinear.models import LogLinearForCausalLM
+
+# The Trainer writes it last: a checkpoint that has it is whole.
+COMPLETION_FILE = "trainer_state.json"
+POSITION_FILE = "data_position.json"
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """The step of a folder named `checkpoint-STEP`; None for any other name."""
+    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(match.group(1)) if match else None
+
+
+def newest_checkpoint(output: str | Path) -> Path | None:
+    """The checkpoint of the highest step in a run's folder that was written to its end; None where there is
+    none.
+    """
+    output = Path(output)
+    found = [path for path in output.glob("checkpoint-*") if checkpoint_step(path) is not None]
+    whole = [
+        path for path in found if (path / COMPLETION_FILE).is_file() and (path / "config.json").is_file()
+    ]
+    return max(whole, key=lambda path: checkpoint_step(path) or 0, default=None)
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The folder with the model: `path` itself, or the newest checkpoint in it when it is the folder of a
+    run.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"got {path}, wanted the folder of a checkpoint or of a training run")
+    if (path / "config.json").is_file():
+        return path
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise FileNotFoundError(
+            f"no model in {path}: neither config.json nor a finished checkpoint-STEP folder in it"
+        )
+    return newest
+
+
+def load_checkpoint(
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple["LogLinearForCausalLM", PreTrainedTokenizerBase]:
+    """Load the model, in evaluation mode, and the tokenizer of a checkpoint.
+
+    Args:
+        path: a checkpoint's folder, or a run's (its newest checkpoint is taken).
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+    """
+    from loglinear.models import LogLinearForCausalLM
+
+    checkpoint = resolve_checkpoint(path)
+    model = LogLinearForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    return model.to(device).eval(), load_tokenizer(checkpoint)
+
+
+def load_corpora(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Corpus, Corpus | None]:
+    """The training and the held-out corpus of a run; None where nothing is held out. Tokenizes what is not in
+    the cache.
+    """
+    documents = Documents(
+        config.data,
+        text_field=config.text_field,
+        hub_subset=config.hub_subset,
+        hub_split=config.hub_split,
+        limit=config.max_documents,
+    )
+    corpus = Corpus.load(documents, tokenizer, config.cache)
+    if config.held_out_fraction == 0:
+        return corpus, None
+    return corpus.split(config.held_out_fraction, config.split_seed)
+
+
+def train_config_of(path: str | Path) -> TrainConfig:
+    """The training configuration saved in a checkpoint or in the folder of a run.
+
+    Raises:
+        FileNotFoundError: it was not trained by this library, or the file was removed.
+    """
+    checkpoint = resolve_checkpoint(path)
+    file = checkpoint / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no {CONFIG_FILE} in {checkpoint}: the data this model was trained on is not known"
+        )
+    return TrainConfig.from_file(file)
+
+
+def held_out_corpus(path: str | Path) -> Corpus:
+    """The documents that were held out when a checkpoint was trained, tokenized by its tokenizer.
+
+    Args:
+        path: a checkpoint's folder, or a run's.
+
+    Raises:
+        FileNotFoundError: no checkpoint, no saved training configuration, or data that is no longer there.
+        ValueError: the run held out nothing.
+    """
+    config = train_config_of(path)
+    _, held_out = load_corpora(config, load_tokenizer(resolve_checkpoint(path)))
+    if held_out is None:
+        raise ValueError(f"the run of {path} held out no documents (held_out_fraction=0)")
+    return held_out

@@ -1,0 +1,301 @@
+"""The configuration of a training run: one dataclass, read from YAML or TOML, overridden by flags, saved
+beside the checkpoints.
+
+Every field carries its help text; the command line makes its flags from the fields. Imports nothing heavy, so
+that `--help` is quick.
+"""
+
+import dataclasses
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+CONFIG_FILE = "train_config.yaml"
+
+
+def _option(default, help: str, *, resumable: bool = False):
+    """A field with its help; `resumable` fields may differ when a run is resumed, because no result depends
+    on them.
+    """
+    metadata = {"help": help, "resumable": resumable}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a training run does. Values are checked when it is made.
+
+    Raises:
+        ValueError: a value out of its range.
+        TypeError: a value of the wrong type.
+
+    >>> TrainConfig(steps=100, learning_rate=1e-3).schedule
+    'cosine'
+    """
+
+    output: str = _option("runs/train", "Folder for checkpoints, configuration and metrics.", resumable=True)
+    # Data
+    data: list[str] = _option(
+        lambda: ["stdlib"],
+        "Training text: a file, directory or glob (text, .jsonl, .parquet), 'stdlib' (the source of Python's "
+        "standard library), or 'hub:OWNER/NAME'. Repeat for several.",
+    )
+    text_field: str = _option("text", "Field of JSONL, Parquet and hub data that holds the text.")
+    hub_subset: str | None = _option(None, "Subset (configuration) of a hub data set.")
+    hub_split: str = _option("train", "Split of a hub data set.")
+    max_documents: int | None = _option(None, "Read at most this many documents.")
+    held_out_fraction: float = _option(
+        0.05, "Share of the documents held out for evaluation, chosen by their content; 0 holds out none."
+    )
+    split_seed: int = _option(0, "Another seed holds out other documents.")
+    cache: str | None = _option(
+        None, "Folder for tokenized data (default: loglinear in the user's cache folder).", resumable=True
+    )
+    tokenizer: str = _option("bytes", "'bytes', or a Hugging Face tokenizer by path or hub name.")
+    # Model
+    model: str = _option(
+        "quickstart-log-linear-gated-deltanet",
+        "A preset's name, or a model configuration (.json, .yaml, .toml).",
+    )
+    model_options: dict[str, Any] = _option(
+        dict, "Model configuration to override, as KEY=VALUE. Repeat for several."
+    )
+    # What is trained, and for how long
+    sequence_length: int = _option(
+        1024, "Tokens per row; documents are packed into rows, their boundaries kept."
+    )
+    rows: int = _option(8, "Rows per step on each device, joined to one packed row.")
+    accumulation: int = _option(1, "Gradient accumulation: forward and backward passes per optimiser step.")
+    steps: int | None = _option(None, "Optimiser steps. Give steps or epochs.", resumable=True)
+    epochs: float | None = _option(
+        None, "Passes over the training data (default: 1 where steps are not given).", resumable=True
+    )
+    seed: int = _option(0, "Seed of the initial weights and of the order of the data.")
+    # Optimiser
+    learning_rate: float = _option(1e-3, "Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = _option("cosine", "Learning rate after the warm-up.")
+    warmup_fraction: float = _option(0.05, "Share of the steps over which the learning rate rises linearly.")
+    final_learning_rate_fraction: float = _option(
+        0.1, "Learning rate at the last step as a share of the peak (cosine and linear)."
+    )
+    weight_decay: float = _option(
+        0.1, "Decoupled weight decay; never on norms, biases, decay and time-step parameters or level scales."
+    )
+    beta1: float = _option(0.9, "AdamW's decay of the first moment.")
+    beta2: float = _option(0.95, "AdamW's decay of the second moment.")
+    epsilon: float = _option(1e-8, "AdamW's epsilon.")
+    gradient_clip: float = _option(1.0, "Largest norm of the gradient; 0 does not clip.")
+    # Machine
+    device: Literal["auto", "cpu", "cuda"] = _option(
+        "auto", "Where to train: auto takes the GPU when there is one."
+    )
+    precision: Literal["auto", "bf16", "fp32"] = _option(
+        "auto", "bf16 is autocast with fp32 weights; auto takes it on GPUs that have it."
+    )
+    compile: bool = _option(False, "Compile the model with torch.compile.", resumable=True)
+    gradient_checkpointing: bool = _option(
+        False, "Recompute activations in the backward pass: less memory, more time.", resumable=True
+    )
+    workers: int = _option(
+        0, "Processes that prepare batches; 0 prepares them in the training process.", resumable=True
+    )
+    # What is written
+    log_every: int = _option(10, "Steps between lines of metrics.", resumable=True)
+    evaluate_every: int = _option(
+        200, "Steps between held-out evaluations (and one at the end); 0: only at the end.", resumable=True
+    )
+    evaluation_rows: int = _option(64, "Held-out rows per evaluation; 0: all.", resumable=True)
+    save_every: int = _option(
+        500, "Steps between checkpoints (and one at the end); 0: only at the end.", resumable=True
+    )
+    keep_checkpoints: int = _option(2, "Checkpoints to keep, the newest; 0 keeps all.", resumable=True)
+    tensorboard: bool = _option(True, "Write metrics for TensorBoard, too.", resumable=True)
+    progress: bool = _option(True, "Show progress on the terminal.", resumable=True)
+    resume: bool = _option(
+        False,
+        "Go on from the newest checkpoint in the output folder, exactly as if the run had never stopped; "
+        "from the start where there is none.",
+        resumable=True,
+    )
+    stop_after: int | None = _option(
+        None, "Stop after this many steps of this call, with a checkpoint; --resume goes on.", resumable=True
+    )
+
+    def __post_init__(self):
+        hints = get_type_hints(type(self))
+        for one in fields(self):
+            object.__setattr__(self, one.name, _checked(one.name, getattr(self, one.name), hints[one.name]))
+        if not self.data:
+            raise ValueError("data: got nothing, wanted at least one source of text")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"got steps={self.steps} and epochs={self.epochs}, wanted one of them")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: got {value}, wanted at least {least}")
+        for name in ("learning_rate", "epsilon"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted more than 0")
+        if self.epochs is not None and not self.epochs > 0:
+            raise ValueError(f"epochs: got {self.epochs}, wanted more than 0")
+        for name in ("held_out_fraction", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 0 and less than 1")
+        for name in ("warmup_fraction", "final_learning_rate_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted 0 to 1")
+
+    def replace(self, **changes: Any) -> "TrainConfig":
+        """A copy with some fields changed, checked anew.
+
+        Raises:
+            ValueError: an unknown field, named with its nearest match.
+        """
+        return self.from_mapping({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "TrainConfig":
+        """Make a configuration from a mapping.
+
+        Raises:
+            ValueError: an unknown key, named with its nearest match.
+        """
+        known = [one.name for one in fields(cls)]
+        for key in values:
+            if key not in known:
+                nearest = get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
+                raise ValueError(f"unknown training option {key!r}; {hint}")
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "TrainConfig":
+        """Read a configuration from a `.yaml`, `.yml` or `.toml` file.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: another suffix, a file that cannot be parsed, or an unknown key.
+        """
+        return cls.from_mapping(read_mapping(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write every field as YAML."""
+        import yaml
+
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+
+    def check_resumes(self, saved: "TrainConfig") -> None:
+        """Refuse to go on with a run whose results would depend on what changed.
+
+        Raises:
+            ValueError: names every field that differs and must not.
+        """
+        changed = [
+            f"{one.name}: saved {getattr(saved, one.name)!r}, now {getattr(self, one.name)!r}"
+            for one in fields(self)
+            if not one.metadata["resumable"] and getattr(self, one.name) != getattr(saved, one.name)
+        ]
+        if changed:
+            raise ValueError(
+                f"cannot resume: the run in this folder has other values ({'; '.join(changed)}); "
+                "give the same ones, or another output folder"
+            )
+
+
+_LEAST = {
+    "max_documents": 1,
+    "sequence_length": 2,
+    "rows": 1,
+    "accumulation": 1,
+    "steps": 1,
+    "weight_decay": 0,
+    "gradient_clip": 0,
+    "workers": 0,
+    "log_every": 1,
+    "evaluate_every": 0,
+    "evaluation_rows": 0,
+    "save_every": 0,
+    "keep_checkpoints": 0,
+    "stop_after": 1,
+    "seed": 0,
+    "split_seed": 0,
+}
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """Read a mapping from a `.yaml`, `.yml`, `.toml` or `.json` file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another suffix, or a file that holds no mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration file {path}")
+    suffix = path.suffix.lower()
+    if suffix == ".toml":
+        try:
+            return tomllib.loads(path.read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path}: got a file that is not TOML: {error}") from error
+    if suffix not in (".yaml", ".yml", ".json"):
+        raise ValueError(f"{path}: got the suffix {suffix or '(none)'!r}, wanted .yaml, .yml, .toml or .json")
+    import yaml
+
+    try:
+        # JSON is YAML, too.
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: got a file that cannot be parsed: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: got a {type(values).__name__}, wanted keys and values")
+    return values
+
+
+def _checked(name: str, value: Any, wanted: Any) -> Any:
+    """The value as the field's type, where that loses nothing: 3 for 3.0, and 1e-3, which YAML reads as
+    text.
+    """
+    origin = get_origin(wanted)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        (wanted,) = [one for one in get_args(wanted) if one is not type(None)]
+        return _checked(name, value, wanted)
+    if origin is Literal:
+        if value not in get_args(wanted):
+            raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, get_args(wanted)))}")
+        return value
+    if origin is list:
+        if isinstance(value, str):
+            value = [value]
+        if not isinstance(value, (list, tuple)) or not all(isinstance(one, (str, Path)) for one in value):
+            raise TypeError(f"{name}: got {value!r}, wanted a list of texts")
+        return [str(one) for one in value]
+    if origin is dict:
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise TypeError(f"{name}: got {value!r}, wanted names with values")
+        return dict(value)
+    if wanted is str and isinstance(value, Path):
+        return str(value)
+    if wanted is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), wanted {wanted.__name__}")
+    return value

@@ -1,0 +1,32 @@
+"""The learning rate over a run, as a share of its peak."""
+
+import math
+from typing import Literal
+
+
+def learning_rate_factor(
+    step: int,
+    *,
+    steps: int,
+    schedule: Literal["cosine", "linear", "constant"],
+    warmup_fraction: float,
+    final_fraction: float,
+) -> float:
+    """Share of the peak learning rate that optimiser step `step` (from 0) uses.
+
+    It rises linearly over the first `warmup_fraction · steps` steps, the first of which already moves, and
+    then falls from 1 to `final_fraction` at the last step, along a half cosine or a line; "constant" stays at
+    1.
+
+    >>> [learning_rate_factor(s, steps=5, schedule="linear", warmup_fraction=0.4, final_fraction=0.0) for s in
+    range(5)] [0.5, 1.0, 0.6666666666666667, 0.33333333333333337, 0.0]
+    """
+    warmup = math.ceil(warmup_fraction * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    # The step before the first of the fall has the factor 1: the last of the warm-up, or one before the run.
+    progress = min(1.0, (step - warmup + 1) / max(1, steps - warmup))
+    remaining = 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return final_fraction + (1 - final_fraction) * remaining

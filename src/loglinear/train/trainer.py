@@ -1,0 +1,589 @@
+"""Training: `train(config)` builds the data, the model and a Hugging Face `Trainer`, and runs it.
+
+Dimensions: T tokens per row (`sequence_length`), R rows per forward pass and device (`rows`).
+
+A forward pass takes one packed row of R·T tokens with its boundaries in `cu_seqlens`. The data set is the
+endless stream of rows by number (see `loglinear.data.packing`), read in order, so that the number of
+optimiser steps done is the position in the data. Under `torchrun` the Trainer gives each process its share of
+the rows.
+"""
+
+import json
+import math
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging as transformers_logging
+
+from loglinear.data import Corpus, PackedRows, Row, join_rows, load_tokenizer
+from loglinear.data.packing import IGNORED_LABEL
+from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from loglinear.train.checkpoints import POSITION_FILE, checkpoint_step, load_corpora, newest_checkpoint
+from loglinear.train.config import CONFIG_FILE, TrainConfig, read_mapping
+from loglinear.train.reporting import Clock, Display, Metrics, duration, read_metrics
+from loglinear.train.schedule import learning_rate_factor
+
+MODEL_FILE_SUFFIXES = (".json", ".yaml", ".yml", ".toml")
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient was NaN or infinite; the weights of the last good step are in `checkpoint` (None if
+    there is none).
+    """
+
+    def __init__(self, message: str, checkpoint: Path | None):
+        super().__init__(message)
+        self.checkpoint = checkpoint
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a call of `train` did.
+
+    Attributes:
+        output: the run's folder.
+        checkpoint: its newest checkpoint.
+        steps: optimiser steps done in all, also those before resuming.
+        finished: False when the run was stopped before its last step.
+        loss: training loss at the last report, nats per token.
+        held_out_loss: nats per token at the last evaluation; None where nothing is held out or nothing was
+            evaluated yet.
+        tokens: tokens trained on in all.
+        seconds: spent training in this call, without evaluation and checkpoints.
+        tokens_per_second: of this call, over all devices.
+    """
+
+    output: Path
+    checkpoint: Path
+    steps: int
+    finished: bool
+    loss: float
+    held_out_loss: float | None
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train a model as the configuration says. Writes checkpoints, `train_config.yaml` and `metrics.jsonl` to
+    `config.output`.
+
+    Raises:
+        ValueError: options that do not fit each other, the data or the run that is resumed.
+        FileExistsError: the output folder holds a run and `resume` is off.
+        NonFiniteError: a loss or gradient was not finite; the last good step was saved.
+
+    >>> result = train(TrainConfig(model="tiny-gated-deltanet", steps=20, output="runs/tiny"))
+    >>> result.checkpoint.name
+    'checkpoint-20'
+    """
+    output = Path(config.output)
+    checkpoint = _starting_point(config, output)
+    with _quiet_transformers():
+        tokenizer = load_tokenizer(config.tokenizer)
+        arguments = _training_arguments(config)
+        with arguments.main_process_first(local=True, desc="tokenizing"):
+            training, held_out = load_corpora(config, tokenizer)
+        set_seed(config.seed)
+        model = build_model(config, tokenizer)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        rows = PackedRows(training, config.sequence_length, config.seed)
+        arguments.max_steps = _number_of_steps(config, training, arguments.world_size)
+        first_step = (
+            0 if checkpoint is None else _check_position(checkpoint, rows, config, arguments.world_size)
+        )
+        if arguments.should_save:
+            output.mkdir(parents=True, exist_ok=True)
+            config.save(output / CONFIG_FILE)
+        if first_step >= arguments.max_steps:
+            return _nothing_left(config, output, checkpoint, first_step, arguments.world_size)
+        trainer = PackedTrainer(config, model, arguments, tokenizer, rows, held_out)
+        return trainer.run(checkpoint, first_step)
+
+
+def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> LogLinearForCausalLM:
+    """A model with new weights, its vocabulary and special tokens those of the tokenizer.
+
+    Raises:
+        ValueError: an unknown preset or option, or a `vocab_size` option smaller than the tokenizer's
+            vocabulary.
+        FileNotFoundError: a model file that does not exist.
+    """
+    options = dict(config.model_options)
+    vocabulary = options.setdefault("vocab_size", len(tokenizer))
+    if vocabulary < len(tokenizer):
+        raise ValueError(
+            f"model option vocab_size: got {vocabulary}, wanted at least the tokenizer's {len(tokenizer)}"
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        options.setdefault(name, getattr(tokenizer, name))
+    if config.model.lower().endswith(MODEL_FILE_SUFFIXES):
+        model_config = LogLinearConfig(**{**_without_bookkeeping(read_mapping(config.model)), **options})
+    else:
+        model_config = LogLinearConfig.preset(config.model, **options)
+    return LogLinearForCausalLM(model_config)
+
+
+def _without_bookkeeping(values: dict[str, Any]) -> dict[str, Any]:
+    """A model file without what transformers adds when it saves one."""
+    added = ("architectures", "model_type", "transformers_version", "dtype")
+    return {key: value for key, value in values.items() if key not in added}
+
+
+class PackedTrainer(Trainer):
+    """The Hugging Face Trainer on packed rows.
+
+    It takes the model's own parameter groups, evaluates a held-out loss per token, and takes no step that is not
+    finite.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: LogLinearForCausalLM,
+        arguments: TrainingArguments,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: PackedRows,
+        held_out: Corpus | None,
+    ):
+        self.run_config = config
+        self.rows = rows
+        self.rows_per_step = config.rows * config.accumulation * arguments.world_size
+        self.held_out_rows = None
+        if held_out is not None:
+            self.held_out_rows = PackedRows(held_out, config.sequence_length, seed=0, epochs=1)
+        self._losses: list[torch.Tensor] = []
+        super().__init__(
+            model=model,
+            args=arguments,
+            data_collator=join_rows,
+            train_dataset=NumberedRows(rows, arguments.max_steps * self.rows_per_step),
+            processing_class=tokenizer,
+            callbacks=[],
+        )
+        self.remove_callback(PrinterCallback)
+        self._flops_per_pass = model.cost(config.sequence_length).training_flops_per_token * (
+            config.rows * config.sequence_length
+        )
+
+    def run(self, checkpoint: Path | None, first_step: int) -> TrainResult:
+        """Train from a checkpoint (None: from the start) to the last step or an interruption."""
+        reporter = Reporter(self, first_step)
+        self.reporter = reporter
+        self.add_callback(reporter)
+        try:
+            with _stop_on_signals(reporter, enabled=self.args.world_size == 1), warnings.catch_warnings():
+                # The Trainer steps the schedule after a resume before it has seen the optimiser step.
+                warnings.filterwarnings(
+                    "ignore", message="Detected call of `lr_scheduler.step", category=UserWarning
+                )
+                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            reporter.close()
+        return reporter.result()
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        config = self.run_config
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(
+                self.model.parameter_groups(config.weight_decay),
+                lr=config.learning_rate,
+                betas=(config.beta1, config.beta2),
+                eps=config.epsilon,
+                fused=True,
+            )
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer=None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        config = self.run_config
+        if self.lr_scheduler is None:
+            factor = partial(
+                learning_rate_factor,
+                steps=num_training_steps,
+                schedule=config.schedule,
+                warmup_fraction=config.warmup_fraction,
+                final_fraction=config.final_learning_rate_fraction,
+            )
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset=None):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._losses.append(loss)
+        return loss
+
+    def floating_point_ops(self, inputs) -> int:
+        return self._flops_per_pass
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The gradient's norm. The Trainer asks for it right before the optimiser's step: the last moment to
+        stop.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        losses, self._losses = self._losses, []
+        values = torch.stack(
+            [loss.float() for loss in losses] + [torch.as_tensor(norm).to(losses[0]).float()]
+        )
+        broken = torch.logical_not(torch.isfinite(values).all())
+        if self.args.world_size > 1:
+            # Every process must stop at the same step.
+            broken = broken.int()
+            torch.distributed.all_reduce(broken, torch.distributed.ReduceOp.MAX)
+        if broken.item():
+            self._stop_non_finite(float(values[:-1].sum()), float(values[-1]))
+        return norm
+
+    def _stop_non_finite(self, loss: float, norm: float) -> None:
+        step = self.state.global_step
+        weights_good = all(bool(torch.isfinite(weight).all()) for weight in self.model.parameters())
+        if weights_good:
+            if newest := newest_checkpoint(self.args.output_dir):
+                weights_good = checkpoint_step(newest) != step
+            if weights_good:
+                self._save_checkpoint(self.model, trial=None)
+        checkpoint = newest_checkpoint(self.args.output_dir)
+        saved = "there is no checkpoint before it"
+        if checkpoint is not None:
+            saved = f"the last good step, {checkpoint_step(checkpoint)}, is saved in {checkpoint}"
+        raise NonFiniteError(
+            f"step {step + 1} was not finite (loss {loss}, gradient norm {norm}), so it was not taken; {saved}. "
+            "Resuming meets the same data: try a lower learning rate or gradient clip in a new run",
+            checkpoint,
+        )
+
+    def _save_checkpoint(self, model, trial) -> None:
+        with self.reporter.clock.paused():
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.run_config.save(folder / CONFIG_FILE)
+                position = self.rows.position(self.state.global_step * self.rows_per_step)
+                (folder / POSITION_FILE).write_text(
+                    json.dumps(position | {"rows_per_step": self.rows_per_step})
+                )
+            super()._save_checkpoint(model, trial)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="held_out") -> dict[str, float]:
+        """Mean loss per token over held-out rows, the same ones every time. Each process takes its share of
+        the rows.
+        """
+        assert self.held_out_rows is not None and eval_dataset is None, "only the run's own held-out rows"
+        with self.reporter.clock.paused():
+            total, count = self._held_out_totals(self.held_out_rows)
+        metrics = {f"{metric_key_prefix}_loss": total / count, f"{metric_key_prefix}_tokens": count}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _held_out_totals(self, rows: PackedRows) -> tuple[float, int]:
+        """Sum of the loss over the evaluated tokens and their number, over all processes."""
+        self.model.eval()
+        wanted = rows.num_rows if self.run_config.evaluation_rows == 0 else self.run_config.evaluation_rows
+        numbers = range(self.args.process_index, min(wanted, rows.num_rows), self.args.world_size)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for begin in range(0, len(numbers), self.run_config.rows):
+            batch = join_rows([rows[number] for number in numbers[begin : begin + self.run_config.rows]])
+            count = int((batch["labels"] != IGNORED_LABEL).sum())
+            if count:
+                loss = self.model(**self._prepare_inputs(batch)).loss
+                totals += torch.stack(
+                    [loss.double() * count, torch.full_like(loss, count, dtype=torch.float64)]
+                )
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(totals)
+        self.model.train()
+        total, count = totals.tolist()
+        if count == 0:
+            raise ValueError("the held-out documents hold no token to predict; hold out more of them")
+        return total, int(count)
+
+
+class NumberedRows(Dataset):
+    """The first `count` rows of a stream as a data set."""
+
+    def __init__(self, rows: PackedRows, count: int):
+        self.rows = rows
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Row:
+        return self.rows[number]
+
+
+class Reporter(TrainerCallback):
+    """Decides when to report, evaluate, save and stop, and reports."""
+
+    def __init__(self, trainer: PackedTrainer, first_step: int):
+        self.trainer = trainer
+        self.config = trainer.run_config
+        self.first_step = first_step
+        self.step = first_step
+        self.steps = trainer.args.max_steps
+        self.main = trainer.args.should_save
+        self.tokens_per_step = trainer.rows_per_step * self.config.sequence_length
+        self.output = Path(trainer.args.output_dir)
+        self.interrupted = False
+        self.loss = math.nan
+        self.held_out_loss: float | None = None
+        self.clock = Clock()
+        self._mark = (first_step, 0.0)
+        self.metrics = Metrics(self.output, first_step, self.config.tensorboard) if self.main else None
+        self.display = Display(self.steps, first_step, self.main and self.config.progress)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.clock = Clock()
+        model = self.trainer.model
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        begin = f" from step {self.first_step:,}" if self.first_step else ""
+        self.display.say(
+            f"{parameters:,} parameters on {args.device} ({'bf16' if args.bf16 else 'fp32'}); "
+            f"{self.trainer.rows.num_tokens:,} training tokens; {self.steps:,} steps of "
+            f"{self.tokens_per_step:,} tokens{begin}; to {self.output}"
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        config, self.step = self.config, state.global_step
+        self.display.step()
+        last = self.step >= self.steps
+        stop = self.interrupted or (
+            config.stop_after is not None and self.step - self.first_step >= config.stop_after
+        )
+        control.should_log = last or stop or self.step % config.log_every == 0
+        control.should_evaluate = self.trainer.held_out_rows is not None and (
+            last or (config.evaluate_every > 0 and self.step % config.evaluate_every == 0)
+        )
+        control.should_save = last or stop or (config.save_every > 0 and self.step % config.save_every == 0)
+        control.should_training_stop = last or stop
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self._report_training(state.global_step, logs)
+        elif "held_out_loss" in logs:
+            self.held_out_loss = logs["held_out_loss"]
+            row = {"step": state.global_step, "tokens": state.global_step * self.tokens_per_step}
+            row |= {name: logs[name] for name in ("held_out_loss", "held_out_tokens")}
+            self.display.evaluation(row)
+            if self.metrics is not None:
+                self.metrics.write(row)
+
+    def _report_training(self, step: int, logs: dict[str, float]) -> None:
+        marked_step, marked_seconds = self._mark
+        seconds = self.clock.seconds
+        self._mark = (step, seconds)
+        self.loss = logs["loss"]
+        row = {
+            "step": step,
+            "tokens": step * self.tokens_per_step,
+            "loss": logs["loss"],
+            "gradient_norm": logs["grad_norm"],
+            "learning_rate": logs["learning_rate"],
+            "tokens_per_second": (step - marked_step)
+            * self.tokens_per_step
+            / max(seconds - marked_seconds, 1e-9),
+            "seconds": seconds,
+        }
+        if self.trainer.args.device.type == "cuda":
+            row["memory_bytes"] = torch.cuda.max_memory_allocated(self.trainer.args.device)
+        seconds_left = (self.steps - step) * seconds / (step - self.first_step)
+        self.display.training(row, seconds_left)
+        if self.metrics is not None:
+            self.metrics.write(row)
+
+    def close(self) -> None:
+        self.seconds = self.clock.seconds
+        self.display.close()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def result(self) -> TrainResult:
+        done = self.step - self.first_step
+        finished = self.step >= self.steps
+        checkpoint = self.output / f"checkpoint-{self.step}"
+        speed = done * self.tokens_per_step / max(self.seconds, 1e-9)
+        ending = "done" if finished else f"stopped at step {self.step:,} of {self.steps:,} (resume goes on)"
+        self.display.say(f"{ending} after {duration(self.seconds)}, {speed:,.0f} tokens/s; {checkpoint}")
+        return TrainResult(
+            output=self.output,
+            checkpoint=checkpoint,
+            steps=self.step,
+            finished=finished,
+            loss=self.loss,
+            held_out_loss=self.held_out_loss,
+            tokens=self.step * self.tokens_per_step,
+            seconds=self.seconds,
+            tokens_per_second=speed,
+        )
+
+
+def _starting_point(config: TrainConfig, output: Path) -> Path | None:
+    """The checkpoint to go on from; None to start.
+
+    Raises:
+        FileExistsError: there is a run and resume is off.
+        ValueError: the saved configuration differs where it must not.
+    """
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output: got the file {output}, wanted a folder")
+    checkpoint = newest_checkpoint(output)
+    if not config.resume:
+        if checkpoint is not None:
+            raise FileExistsError(
+                f"output: {output} holds a run up to step {checkpoint_step(checkpoint)}; "
+                "resume it, or give another folder"
+            )
+    elif checkpoint is not None:
+        config.check_resumes(TrainConfig.from_file(checkpoint / CONFIG_FILE))
+    return checkpoint
+
+
+def _number_of_steps(config: TrainConfig, training: Corpus, world_size: int) -> int:
+    if config.steps is not None:
+        return config.steps
+    tokens_per_step = config.rows * config.accumulation * world_size * config.sequence_length
+    epochs = 1.0 if config.epochs is None else config.epochs
+    return max(1, math.ceil(epochs * training.num_tokens / tokens_per_step))
+
+
+def _check_position(checkpoint: Path, rows: PackedRows, config: TrainConfig, world_size: int) -> int:
+    """The step of a checkpoint, whose position in the data must be this run's.
+
+    Raises:
+        ValueError: the data, or the number of rows per step, is not what it was.
+    """
+    position = json.loads((checkpoint / POSITION_FILE).read_text())
+    rows_per_step = config.rows * config.accumulation * world_size
+    saved = position.pop("rows_per_step")
+    if saved != rows_per_step:
+        raise ValueError(
+            f"cannot resume {checkpoint}: a step took {saved} rows, and would take {rows_per_step} now "
+            f"({world_size} process(es) of {config.rows} rows, accumulated {config.accumulation} times)"
+        )
+    return rows.row_at(position) // rows_per_step
+
+
+def _nothing_left(
+    config: TrainConfig, output: Path, checkpoint: Path | None, step: int, world_size: int
+) -> TrainResult:
+    """The result of a run that had reached its last step before."""
+    assert checkpoint is not None
+    rows = read_metrics(output / "metrics.jsonl") if (output / "metrics.jsonl").is_file() else []
+    losses = [row["loss"] for row in rows if "loss" in row]
+    held_out = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
+    tokens_per_step = config.rows * config.accumulation * world_size * config.sequence_length
+    return TrainResult(
+        output=output,
+        checkpoint=checkpoint,
+        steps=step,
+        finished=True,
+        loss=losses[-1] if losses else math.nan,
+        held_out_loss=held_out[-1] if held_out else None,
+        tokens=step * tokens_per_step,
+        seconds=0.0,
+        tokens_per_second=0.0,
+    )
+
+
+def _training_arguments(config: TrainConfig) -> TrainingArguments:
+    """The Trainer's own arguments. When to log, evaluate and save is `Reporter`'s, so those are off here."""
+    cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not cuda:
+        raise ValueError("device: got 'cuda', but PyTorch finds no GPU here; wanted 'cpu' or 'auto'")
+    on_gpu = cuda and config.device != "cpu"
+    bf16_works = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and bf16_works)
+    arguments = TrainingArguments(
+        output_dir=config.output,
+        per_device_train_batch_size=config.rows,
+        gradient_accumulation_steps=config.accumulation,
+        max_grad_norm=config.gradient_clip,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        bf16=bf16,
+        use_cpu=not on_gpu,
+        seed=config.seed,
+        torch_compile=config.compile,
+        dataloader_num_workers=config.workers,
+        dataloader_pin_memory=on_gpu,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        save_total_limit=config.keep_checkpoints or None,
+        logging_strategy="no",
+        eval_strategy="no",
+        save_strategy="no",
+        # A step that is not finite stops the run; nothing may hide it in an average.
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        log_level="error",
+        log_level_replica="error",
+        # The Trainer would write `use_cache: false` into the checkpoint, which makes generation recompute
+        # everything.
+        use_cache=True,
+    )
+    if arguments.n_gpu > 1:
+        # Several GPUs in one process would mean splitting a batch of one packed row; several processes do it
+        # right.
+        arguments._n_gpu = 1
+        warnings.warn(
+            "several GPUs are visible and one is used; start with `torchrun --nproc-per-node=…` for more",
+            stacklevel=3,
+        )
+    return arguments
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence the library's own progress bars and notes, which would break ours, and restore them."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _stop_on_signals(reporter: Reporter, enabled: bool) -> Iterator[None]:
+    """The first Ctrl-C or termination ends the run after its current step, with a checkpoint; the second at
+    once.
+    """
+    if not enabled or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        if reporter.interrupted:
+            raise KeyboardInterrupt
+        reporter.interrupted = True
+        reporter.display.say("stopping after this step, with a checkpoint; once more to stop at once")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
