@@ -1,0 +1,139 @@
+"""What `loglinear bench` does: choose a suite, run it with progress on the terminal, keep rows, table and
+plots.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from loglinear import plots
+from loglinear.bench import report
+from loglinear.bench.inputs import SHAPES
+from loglinear.bench.operators import OPERATORS
+from loglinear.bench.rows import Row, merge_rows, read_rows, write_rows
+from loglinear.bench.runner import Suite, cpu_suite, gpu_suite, run_models, run_operators
+
+# Training lengths of `--model`, where none are given.
+MODEL_LENGTHS = tuple(1024 * scale for scale in (2, 4, 8, 16, 32, 64))
+
+_LENGTH = re.compile(r"(\d+)([kKmM]?)")
+_SCALES = {"": 1, "k": 1024, "m": 1024**2}
+
+
+def parse_lengths(texts: Sequence[str]) -> tuple[int, ...]:
+    """Lengths as people write them, separated by commas or given one by one: "1K,4K,64K,1M" (K is 1024).
+
+    Raises:
+        ValueError: something that is not a positive length.
+    """
+    lengths = []
+    for text in ",".join(texts).split(","):
+        match = _LENGTH.fullmatch(text.strip())
+        if match is None or int(match.group(1)) < 1:
+            raise ValueError(f"a length is a number of tokens such as 512, 4K or 1M; got {text.strip()!r}")
+        lengths.append(int(match.group(1)) * _SCALES[match.group(2).lower()])
+    return tuple(sorted(set(lengths)))
+
+
+def choose_suite(cpu: bool, **changes) -> Suite:
+    """The suite of this machine's GPU, or of its processor if `cpu` or if there is no GPU; None changes
+    nothing.
+    """
+    make = cpu_suite if cpu or not torch.cuda.is_available() else gpu_suite
+    return make(**{name: value for name, value in changes.items() if value is not None})
+
+
+def describe() -> Table:
+    """Every operator and shape that can be asked for."""
+    table = Table("name", "mechanism or sizes", "what it is")
+    for operator in OPERATORS.values():
+        table.add_row(operator.name, operator.mechanism, operator.note)
+    table.add_section()
+    for shape in SHAPES.values():
+        sizes = f"H={shape.num_heads} G={shape.num_groups} K={shape.key_dim} V={shape.value_dim}"
+        softmax = f"softmax {shape.attention_heads} x {shape.attention_head_dim}"
+        table.add_row(shape.name, sizes, f"{shape.note}; {softmax}")
+    return table
+
+
+def run(suite: Suite, output: str | Path, name: str | None = None, console: Console | None = None) -> list[Row]:
+    """Runs a suite; keeps its rows in `output/NAME.csv` (replacing older rows of the same measurements), and
+    draws.
+
+    Args:
+        suite: what to run; its operators part if it has lengths, its model part if it has presets.
+        output: folder for the CSV, the Markdown report and the plots.
+        name: of the files; default "cpu" or "cuda".
+        console: where progress and tables go.
+
+    Returns:
+        The rows of this run.
+    """
+    console = console or Console()
+    name = name or suite.device.split(":")[0]
+    path = Path(output) / f"{name}.csv"
+    old = read_rows(path) if path.is_file() else []
+    rows: list[Row] = []
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    ) as progress:
+        task = progress.add_task("benchmark", total=None)
+
+        def on_row(row: Row) -> None:
+            rows.append(row)
+            write_rows(path, merge_rows(old, rows))
+
+        def on_case(number: int, total: int, what: str) -> None:
+            progress.update(task, completed=number, total=total, description=what)
+
+        if suite.lengths:
+            run_operators(suite, on_row, on_case)
+        if suite.presets:
+            run_models(suite, on_row, on_case)
+        done = progress.tasks[0].total or 0
+        progress.update(task, completed=done, total=done, description="done")
+    if not rows:
+        raise ValueError("nothing to run: no operator takes the chosen shapes, and no presets were given")
+    same_machine = [row for row in merge_rows(old, rows) if row.device == rows[0].device]
+    show(rows, console)
+    for file in (path, *report.write_report(same_machine, output, name)):
+        console.print(f"wrote {file}", highlight=False)
+    return rows
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """Prints the comparison of each shape and direction, and the model table."""
+    for (shape, direction, kind), group in report.groups_of(rows).items():
+        title = report.describe_group(shape, direction, kind)
+        _print_table(console, title, *report.comparison_table(group))
+        ratios = report.ratio_table(group)
+        if ratios is not None:
+            _print_table(console, "", *ratios)
+    models = [row for row in rows if row.suite == "models"]
+    if models:
+        _print_table(console, "training, tokens per second", *report.model_table(models))
+    console.print(
+        "Times and memory are per sequence; memory is what a call takes beyond its inputs; growth is fitted "
+        f"from {plots.format_tokens(report.FIT_FROM)} tokens up.",
+        highlight=False,
+    )
+
+
+def _print_table(console: Console, title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for number, column in enumerate(header):
+        table.add_column(column, justify="left" if number < 2 else "right")
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+
+
+def only_models(suite: Suite, presets: Sequence[str], lengths: Sequence[int]) -> Suite:
+    """The same suite with whole models in place of operators."""
+    return replace(suite, lengths=(), presets=tuple(presets), model_lengths=tuple(lengths))

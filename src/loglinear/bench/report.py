@@ -1,0 +1,282 @@
+"""Tables and plots from rows: what `loglinear bench` prints and draws, and what can be redrawn from a CSV at
+any time.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from loglinear import plots
+from loglinear.bench.models import STEP
+from loglinear.bench.operators import MECHANISMS, OPERATORS
+from loglinear.bench.rows import OK, Growth, Row, fit_growth, t_log_t_exponent
+from loglinear.bench.worker import BOTH, FORWARD
+
+TABLE_LENGTHS = (4_096, 16_384, 65_536, 262_144)
+# Below this length a call is mostly fixed cost (launches, dispatch), which says nothing about growth.
+FIT_FROM = 4_096
+_FEWEST_FITTED = 3
+# Index into the palette; a mechanism keeps its colour in every plot, and operators of one differ by marker.
+_COLOURS = {"log-linear": 0, "FlashAttention": 1, "linear": 2, "sparse": 3, "standard": 6}
+
+
+def _time(row: Row) -> float | None:
+    return row.time_per_sequence_ms
+
+
+def _memory(row: Row) -> float | None:
+    return row.memory_per_sequence_bytes
+
+
+def growth_of(rows: Sequence[Row], value: Callable[[Row], float | None]) -> Growth | None:
+    """The fitted growth of a value per sequence over measured lengths from `FIT_FROM` up (all of them if
+    those are too few).
+    """
+    points = [(row.length, value(row)) for row in rows if row.status == OK]
+    usable = [(length, number) for length, number in points if number is not None and number > 0]
+    long = [point for point in usable if point[0] >= FIT_FROM]
+    chosen = long if len(long) >= _FEWEST_FITTED else usable
+    return fit_growth([length for length, _ in chosen], [number for _, number in chosen])
+
+
+def _operator_order(name: str) -> tuple[int, int, str]:
+    operator = OPERATORS.get(name)
+    if operator is None:
+        return len(MECHANISMS), 0, name
+    return MECHANISMS.index(operator.mechanism), list(OPERATORS).index(name), name
+
+
+def groups_of(rows: Iterable[Row]) -> dict[tuple[str, str, str], dict[str, list[Row]]]:
+    """Operator rows by (shape, direction, "one" or "tokens" sequences per call) and operator, lengths
+    ascending.
+
+    A batch of one belongs to both kinds of call where a call of the "tokens" kind would hold one sequence
+    anyway.
+    """
+    rows = [row for row in rows if row.suite == "operators"]
+    groups: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
+    many = {(row.shape, row.direction) for row in rows if row.batch > 1}
+    longest_batched = {
+        place: max(row.length for row in rows if row.batch > 1 and (row.shape, row.direction) == place)
+        for place in many
+    }
+    for row in rows:
+        place = (row.shape, row.direction)
+        kinds = ["tokens"] if row.batch > 1 else ["one"]
+        if row.batch == 1 and place in many and row.length > longest_batched[place]:
+            kinds.append("tokens")
+        for kind in kinds:
+            groups.setdefault((*place, kind), {}).setdefault(row.operator, []).append(row)
+    for group in groups.values():
+        for operator in sorted(group, key=_operator_order):
+            group[operator] = sorted(group.pop(operator), key=lambda row: row.length)
+    return dict(sorted(groups.items()))
+
+
+def _cell(rows: Sequence[Row], length: int, value: Callable[[Row], float | None], text: Callable[[float], str]) -> str:
+    found = [row for row in rows if row.length == length]
+    if not found:
+        return "–"
+    number = value(found[-1])
+    if found[-1].status == OK and number is not None:
+        return text(number)
+    return found[-1].status.split(":")[0].split(" at ")[0]
+
+
+def comparison_table(
+    group: dict[str, list[Row]], lengths: Sequence[int] = TABLE_LENGTHS
+) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the table people compare mechanisms by; times and memory are per sequence."""
+    present = {row.length for rows in group.values() for row in rows}
+    shown = [length for length in lengths if length in present] or sorted(present)[-4:]
+    header = ["mechanism", "operator", "time grows", "memory grows"]
+    header += [f"{plots.format_tokens(length)} time" for length in shown]
+    header += [f"{plots.format_tokens(length)} memory" for length in shown]
+    lines = []
+    for name, rows in group.items():
+        time_growth, memory_growth = growth_of(rows, _time), growth_of(rows, _memory)
+        line = [rows[0].mechanism, name, str(time_growth or "–"), str(memory_growth or "–")]
+        line += [_cell(rows, length, _time, plots.format_milliseconds) for length in shown]
+        line += [_cell(rows, length, _memory, plots.format_bytes) for length in shown]
+        lines.append(line)
+    return header, lines
+
+
+def ratio_table(group: dict[str, list[Row]]) -> tuple[list[str], list[list[str]]] | None:
+    """How many times the time of log-linear the others take, by length: above 1, log-linear is faster. None
+    without our own rows.
+    """
+    ours = next((rows for name, rows in group.items() if name.startswith("log-linear")), None)
+    if ours is None:
+        return None
+    base = {row.length: row.time_ms / row.batch for row in ours if row.status == OK and row.time_ms is not None}
+    lengths = sorted(base)
+    if not lengths:
+        return None
+    header = [f"time over that of {ours[0].operator}", *(plots.format_tokens(length) for length in lengths)]
+    lines = []
+    for name, rows in group.items():
+        if rows is ours:
+            continue
+        times = {row.length: row.time_ms / row.batch for row in rows if row.status == OK and row.time_ms is not None}
+        lines.append([name, *(f"{times[n] / base[n]:.2f}" if n in times else "–" for n in lengths)])
+    return header, lines
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rule = ["---"] * len(header)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
+
+
+def describe_group(shape: str, direction: str, kind: str) -> str:
+    calls = "one sequence a call" if kind == "one" else "a constant number of tokens a call"
+    return f"{shape}, {direction}, {calls}"
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """The whole result as Markdown: conditions, a table per shape and direction, ratios, and the model
+    table.
+    """
+    if not rows:
+        raise ValueError("there are no rows to report")
+    newest = max(rows, key=lambda row: row.date)
+    parts = [
+        f"Measured on {newest.device}, torch {newest.torch}, triton {newest.triton}, Python {newest.python}, "
+        f"loglinear {newest.loglinear}, {newest.date}. Times are medians; they and memory beyond "
+        "the inputs are given per sequence. Growth is the fitted exponent ± its standard error over lengths from "
+        f"{plots.format_tokens(FIT_FROM)} up (over all lengths where fewer than three are that long)."
+    ]
+    for (shape, direction, kind), group in groups_of(rows).items():
+        parts.append(f"### {describe_group(shape, direction, kind)}")
+        parts.append(markdown(*comparison_table(group)))
+        ratios = ratio_table(group)
+        if ratios is not None:
+            parts.append(markdown(*ratios))
+        lengths = sorted({row.length for group_rows in group.values() for row in group_rows if row.length >= FIT_FROM})
+        exact = t_log_t_exponent(lengths) if len(lengths) >= _FEWEST_FITTED else None
+        if exact is not None:
+            span = f"{plots.format_tokens(lengths[0])} to {plots.format_tokens(lengths[-1])}"
+            parts.append(f"Exact T log T growth over {span}, fitted in the same way: T^{exact:.2f}.")
+        parts.extend(_not_measured(group))
+    models = [row for row in rows if row.suite == "models"]
+    if models:
+        parts.append("### Training of whole models, tokens per second")
+        parts.append(markdown(*model_table(models)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _not_measured(group: dict[str, list[Row]]) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for name, rows in group.items():
+        for row in rows:
+            if row.status != OK:
+                reasons.setdefault(f"{name}: {row.status}", []).append(plots.format_tokens(row.length))
+    if not reasons:
+        return []
+    return ["Not measured: " + "; ".join(f"{why} ({', '.join(lengths)})" for why, lengths in reasons.items()) + "."]
+
+
+def model_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: tokens per second of each preset at each length."""
+    lengths = sorted({row.length for row in rows})
+    header = ["preset", *(plots.format_tokens(length) for length in lengths)]
+    lines = []
+    for preset in dict.fromkeys(row.operator for row in rows):
+        found = {row.length: row for row in rows if row.operator == preset}
+        cells = []
+        for length in lengths:
+            row = found.get(length)
+            if row is None:
+                cells.append("–")
+            elif row.tokens_per_second is None:
+                cells.append(row.status.split(":")[0])
+            else:
+                cells.append(f"{row.tokens_per_second:,.0f}")
+        lines.append([preset, *cells])
+    return header, lines
+
+
+def _series(group: dict[str, list[Row]], value: Callable[[Row], float | None], quartiles: bool) -> list[plots.Series]:
+    series = []
+    for name, rows in group.items():
+        points = [(row, number) for row in rows if row.status == OK and (number := value(row))]
+        if not points:
+            continue
+        low = high = None
+        if quartiles:
+            low = [(row.time_low_ms or number * row.batch) / row.batch for row, number in points]
+            high = [(row.time_high_ms or number * row.batch) / row.batch for row, number in points]
+        series.append(
+            plots.Series(
+                name,
+                [row.length for row, _ in points],
+                [number for _, number in points],
+                low=low,
+                high=high,
+                dashed=points[0][0].mechanism in ("standard", "FlashAttention", "sparse"),
+                colour=_COLOURS.get(points[0][0].mechanism),
+                marker=len(series),
+            )
+        )
+    return series
+
+
+def plot_group(group: dict[str, list[Row]], title: str, device: str) -> Figure:
+    """Time and memory against length, log-log, one line per operator; the band is the first to third
+    quartile.
+    """
+    with plots.style():
+        figure, (left, right) = plots.new_figure(1, 2, width=4.6, height=3.8)
+        for axis, value, label, text in (
+            (left, _time, "time per sequence", plots.format_milliseconds),
+            (right, _memory, "peak memory per sequence", plots.format_bytes),
+        ):
+            lines = _series(group, value, quartiles=value is _time)
+            plots.draw_series(axis, lines)
+            plots.token_axis(axis, [x for line in lines for x in line.x])
+            axis.set_yscale("log", base=10 if value is _time else 2)
+            plots.unit_axis(axis, text)
+            axis.set_ylabel(label)
+        left.set_title(title)
+        right.set_title(device, fontsize=8, loc="right", fontweight="normal", color="#555555")
+        plots.legend_outside(right if right.get_legend_handles_labels()[0] else left)
+    return figure
+
+
+def plot_models(rows: Sequence[Row]) -> Figure:
+    """Training tokens per second against length, one line per preset."""
+    with plots.style():
+        figure, (axis,) = plots.new_figure()
+        lines = []
+        for preset in dict.fromkeys(row.operator for row in rows):
+            points = [(r.length, r.tokens_per_second) for r in rows if r.operator == preset and r.tokens_per_second]
+            if points:
+                lines.append(plots.Series(preset, [length for length, _ in points], [speed for _, speed in points]))
+        plots.draw_series(axis, lines)
+        plots.token_axis(axis, [x for line in lines for x in line.x], "training length (tokens)")
+        axis.set_ylabel("training speed (tokens per second)")
+        axis.set_ylim(bottom=0)
+        axis.set_title(f"Training on {rows[0].device}")
+        plots.legend_outside(axis)
+    return figure
+
+
+def write_report(rows: Sequence[Row], folder: str | Path, name: str) -> list[Path]:
+    """Writes `name.md` and the plots of `rows` into `folder`; returns the files."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / f"{name}.md"]
+    written[0].write_text(to_markdown(rows))
+    for (shape, direction, kind), group in groups_of(rows).items():
+        if not any(row.status == OK for group_rows in group.values() for row in group_rows):
+            continue
+        short = {FORWARD: "forward", BOTH: "backward"}[direction]
+        device = next(iter(group.values()))[0].device
+        figure = plot_group(group, describe_group(shape, direction, kind), device)
+        written.append(plots.save(figure, folder / f"{name}-{shape}-{short}-{kind}.png"))
+    models = [row for row in rows if row.suite == "models" and row.direction == STEP and row.status == OK]
+    if models:
+        written.append(plots.save(plot_models(models), folder / f"{name}-models.png"))
+    return written
