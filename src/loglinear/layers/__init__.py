@@ -1,4 +1,4 @@
-"""Mixer layers, each `forward(x, state) -> (y, state)`: seven recurrent ones on one skeleton, and softmax attention.
+"""Mixer layers, each `forward(x, state) -> (y, state)`: seven recurrent ones on one skeleton, and attention.
 
 A new mixer of a known operator family is one file with a subclass of `RecurrentMixer` and one line in `MIXERS`.
 """

@@ -1,7 +1,7 @@
-"""Causal softmax attention with rotary positions and grouped heads: the baseline, and the other half of hybrids.
+"""Causal softmax attention with rotary positions and grouped heads: the baseline, and half of every hybrid.
 
-    B rows · T tokens · M model width · H query heads · J key/value heads (J divides H) · D head width
-    S columns of the cache · R, M rows and length of a block of packed sequences
+B rows · T tokens · M model width · H query heads · J key/value heads (J divides H) · D head width
+S columns of the cache · R, M rows and length of a block of packed sequences
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from loglinear.layers.state import AttentionState
 if TYPE_CHECKING:
     from loglinear.models.config import LogLinearConfig
 
-MASK_ELEMENTS = 64 * 1024 * 1024  # a mask over a cache is made for this many (row, query, column) triples at a time
+# A mask over a cache is made for this many (row, query, column) triples at a time.
+MASK_ELEMENTS = 64 * 1024 * 1024
 
 
 class Attention(nn.Module):
-    """Softmax attention through torch's `scaled_dot_product_attention`, with the interface of the recurrent mixers."""
+    """Softmax attention through torch's `scaled_dot_product_attention`, with the interface of the recurrent
+    mixers."""
 
     def __init__(self, config: LogLinearConfig, layer_idx: int) -> None:
         super().__init__()
@@ -46,7 +48,7 @@ class Attention(nn.Module):
         dtype = self.qkv_proj.weight.dtype if dtype is None else dtype
         device = self.qkv_proj.weight.device if device is None else device
         shape = (batch, capacity or 0, self.num_key_value_heads, self.head_dim)
-        keys, values = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         return AttentionState(
             keys, values, torch.zeros(batch, dtype=torch.int64, device=device), fixed=capacity is not None
         )
@@ -64,16 +66,20 @@ class Attention(nn.Module):
 
         Args:
             x: `[B, T, M]`; `[1, N, M]` when packed.
-            state: keys and values seen so far, one row for each row (sequence) of `x`. It is consumed: see `layers.state`.
-            cu_seqlens: `[S+1]` bounds of packed sequences. No token attends across a bound, and rotations restart at it.
+            state: keys and values seen so far, one row for each row (sequence) of `x`. It is consumed: see
+                `layers.state`.
+            cu_seqlens: `[S+1]` bounds of packed sequences. No token attends across a bound, and rotations
+                restart at it.
             return_state: whether the state after the last token is wanted.
-            documents: the host-side plan of `cu_seqlens`, if the caller has it already; making it reads `cu_seqlens` back once.
+            documents: the host-side plan of `cu_seqlens`, if the caller has it already; making it reads
+                `cu_seqlens` back once.
 
         Returns:
             `y` as `x`, and the new state or None.
         """
         batch, length, _ = x.shape
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x).split(self.splits, dim=-1))
+        parts = self.qkv_proj(x).split(self.splits, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         start = None if state is None else state.positions
         positions = token_positions(batch, length, start, cu_seqlens, x.device)
         q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
@@ -85,7 +91,7 @@ class Attention(nn.Module):
             state = self.zero_state(rows, k.dtype, k.device)
         if state is not None:
             self._store(state, k, v, positions, cu_seqlens, documents)
-        if past:
+        if state is not None and past:
             o = self._over_cache(q, state, positions, documents)
         elif documents is None:
             o = self._attend(q, k, v)
@@ -104,7 +110,7 @@ class Attention(nn.Module):
     ) -> None:
         """Appends the new keys and values to `state` and moves its positions on."""
         batch, length = positions.shape
-        if documents is None:
+        if documents is None or cu_seqlens is None:
             state.reserve(length)
             rows = torch.arange(batch, device=k.device)[:, None]
             counts = length
@@ -116,7 +122,7 @@ class Attention(nn.Module):
         state.seen.add_(counts)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Scaled dot-product attention of `q [B,T,H,D]` to `k`, `v` `[B,S,J,D]`: causal, or by `mask [B,1,T,S]`."""
+        """Scaled dot-product attention of `q [B,T,H,D]` to k, v `[B,S,J,D]`: causal, or by a mask `[B,1,T,S]`."""
         o = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.to(q.dtype).transpose(1, 2),
@@ -129,15 +135,16 @@ class Attention(nn.Module):
 
     def _over_documents(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         """Causal attention inside each packed sequence, in blocks of sequences of similar length."""
-        o = torch.zeros_like(q)
+        outputs, tokens = [], []
         for block in documents.buckets():
             gathered = (part[0][block.indices] for part in (q, k, v))
-            o = o.index_put((torch.zeros_like(block.indices[block.valid]), block.indices[block.valid]),
-                            self._attend(*gathered)[block.valid])  # fmt: skip
-        return o
+            outputs.append(self._attend(*gathered)[block.valid])
+            tokens.append(block.indices[block.valid])
+        return torch.zeros_like(q[0]).index_copy(0, torch.cat(tokens), torch.cat(outputs))[None]
 
     def _over_cache(self, q: Tensor, state: AttentionState, positions: Tensor, documents: Documents | None) -> Tensor:
-        """Attention of the newest tokens to everything in the cache up to themselves, each row by its own positions."""
+        """Attention of the newest tokens to everything in the cache up to themselves, each row by its own
+        positions."""
         block: DocumentRows | None = None
         rows_q, rows_positions = q, positions
         if documents is not None:
@@ -154,4 +161,4 @@ class Attention(nn.Module):
         o = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if block is None:
             return o
-        return torch.zeros_like(q[0]).index_put((block.indices[block.valid],), o[block.valid])[None]
+        return torch.zeros_like(q[0]).index_copy(0, block.indices[block.valid], o[block.valid])[None]

@@ -1,6 +1,6 @@
 """Short causal depthwise convolution with a carried state.
 
-    B rows · T tokens · C channels · W taps · S packed sequences
+B rows · T tokens · C channels · W taps · S packed sequences
 """
 
 import torch
@@ -11,7 +11,8 @@ from loglinear.layers.packing import token_rows
 
 
 class ShortConvolution(nn.Module):
-    """`y_t = silu(sum_j weight[:, j] * x_{t-W+1+j} + bias)` for each channel, with zeros (or the carried state) before the first token.
+    """`y_t = silu(sum_j weight[:, j] * x_{t-W+1+j} + bias)` for each channel, with zeros (or the carried
+    state) before the first token.
 
     The state is the last `W-1` inputs of every sequence, `[B, W-1, C]`, oldest first.
 
@@ -39,8 +40,8 @@ class ShortConvolution(nn.Module):
         return torch.zeros(batch, self.width - 1, self.weight.shape[0], dtype=dtype, device=device)
 
     def _taps(self, window: Tensor, length: int) -> Tensor:
-        """The convolution of `window [B, length+W-1, C]`, `[B, length, C]`. A sum of shifted products: no transposition to
-        channels first is needed, and every tap is a view of one buffer."""
+        """The convolution of `window [B, length+W-1, C]`, `[B, length, C]`. A sum of shifted products: no
+        transposition to channels first is needed, and every tap is a view of one buffer."""
         weight = self.weight.to(window.dtype)
         out = window[:, :length] * weight[:, 0]
         for tap in range(1, self.width):
@@ -48,7 +49,11 @@ class ShortConvolution(nn.Module):
         return F.silu(out if self.bias is None else out + self.bias.to(window.dtype))
 
     def forward(
-        self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None, return_state: bool = False
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_state: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Convolves `x [B, T, C]`; returns `(y [B, T, C], new state or None)`.
 
@@ -64,7 +69,8 @@ class ShortConvolution(nn.Module):
             before = x.new_zeros(batch, past, channels) if state is None else state.to(x.dtype)
             window = torch.cat((before, x), dim=1)
             return self._taps(window, length), window[:, length:].clone() if return_state else None
-        # Each packed sequence gets W-1 places of its own in front of it: one ordinary convolution then serves them all.
+        # Each packed sequence gets W-1 places of its own in front of it: one ordinary convolution then serves
+        # them all.
         num_sequences = cu_seqlens.shape[0] - 1
         tokens = torch.arange(length, device=x.device)
         places = tokens + (token_rows(cu_seqlens, length) + 1) * past
@@ -76,7 +82,9 @@ class ShortConvolution(nn.Module):
         bounds = cu_seqlens.to(torch.int64)
         heads = (bounds[:-1] + sequences * past)[:, None] + torch.arange(past, device=x.device)
         total = length + num_sequences * past
-        window = x.new_zeros(total, channels).index_copy(0, torch.cat((places, heads.flatten())), torch.cat((x[0], before)))
+        window = x.new_zeros(total, channels).index_copy(
+            0, torch.cat((places, heads.flatten())), torch.cat((x[0], before))
+        )
         # Output i of the plain convolution ends at window place i + W - 1.
         y = self._taps(window[None], total - past)[:, places - past]
         if not return_state:

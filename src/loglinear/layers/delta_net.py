@@ -1,6 +1,6 @@
 """DeltaNet (Yang et al., 2024, arXiv 2406.06484): the delta rule without decay.
 
-    B rows · T tokens · M model width · G groups · H heads · K key width · V value width
+B rows · T tokens · M model width · G groups · H heads · K key width · V value width
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class DeltaNet(RecurrentMixer):
-    """Log-linear DeltaNet (the plain one when `num_levels` is 1): queries and keys of unit length, no gate."""
+    """Log-linear DeltaNet (the plain one when `num_levels` is 1): unit queries and keys, no gate."""
 
     gate = None
     uses = ("beta",)
@@ -28,5 +28,5 @@ class DeltaNet(RecurrentMixer):
         super().__init__(config, layer_idx)
         self.beta_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
 
-    def prepare(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> OperatorInputs:
+    def prepare(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> OperatorInputs:
         return OperatorInputs(unit_length(q), unit_length(k), v, beta=torch.sigmoid(widen(self.beta_proj(x))))

@@ -1,6 +1,7 @@
-"""Gated DeltaNet (Yang, Kautz and Hatamizadeh, 2024, arXiv 2412.06464): the delta rule with a scalar decay for each head.
+"""Gated DeltaNet (Yang, Kautz and Hatamizadeh, 2024, arXiv 2412.06464): the delta rule with a scalar decay
+for each head.
 
-    B rows · T tokens · M model width · G groups · H heads · K key width · V value width
+B rows · T tokens · M model width · G groups · H heads · K key width · V value width
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 
 class GatedDeltaNet(RecurrentMixer):
-    """Log-linear Gated DeltaNet (the plain one when `num_levels` is 1): queries and keys of unit length, a gated norm at the output."""
+    """Log-linear Gated DeltaNet (the plain one when `num_levels` is 1): queries and keys of unit length, a
+    gated norm at the output."""
 
     key_ratio = 0.75
     value_ratio = 2.0
@@ -31,7 +33,7 @@ class GatedDeltaNet(RecurrentMixer):
         self.beta_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
         self.time_step = TimeStep(self.num_heads, decay_rates=(0.0, 16.0))
 
-    def prepare(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> OperatorInputs:
+    def prepare(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> OperatorInputs:
         _, log_decay = self.time_step(self.decay_proj(x))
         beta = torch.sigmoid(widen(self.beta_proj(x)))
         return OperatorInputs(unit_length(q), unit_length(k), v, log_decay, beta)

@@ -1,6 +1,6 @@
 """Gated linear attention (Yang et al., 2023, arXiv 2312.06635): a decay for each key channel.
 
-    B rows · T tokens · M model width · G groups · H heads · K key width · V value width
+B rows · T tokens · M model width · G groups · H heads · K key width · V value width
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 class GatedLinearAttention(RecurrentMixer):
-    """Log-linear GLA (the plain one when `num_levels` is 1): keys half as wide as the model, decay `sigmoid(low-rank(x))^(1/16)`."""
+    """Log-linear GLA (the plain one when `num_levels` is 1): keys half as wide as the model, decay
+    `sigmoid(low-rank(x))^(1/16)`."""
 
     GATE_RANK, TEMPERATURE = 16, 16.0
 
@@ -34,6 +35,6 @@ class GatedLinearAttention(RecurrentMixer):
             nn.Linear(self.GATE_RANK, self.num_heads * self.key_width, bias=True),
         )
 
-    def prepare(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> OperatorInputs:
+    def prepare(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> OperatorInputs:
         log_decay = F.logsigmoid(widen(self.decay_proj(x))) / self.TEMPERATURE
         return OperatorInputs(q, k, v, log_decay.unflatten(-1, (self.num_heads, self.key_width)))

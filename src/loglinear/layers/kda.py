@@ -1,6 +1,6 @@
 """Kimi Delta Attention (Kimi Team, 2025, arXiv 2510.26692): the delta rule with a decay for each key channel.
 
-    B rows · T tokens · M model width · G groups · H heads · K key width · V value width
+B rows · T tokens · M model width · G groups · H heads · K key width · V value width
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class KimiDeltaAttention(RecurrentMixer):
-    """Log-linear KDA (the plain one when `num_levels` is 1): decay and output gate through projections of the rank of a head's value."""
+    """Log-linear KDA (the plain one when `num_levels` is 1): decay and output gate through projections of the
+    rank of a head's value."""
 
     gate = "sigmoid"
     uses = ("decay", "channel_decay", "beta")
@@ -38,7 +39,7 @@ class KimiDeltaAttention(RecurrentMixer):
         self.beta_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
         self.time_step = TimeStep(self.num_heads, channels=self.key_width)
 
-    def prepare(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> OperatorInputs:
+    def prepare(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> OperatorInputs:
         _, log_decay = self.time_step(self.decay_proj(x))
         beta = torch.sigmoid(widen(self.beta_proj(x)))
         return OperatorInputs(unit_length(q), unit_length(k), v, log_decay, beta)

@@ -2,7 +2,8 @@
 
     B rows · T tokens · M model width · G groups · H heads · K state width · V head width
 
-C, B and x of the paper are q, k and v here; `x` enters the state multiplied by its time step and leaves through the skip `D` as it is.
+C, B and x of the paper are q, k and v here; `x` enters the state multiplied by its time step and leaves
+through the skip `D` as it is.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Mamba2(RecurrentMixer):
 
     @classmethod
     def sizes(cls, config: LogLinearConfig) -> dict[str, Any]:
-        """Head width from `expand` (default 2: the heads together are twice as wide as the model), state width 128, one group."""
+        """Head width from `expand` (default 2: the heads together are twice as wide as the model), state
+        width 128, one group."""
         if config.expand_v is not None:
             raise ValueError("expand_v is not a size of mixer 'mamba2'; give expand, head_dim or state_size")
         inner = (2.0 if config.expand is None else config.expand) * config.hidden_size
@@ -39,8 +41,8 @@ class Mamba2(RecurrentMixer):
             head_dim = int(inner) // config.num_heads
         elif config.expand is not None and head_dim * config.num_heads != inner:
             raise ValueError(
-                f"num_heads {config.num_heads} x head_dim {head_dim} contradicts expand x hidden_size = {inner:g}: "
-                "give head_dim or expand"
+                f"num_heads {config.num_heads} x head_dim {head_dim} contradicts expand x hidden_size = "
+                f"{inner:g}: give head_dim or expand"
             )
         return {
             "num_groups": 1 if config.num_groups is None else config.num_groups,
@@ -61,10 +63,11 @@ class Mamba2(RecurrentMixer):
         nn.init.ones_(self.D)
 
     def make_norm(self, config: LogLinearConfig) -> nn.Module:
-        """Over all heads of a group together, after the gate."""
-        return GatedRMSNorm(self.num_heads * self.value_width, self.gate, gate_first=True, eps=config.norm_eps)
+        """Over all heads together, after the gate."""
+        width = self.num_heads * self.value_width
+        return GatedRMSNorm(width, gate_first=True, eps=config.norm_eps)
 
-    def prepare(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> OperatorInputs:
+    def prepare(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> OperatorInputs:
         dt, log_decay = self.time_step(self.dt_proj(x))
         return OperatorInputs(q, k, widen(v) * dt[..., None], log_decay=log_decay)
 

@@ -1,4 +1,5 @@
-"""Root-mean-square norms, plain and gated, and the unit-length norm of queries and keys. All in at least fp32 inside."""
+"""Root-mean-square norms, plain and gated, and the unit-length norm of queries and keys. All in at least fp32
+inside."""
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,8 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(nn.Module):
-    """An RMSNorm with a multiplicative gate: `norm(x) * act(gate)`, or `norm(x * act(gate))` when `gate_first` (Mamba-2).
+    """An RMSNorm with a multiplicative gate: `norm(x) * act(gate)`, or `norm(x * act(gate))` when
+    `gate_first` (Mamba-2).
 
     Args:
         width: size of the last dimension of `x` and `gate`.

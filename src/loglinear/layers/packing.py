@@ -2,8 +2,9 @@
 
     B rows · T tokens a row · S packed sequences · N packed tokens
 
-A packed batch is `[1, N, ...]` with `cu_seqlens [S+1]`: sequence `s` holds tokens `cu_seqlens[s] : cu_seqlens[s+1]`. A padded batch is brought
-to the same form by dropping its padding (`pack_padded`), so that a layer knows one kind of raggedness only.
+A packed batch is `[1, N, ...]` with `cu_seqlens [S+1]`: sequence `s` holds the tokens from `cu_seqlens[s]` up
+to `cu_seqlens[s+1]`. A padded batch is brought to the same form by dropping its padding (`pack_padded`), so
+that a layer knows one kind of raggedness only.
 """
 
 from typing import NamedTuple
@@ -13,7 +14,8 @@ from torch import Tensor
 
 
 def token_rows(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """Index of the sequence that each packed token belongs to, `[N]` int64. No device sync; empty sequences are skipped over."""
+    """Index of the sequence that each packed token belongs to, `[N]` int64. No device sync; empty sequences
+    are skipped over."""
     tokens = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens, tokens, right=True) - 1
 
@@ -46,8 +48,9 @@ class PaddedBatch(NamedTuple):
     Attributes:
         cu_seqlens: `[B+1]` int32, one sequence per row (empty for a row of padding only).
         token_indices: `[N]` int64, index of each real token in the flattened `[B*T]` batch.
-        source: `[B, T]` int64, for each place of the batch the packed token whose output it shows: its own, or for padding that of the
-            last real token before it. Padding with no real token before it has `num_tokens`, which stands for zeros.
+        source: `[B, T]` int64, for each place of the batch the packed token whose output it shows: its own,
+            or for padding that of the last real token before it. Padding with no real token before it has
+            `num_tokens`, which stands for zeros.
     """
 
     cu_seqlens: Tensor
@@ -59,8 +62,8 @@ class PaddedBatch(NamedTuple):
         return x.flatten(0, 1).index_select(0, self.token_indices)[None]
 
     def unpack(self, x: Tensor) -> Tensor:
-        """`[1, N, ...]` to `[B, T, ...]`. Padding behind a row repeats the row's last output, so that `[:, -1]` is every row's
-        newest output whichever side the padding is on; padding before a row is zero."""
+        """`[1, N, ...]` to `[B, T, ...]`. Padding behind a row repeats the row's last output, so that the
+        last column is every row's newest output whichever side the padding is on; padding before it is zero."""
         padded = torch.cat((x[0], x.new_zeros(1, *x.shape[2:])))
         return padded[self.source]
 
@@ -83,8 +86,8 @@ def pack_padded(attention_mask: Tensor) -> PaddedBatch | None:
     if most_pieces > 1:
         row = int(starts.argmax())
         raise ValueError(
-            f"attention_mask must mark one contiguous run of real tokens in every row, but row {row} has {int(starts[row])} runs: "
-            "remove the masked tokens from the input instead"
+            "attention_mask must mark one contiguous run of real tokens in every row, but row "
+            f"{row} has {int(starts[row])} runs: remove the masked tokens from the input instead"
         )
     if num_tokens == batch * length:
         return None
@@ -111,7 +114,8 @@ class DocumentRows(NamedTuple):
 
 
 class Documents:
-    """A host-side plan for operators that know no packing (softmax attention): the sequences of a packed batch as padded rows.
+    """A host-side plan for operators that know no packing (softmax attention): the sequences of a packed
+    batch as padded rows.
 
     Reads `cu_seqlens` back to the host once; make it once for all layers of a forward pass.
     """
@@ -128,17 +132,19 @@ class Documents:
         offsets = torch.arange(int(lengths.max()))
         valid = offsets < lengths[:, None]
         indices = torch.where(valid, begins[:, None] + offsets, 0)
-        return DocumentRows(torch.tensor(sequences).to(self.device), indices.to(self.device), valid.to(self.device))
+        rows = DocumentRows(torch.tensor(sequences), indices, valid)
+        return DocumentRows(*(part.to(self.device) for part in rows))
 
     def all_rows(self) -> DocumentRows:
         """Every sequence, in order, as one block of rows as long as the longest."""
         return self._rows(list(range(len(self.lengths))))
 
     def buckets(self) -> list[DocumentRows]:
-        """The non-empty sequences in blocks of similar lengths (within a factor of two), so that padding at most doubles the work
-        and the number of blocks grows with the logarithm of the longest."""
+        """The non-empty sequences in blocks of similar lengths (within a factor of two), so that padding at
+        most doubles the work and the number of blocks grows with the logarithm of the longest."""
         if self._buckets is None:
-            by_length = sorted((s for s, length in enumerate(self.lengths) if length > 0), key=lambda s: -self.lengths[s])
+            filled = [sequence for sequence, length in enumerate(self.lengths) if length > 0]
+            by_length = sorted(filled, key=lambda sequence: -self.lengths[sequence])
             groups: list[list[int]] = []
             for sequence in by_length:
                 if groups and 2 * self.lengths[sequence] > self.lengths[groups[-1][0]]:

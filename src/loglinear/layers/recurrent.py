@@ -1,12 +1,14 @@
 """The skeleton that all recurrent mixers share.
 
-    B rows · T tokens · M model width · G query/key groups · H heads · K key width · V value width · L levels · W convolution taps
+    B rows · T tokens · M model width · G query/key groups · H heads · K key width · V value width
+    L levels · W convolution taps · S packed sequences
 
-    x ──► projection ──► short convolution ──► prepare (the mixer) ──► log_linear_attention ──► finish (norm, gate) ──► output projection
-      └─► level scales, decay, write strength, output gate ────────────────────┘
+    x ──► qkv_proj ──► conv ──► prepare ──► log_linear_attention ──► finish (norm, gate) ──► out_proj
+    └───► level scales, decay, write strength ────────┘                │
+    └───► output gate ─────────────────────────────────────────────────┘
 
-A mixer is one short file: it says in `sizes` how wide it is, in `__init__` which small projections it has, in `prepare` how q, k, v and
-the controls of the operator come about, and where it differs, in `finish`.
+A mixer is one short file: it says in `sizes` how wide it is, in `__init__` which small projections it has, in
+`prepare` how q, k, v and the controls of the operator come about, and where it differs, in `finish`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
 
 
 class OperatorInputs(NamedTuple):
-    """What a mixer hands to the operator: q, k `[B,T,G,K]`, v `[B,T,H,V]`, and the controls that its family has."""
+    """What a mixer hands to the operator: q, k `[B,T,G,K]`, v `[B,T,H,V]`, and the controls that its family
+    has."""
 
     q: Tensor
     k: Tensor
@@ -41,7 +44,8 @@ class OperatorInputs(NamedTuple):
 
 
 class LevelScales(nn.Module):
-    """λ for each head and level from the layer's input: `softplus(weight[h, l] * (W x)[h, l])`, `weight` starting at ones.
+    """λ for each head and level from the layer's input: `softplus(weight[h, l] * (W x)[h, l])`, `weight`
+    starting at ones.
 
     Args:
         hidden_size: M.
@@ -64,13 +68,14 @@ class LevelScales(nn.Module):
 
 
 class TimeStep(nn.Module):
-    """Mamba's input-dependent step and the decay that follows from it: `dt = softplus(z + dt_bias)`, `log_decay = -exp(A_log) * dt`.
+    """Mamba's input-dependent step and the decay that follows from it: `dt = softplus(z + dt_bias)`,
+    `log_decay = -exp(A_log) * dt`.
 
-    At the start `dt` (for z = 0) is log-uniform in [dt_min, dt_max] and `exp(A_log)` uniform in `decay_rates` (Mamba-2, section 7).
+    At the start `dt` (for z = 0) is log-uniform in [dt_min, dt_max] and `exp(A_log)` uniform in `decay_rates`
+    (Mamba-2, section 7).
 
     Args:
         num_heads: H.
-        config: for the range of the step.
         channels: width of `z` per head; 1 for a decay per head, K for one per channel.
         decay_rates: range of `exp(A_log)`.
     """
@@ -94,7 +99,8 @@ class TimeStep(nn.Module):
         initialize(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """`z [B, T, H]` (`[B, T, H*K]`) to `(dt, log_decay)`, each `[B, T, H]` (`[B, T, H, K]`), at least fp32."""
+        """`z [B, T, H]` (`[B, T, H*K]`) to `(dt, log_decay)`, each `[B, T, H]` (`[B, T, H, K]`), at least
+        fp32."""
         dt = F.softplus(widen(z) + widen(self.dt_bias))
         rate = widen(self.A_log).exp()
         if self.channels > 1:
@@ -111,7 +117,8 @@ class RecurrentMixer(nn.Module):
         conv_taps: W of its paper, 0 for no convolution.
         conv_bias: whether the convolution has a bias.
         gate: activation of the output gate, or None for no gate.
-        uses: "decay", "channel_decay" and "beta", whichever controls it gives to the operator (for the cost report).
+        uses: of "decay", "channel_decay" and "beta" the controls it gives to the operator (for the cost
+            report), and "positions" if it wants to know them.
     """
 
     key_ratio: ClassVar[float] = 1.0
@@ -131,7 +138,9 @@ class RecurrentMixer(nn.Module):
             ValueError: the given sizes contradict each other or do not divide.
         """
         if config.expand is not None:
-            raise ValueError(f"expand is a size of mixer 'mamba2'; for {config.mixer!r} give expand_v, head_dim or state_size")
+            raise ValueError(
+                f"expand is a size of mixer 'mamba2'; for {config.mixer!r} give expand_v, head_dim or state_size"
+            )
         groups = config.num_heads if config.num_groups is None else config.num_groups
         key_width = config.state_size
         if key_width is None:
@@ -141,7 +150,8 @@ class RecurrentMixer(nn.Module):
             value_width = round((cls.value_ratio if config.expand_v is None else config.expand_v) * key_width)
         elif config.expand_v is not None and round(config.expand_v * key_width) != value_width:
             raise ValueError(
-                f"head_dim {value_width} contradicts expand_v {config.expand_v} x state_size {key_width}: give one of the two"
+                f"head_dim {value_width} contradicts expand_v {config.expand_v} x state_size {key_width}: "
+                "give one of the two"
             )
         return {
             "num_groups": groups,
@@ -155,12 +165,15 @@ class RecurrentMixer(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.num_heads, self.num_groups = config.num_heads, config.num_groups
-        self.key_width, self.value_width, self.num_levels = config.state_size, config.head_dim, config.num_levels
+        self.key_width, self.value_width = config.state_size, config.head_dim
+        self.num_levels = config.num_levels
         keys, values = self.num_groups * self.key_width, self.num_heads * self.value_width
         self.splits = (keys, keys, values)
         self.scale = self.key_width**-0.5
         self.qkv_proj = nn.Linear(config.hidden_size, sum(self.splits), bias=False)
-        self.conv = ShortConvolution(sum(self.splits), config.conv_size, self.conv_bias) if config.conv_size else None
+        self.conv = None
+        if config.conv_size:
+            self.conv = ShortConvolution(sum(self.splits), config.conv_size, self.conv_bias)
         self.level_scales = (
             LevelScales(config.hidden_size, self.num_heads, self.num_levels) if self.num_levels > 1 else None
         )
@@ -174,11 +187,10 @@ class RecurrentMixer(nn.Module):
             return RMSNorm(self.value_width, config.norm_eps)
         return GatedRMSNorm(self.value_width, self.gate, eps=config.norm_eps)
 
-    def prepare(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> OperatorInputs:
-        """The operator's inputs from the layer's input `x [B,T,M]` and the projected, convolved q, k `[B,T,G,K]` and v `[B,T,H,V]`.
-
-        `start` (`[B]`, tokens already seen, or None for 0) and `cu_seqlens` are for mixers that use positions.
-        """
+    def prepare(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> OperatorInputs:
+        """The operator's inputs, from the layer's input `x [B,T,M]` and the projected, convolved q, k
+        `[B,T,G,K]` and v `[B,T,H,V]`. `positions [B,T]` (of each token in its own sequence) are None unless
+        `uses` asks for them."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it prepares the operator's inputs")
 
     def output_gate(self, x: Tensor) -> Tensor:
@@ -187,12 +199,14 @@ class RecurrentMixer(nn.Module):
         return self.gate_proj(x)
 
     def finish(self, o: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        """`[B, T, H*V]` from the operator's output `o [B,T,H,V]`, the convolved `v` and the layer's input `x`."""
+        """`[B, T, H*V]` from the operator's output `o` and the convolved `v` `[B,T,H,V]`, and the layer's `x`."""
         if self.gate is None:
             return self.norm(o).flatten(-2)
         return self.norm(o, self.output_gate(x).unflatten(-1, o.shape[-2:])).flatten(-2)
 
-    def zero_state(self, batch: int, dtype: torch.dtype | None = None, device: torch.device | None = None) -> RecurrentState:
+    def zero_state(
+        self, batch: int, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> RecurrentState:
         """The state before the first token of `batch` rows. Buckets are fp32 (fp64 for a fp64 model)."""
         dtype = self.qkv_proj.weight.dtype if dtype is None else dtype
         device = self.qkv_proj.weight.device if device is None else device
@@ -213,39 +227,50 @@ class RecurrentMixer(nn.Module):
     ) -> tuple[Tensor, RecurrentState | None]:
         """Mixes `x [B, T, M]` along its tokens.
 
-        One token with a state and without gradients (`T == 1`, grad mode off, not packed) takes the step of the operator and updates
-        `state` in place, without host syncs and with fixed shapes; everything else goes through the operator itself.
+        One token with a state and without gradients (`T == 1`, grad mode off, not packed) takes the step of
+        the operator and updates `state` in place, without host syncs and with fixed shapes; everything else
+        goes through the operator itself.
 
         Args:
             x: `[B, T, M]`; `[1, N, M]` when packed.
-            state: of a row each (of a sequence each when packed), or None for zeros. It is consumed: see `layers.state`.
+            state: of a row each (of a sequence each when packed), or None for zeros. It is consumed: see
+                `layers.state`.
             cu_seqlens: `[S+1]` bounds of packed sequences.
             return_state: whether the state after the last token is wanted.
 
         Returns:
             `y` as `x`, and the new state or None.
         """
-        step = state is not None and x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled()
+        stepping = x.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled()
         projected = self.qkv_proj(x)
         convolution = None if state is None else state.convolution
-        if self.conv is not None and step:
+        if self.conv is not None and stepping and convolution is not None:
             projected = self.conv.step(projected, convolution)
         elif self.conv is not None:
             projected, convolution = self.conv(projected, convolution, cu_seqlens, return_state)
         q, k, v = projected.split(self.splits, dim=-1)
         q, k = q.unflatten(-1, (self.num_groups, -1)), k.unflatten(-1, (self.num_groups, -1))
         v = v.unflatten(-1, (self.num_heads, -1))
-        inputs = self.prepare(x, q, k, v, None if state is None else state.positions, cu_seqlens)
-        # The operator wants one dtype for q, k and v; rotations and norms under autocast may have left another.
-        dtype = v.dtype
-        inputs = inputs._replace(q=inputs.q.to(dtype), k=inputs.k.to(dtype), v=inputs.v.to(dtype))
+        positions = None
+        if "positions" in self.uses:
+            start = None if state is None else state.positions
+            positions = token_positions(x.shape[0], x.shape[1], start, cu_seqlens, x.device)
+        inputs = self.prepare(x, q, k, v, positions)
+        # The operator wants one dtype for q, k and v; norms and rotations may have left a wider one.
+        inputs = inputs._replace(q=inputs.q.to(v.dtype), k=inputs.k.to(v.dtype), v=inputs.v.to(v.dtype))
         level_scales = None if self.level_scales is None else self.level_scales(x)
-        if step:
-            now = [None if tensor is None else tensor[:, 0] for tensor in (*inputs, level_scales)]
+        if stepping and state is not None:
             o = log_linear_attention_step(
-                now[0], now[1], now[2], now[5], state.fenwick, log_decay=now[3], beta=now[4], scale=self.scale
+                inputs.q[:, 0],
+                inputs.k[:, 0],
+                inputs.v[:, 0],
+                _only_token(level_scales),
+                state.fenwick,
+                log_decay=_only_token(inputs.log_decay),
+                beta=_only_token(inputs.beta),
+                scale=self.scale,
             )[:, None]
-            new_state = state if return_state else None
+            new_state = state
         else:
             o, fenwick = log_linear_attention(
                 inputs.q,
@@ -259,9 +284,10 @@ class RecurrentMixer(nn.Module):
                 initial_state=None if state is None else state.fenwick,
                 return_state=return_state,
             )
-            new_state = RecurrentState(convolution, fenwick) if return_state else None
-        return self.out_proj(self.finish(o, v, x)), new_state
+            new_state = None if fenwick is None else RecurrentState(convolution, fenwick)
+        return self.out_proj(self.finish(o, v, x)), new_state if return_state else None
 
-    def positions(self, x: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        """`[B, T]` position of every token of `x` in its own sequence."""
-        return token_positions(x.shape[0], x.shape[1], start, cu_seqlens, x.device)
+
+def _only_token(x: Tensor | None) -> Tensor | None:
+    """`[B, 1, ...]` to `[B, ...]`."""
+    return None if x is None else x[:, 0]

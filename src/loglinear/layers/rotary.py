@@ -1,6 +1,7 @@
-"""Rotary position embedding (Su et al., 2021): the first half of a head's channels is rotated against the second.
+"""Rotary position embedding (Su et al., 2021): the first half of a head's channels is rotated against the
+second.
 
-    B rows · T tokens · H heads · D head width
+B rows · T tokens · H heads · D head width
 """
 
 import torch
@@ -10,9 +11,11 @@ from loglinear.layers.precision import widen
 
 
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotates `x [B, T, H, D]` by its tokens' `positions [B, T]`; channel pair `i` turns by `theta^(-2i/D)` per token.
+    """Rotates `x [B, T, H, D]` by its tokens' `positions [B, T]`; channel pair `i` turns by `theta^(-2i/D)`
+    per token.
 
-    Angles are computed from the integer positions at every call, in at least fp32: no table limits the length.
+    Angles are computed from the integer positions at every call, in at least fp32: no table limits the
+    length.
     """
     half = x.shape[-1] // 2
     wide = widen(x)

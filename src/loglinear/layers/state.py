@@ -1,9 +1,10 @@
 """What a mixer carries from one call to the next.
 
-    B rows (or packed sequences) · W convolution taps · C convolution channels · S cache columns · H heads · D head width
+    B rows (or packed sequences) · W convolution taps · C convolution channels · S cache columns · H heads · D
+    head width
 
-A mixer *consumes* the state it is given: it may update the tensors in place (decoding does) and the caller goes on with the state
-that it returns. `clone()` a state to keep it.
+A mixer *consumes* the state it is given: it may update the tensors in place (decoding does) and the caller
+goes on with the state that it returns. `clone()` a state to keep it.
 """
 
 from collections.abc import Callable
@@ -37,7 +38,8 @@ class MixerState:
         return found
 
     def select(self, rows: Tensor) -> Self:
-        """A new state with the given rows (`[R]` int64; repeats allowed): reordering for beam search, repeating, dropping."""
+        """A new state with the given rows (`[R]` int64; repeats allowed): reordering for beam search,
+        repeating, dropping."""
         return self._apply(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
 
     def clone(self) -> Self:
@@ -51,7 +53,8 @@ class MixerState:
         return self._apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def copy_(self, other: Self) -> Self:
-        """Overwrites the tensors of this state with those of `other`, which must have the same shapes; the addresses stay."""
+        """Overwrites the tensors of this state with those of `other`, which must have the same shapes; the
+        addresses stay."""
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
             mine.copy_(theirs)
         return self
@@ -90,8 +93,9 @@ class RecurrentState(MixerState):
 
 @dataclass
 class AttentionState(MixerState):
-    """Keys and values of a softmax attention layer. Each row is packed to the left, whatever padding it came with: token `p` of a row
-    is in column `p`, so that the row's position alone says which columns are real and where the next token goes.
+    """Keys and values of a softmax attention layer. Each row is packed to the left, whatever padding it came
+    with: token `p` of a row is in column `p`, so that the row's position alone says which columns are real
+    and where the next token goes.
 
     Attributes:
         keys, values: `[B, S, H, D]`.

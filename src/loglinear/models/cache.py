@@ -1,8 +1,9 @@
 """The state of a model between calls, in the shape that transformers' `generate` expects.
 
-A `DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=...)` then holds one `MixerCacheLayer` for each
-block, and that holds the mixer's state whatever its kind. transformers' own layers are of no use here: those for linear attention do not
-know the length that `generate` asks for, and those for attention keep the padding in the cache, so that rows share their positions.
+A `DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=...)` then holds one
+`MixerCacheLayer` for each block, and that holds the mixer's state whatever its kind. transformers' own layers
+are of no use here: those for linear attention do not know the length that `generate` asks for, and those for
+attention keep the padding in the cache, so that rows share their positions.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class MixerCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """The state of one block.
 
     Args:
-        max_cache_len: columns that an attention layer allocates for good (static caches), or None to grow. Recurrent states have a fixed
-            size in both.
+        max_cache_len: columns that an attention layer allocates for good (static caches), or None to grow.
+            Recurrent states have a fixed size in both.
 
     Attributes:
         state: the mixer's state, None before the first token.
@@ -40,15 +41,14 @@ class MixerCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     is_compileable = True
     supports_early_init = False
-    is_croppable = False
 
     def __init__(self, max_cache_len: int | None = None) -> None:
         CacheLayerMixin.__init__(self)
         LinearAttentionCacheLayerMixin.__init__(self)
         self.max_cache_len = max_cache_len
         self.state: MixerState | None = None
-        # Columns of the batch seen so far, padding included: what `generate` calls the length. A tensor where the call may be compiled,
-        # because a Python number would be compiled in.
+        # Columns of the batch seen so far, padding included: what `generate` calls the length. A tensor where
+        # the call may be compiled, because a Python number would be compiled in.
         self.cumulative_length: int | Tensor = 0 if max_cache_len is None else torch.tensor(0)
 
     def starting_state(self, mixer: RecurrentMixer | Attention, batch: int, x: Tensor) -> MixerState | None:
@@ -68,7 +68,7 @@ class MixerCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def record(self, state: MixerState, columns: int) -> None:
         """Takes the state after `columns` more columns. A static cache keeps its tensors' addresses."""
         if self.state is None:
-            if self.max_cache_len is not None and not torch.compiler.is_compiling():
+            if isinstance(self.cumulative_length, Tensor) and not torch.compiler.is_compiling():
                 self.cumulative_length = self.cumulative_length.to(state.positions.device)
                 for tensor in (*state.tensors(), self.cumulative_length):
                     torch._dynamo.mark_static_address(tensor)
@@ -87,8 +87,8 @@ class MixerCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     # What follows is transformers' side of the object.
 
-    def get_seq_length(self) -> int | Tensor:
-        return self.cumulative_length
+    def get_seq_length(self) -> int:
+        return self.cumulative_length  # type: ignore[return-value]  (a tensor in static caches, as in transformers')
 
     def get_max_length(self) -> int:
         return -1 if self.max_cache_len is None else self.max_cache_len
@@ -123,6 +123,10 @@ class MixerCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def prefetch(self) -> None:
         """Nothing: a state that was offloaded is brought back by the call that uses it."""
 
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             raise ValueError("a recurrent state cannot forget its last tokens; clone it before reading them instead")
@@ -130,7 +134,7 @@ class MixerCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("the state of a log-linear model is made by its layers, not by the cache")
 
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("the state of a log-linear model is updated by its layers, not through Cache.update")
 
     update_conv_state = update
@@ -154,26 +158,27 @@ def new_cache(config: LogLinearConfig) -> DynamicCache:
     return DynamicCache(config=config)
 
 
-def check_cache(cache: Any, config: LogLinearConfig) -> None:
-    """Refuses a cache that was not made for `config`.
+def cache_layers(cache: Any, config: LogLinearConfig) -> list[MixerCacheLayer]:
+    """The layers of a cache, which is refused if it was not made for `config`.
 
     Raises:
         TypeError: it is not a cache of our layers.
         ValueError: it has another number of layers.
     """
-    if not isinstance(cache, Cache) or not all(isinstance(layer, MixerCacheLayer) for layer in cache.layers) or not cache.layers:
+    found = list(cache.layers) if isinstance(cache, Cache) else []
+    layers = [layer for layer in found if isinstance(layer, MixerCacheLayer)]
+    if not found or len(layers) < len(found):
+        kinds = sorted({type(layer).__name__ for layer in found}) or "no layers"
         raise TypeError(
             "past_key_values must be made for this model, as DynamicCache(config=model.config) or "
-            f"StaticCache(config=model.config, max_cache_len=...), got {type(cache).__name__} with layers "
-            f"{sorted({type(layer).__name__ for layer in getattr(cache, 'layers', [])})}"
+            f"StaticCache(config=model.config, max_cache_len=...), got {type(cache).__name__} with {kinds}"
         )
-    if len(cache.layers) != config.num_hidden_layers:
-        raise ValueError(f"past_key_values has {len(cache.layers)} layers, the model {config.num_hidden_layers}")
+    if len(layers) != config.num_hidden_layers:
+        raise ValueError(f"past_key_values has {len(layers)} layers, the model {config.num_hidden_layers}")
+    return layers
 
 
 def cache_nbytes(cache: Cache) -> int:
     """Bytes of the states that a cache of ours holds at the moment."""
     states = (layer.state for layer in cache.layers if isinstance(layer, MixerCacheLayer))
     return sum(state.nbytes for state in states if state is not None)
-
-

@@ -46,7 +46,8 @@ _FRAMEWORK_KEYS = frozenset(
 
 
 def _plain_errors(cls: type) -> type:
-    """Turns the validation errors of `@strict`, which are neither, into TypeError (fields) and ValueError (everything else)."""
+    """Turns the validation errors of `@strict`, which are neither, into TypeError (fields) and ValueError
+    (everything else)."""
     strict_init = cls.__init__
 
     @functools.wraps(strict_init)
@@ -66,8 +67,8 @@ def _plain_errors(cls: type) -> type:
 class LogLinearConfig(PreTrainedConfig):
     """Configuration of `LogLinearModel` and `LogLinearForCausalLM`.
 
-    Sizes that are not given are derived and stored, so that a saved configuration says all of them. A size that the chosen mixer does not
-    have, a contradiction, and an unknown key are refused.
+    Sizes that are not given are derived and stored, so that a saved configuration says all of them. A size
+    that the chosen mixer does not have, a contradiction, and an unknown key are refused.
 
     Args:
         mixer: one of `loglinear.layers.MIXERS`; "attention" makes a Transformer.
@@ -76,24 +77,29 @@ class LogLinearConfig(PreTrainedConfig):
         num_hidden_layers: number of blocks (a mixer and an MLP each).
         num_heads: heads of the mixer (for "attention": of the attention).
         head_dim: value width V of a head. Derived from `expand` or `expand_v`.
-        state_size: key width K of a head, the other side of its matrix-valued state. Derived from the mixer's paper.
+        state_size: key width K of a head, the other side of its matrix-valued state. Derived from the mixer's
+            paper.
         num_groups: query/key groups G, a divisor of num_heads. Default: 1 for mamba2, else one per head.
         expand: mamba2 only, width of all heads over hidden_size (2).
         expand_v: V / K, for the other recurrent mixers.
         conv_size: taps of the short convolution; 0 for none. Default: that of the mixer's paper.
-        num_levels: number of levels L. Default: the full partition of max_position_embeddings; 1 is the plain linear mixer without
-            level parameters. Beyond `2^(L-1)` tokens the last level absorbs everything older.
-        max_position_embeddings: the length that the model is meant for; nothing stops it from reading further.
-        intermediate_size: width of the SwiGLU MLP. Default: 8/3 of hidden_size, rounded up to a multiple of 64.
+        num_levels: number of levels L. Default: the full partition of max_position_embeddings; 1 is the plain
+            linear mixer without level parameters. Beyond `2^(L-1)` tokens the last level absorbs everything
+            older.
+        max_position_embeddings: the length that the model is meant for; nothing stops it from reading
+            further.
+        intermediate_size: width of the SwiGLU MLP. Default: 8/3 of hidden_size, rounded up to a multiple of
+            64.
         attention_layers: indices of the blocks that use softmax attention instead of the mixer (hybrids).
-        num_attention_heads, num_key_value_heads, attention_head_dim: of those attention layers (or of mixer "attention", whose
-            num_attention_heads is num_heads). Default: heads of 64 channels if they divide hidden_size (else num_heads of them),
-            ungrouped.
+        num_attention_heads, num_key_value_heads, attention_head_dim: of those attention layers (or of mixer
+            "attention", whose num_attention_heads is num_heads). Default: heads of 64 channels if they divide
+            hidden_size (else num_heads of them), ungrouped.
         rope_theta: base of the rotary positions of attention and retention.
         tie_word_embeddings: whether the output projection is the embedding.
         norm_eps: epsilon of every RMSNorm.
         initializer_range: standard deviation of projections and embeddings at the start.
-        rescale_residual_init: divide it by sqrt(2 num_hidden_layers) for the projections that write into the residual stream.
+        rescale_residual_init: divide it by sqrt(2 num_hidden_layers) for the projections that write into the
+            residual stream.
         use_cache: whether a forward pass outside training returns its state.
         bos_token_id, eos_token_id, pad_token_id: special tokens.
 
@@ -142,7 +148,9 @@ class LogLinearConfig(PreTrainedConfig):
         kwargs.pop("layer_types", None)
         self._check_numbers()
         if self.mixer not in MIXERS:
-            raise ValueError(f"mixer must be one of {', '.join(MIXERS)}, got {self.mixer!r}{_nearest(self.mixer, MIXERS)}")
+            raise ValueError(
+                f"mixer must be one of {', '.join(MIXERS)}, got {self.mixer!r}{_nearest(self.mixer, MIXERS)}"
+            )
         self.attention_layers = sorted(self.attention_layers)
         self._derive_attention()
         self._derive_mixer()
@@ -163,8 +171,9 @@ class LogLinearConfig(PreTrainedConfig):
     def _check_numbers(self) -> None:
         """Ranges of the plain fields; what depends on the mixer is checked where it is derived."""
         for name in (
-            "vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "head_dim", "state_size", "num_groups", "num_levels",
-            "max_position_embeddings", "intermediate_size", "num_attention_heads", "num_key_value_heads", "attention_head_dim",
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "head_dim", "state_size",
+            "num_groups", "num_levels", "max_position_embeddings", "intermediate_size", "num_attention_heads",
+            "num_key_value_heads", "attention_head_dim",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or value < 1):
@@ -179,7 +188,8 @@ class LogLinearConfig(PreTrainedConfig):
         outside = [index for index in layers if not 0 <= index < self.num_hidden_layers]
         if outside:
             raise ValueError(
-                f"attention_layers must be indices from 0 to num_hidden_layers - 1 = {self.num_hidden_layers - 1}, got {outside}"
+                "attention_layers must be indices from 0 to num_hidden_layers - 1 = "
+                f"{self.num_hidden_layers - 1}, got {outside}"
             )
         if len(set(layers)) != len(layers):
             raise ValueError(f"attention_layers must not repeat an index, got {layers}")
@@ -197,8 +207,8 @@ class LogLinearConfig(PreTrainedConfig):
                 raise ValueError("mixer 'attention' uses softmax attention in every layer: leave attention_layers out")
             if self.num_attention_heads not in (None, self.num_heads):
                 raise ValueError(
-                    f"num_attention_heads {self.num_attention_heads} contradicts num_heads {self.num_heads}: with mixer 'attention' "
-                    "give num_heads alone"
+                    f"num_attention_heads {self.num_attention_heads} contradicts num_heads {self.num_heads}: "
+                    "with mixer 'attention' give num_heads alone"
                 )
             self.num_attention_heads = self.num_heads
         elif not self.attention_layers:
@@ -212,13 +222,14 @@ class LogLinearConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads {self.num_attention_heads}"
+                f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads "
+                f"{self.num_attention_heads}"
             )
         if self.attention_head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
-                    f"num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}: give "
-                    "attention_head_dim too"
+                    f"num_attention_heads {self.num_attention_heads} does not divide hidden_size "
+                    f"{self.hidden_size}: give attention_head_dim too"
                 )
             self.attention_head_dim = self.hidden_size // self.num_attention_heads
         if self.attention_head_dim % 2:
@@ -227,7 +238,7 @@ class LogLinearConfig(PreTrainedConfig):
     def _derive_mixer(self) -> None:
         """Sizes of the recurrent mixer, from its own class."""
         mixer = MIXERS[self.mixer]
-        if mixer is Attention:
+        if issubclass(mixer, Attention):
             names = ("head_dim", "state_size", "num_groups", "expand", "expand_v", "conv_size", "num_levels")
             for name in names:
                 if getattr(self, name) is not None:
@@ -255,7 +266,8 @@ class LogLinearConfig(PreTrainedConfig):
     @property
     def mixers(self) -> list[str]:
         """The mixer of every layer, attention layers of a hybrid included."""
-        return ["attention" if i in self.attention_layers else self.mixer for i in range(self.num_hidden_layers)]
+        layers = range(self.num_hidden_layers)
+        return ["attention" if layer in self.attention_layers else self.mixer for layer in layers]
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> LogLinearConfig:
@@ -282,7 +294,8 @@ class LogLinearConfig(PreTrainedConfig):
         return list(PRESETS)
 
     def cost(self, length: int | None = None, dtype: torch.dtype | None = None) -> Cost:
-        """What a model of this configuration costs at a context of `length` tokens: see `loglinear.models.cost.Cost`."""
+        """What a model of this configuration costs at a context of `length` tokens: see
+        `loglinear.models.cost.Cost`."""
         from loglinear.models.cost import cost
 
         return cost(self, length, dtype)

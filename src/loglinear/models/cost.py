@@ -2,13 +2,15 @@
 
     T tokens of context · L levels · H heads · K key width · V value width · G groups · C tokens per chunk
 
-Conventions. A multiplication and its addition are two FLOPs. Training counts the forward pass and twice that for the backward one, no
-recomputation. Only matrix products are counted (projections, head, attention, operator); norms, activations and convolutions are a few
-per cent at most. Attention is causal: a token meets half the context on average. "Decoding" is one token at position T.
+Conventions. A multiplication and its addition are two FLOPs. Training counts the forward pass and twice that
+for the backward one, no recomputation. Only matrix products are counted (projections, head, attention,
+operator); norms, activations and convolutions are a few per cent at most. Attention is causal: a token meets
+half the context on average.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,11 +34,14 @@ class Cost:
         parameters: all of them, tied ones once.
         parameters_non_embedding: without the embedding and the output head.
         training_flops_per_token: forward and backward, averaged over a sequence of T tokens.
-        decoding_flops_per_token: one token at position T.
-        state_bytes: bytes of recurrent state per sequence as allocated, buckets of all levels; fp32 whatever the dtype, fp64 for fp64.
-        occupied_state_bytes: bytes of those buckets that hold tokens at position T; what a decoding step has to read.
-        kv_cache_bytes: bytes of keys and values per sequence at T: those of this model's attention layers, if it has any; else what
-            a softmax model with as many layers of the same width (heads of any size, ungrouped) would keep, for comparison.
+        decoding_flops_per_token: one token, averaged over the positions from 0 to T - 1.
+        state_bytes: bytes of recurrent state per sequence as allocated, buckets of all levels; fp32 whatever
+            the dtype, fp64 for fp64.
+        occupied_state_bytes: bytes of those buckets that hold tokens, averaged over the positions from 0 to
+            T - 1; what a decoding step has to read.
+        kv_cache_bytes: bytes of keys and values per sequence at T: those of this model's attention layers, if
+            it has any; else what a softmax model with as many layers of the same width (heads of any size,
+            ungrouped) would keep, for comparison.
         conv_bytes: bytes of the short convolutions' state per sequence.
     """
 
@@ -51,6 +56,15 @@ class Cost:
     conv_bytes: int
 
 
+@functools.lru_cache
+def mean_occupied(length: int, num_levels: int) -> float:
+    """How many buckets hold tokens, on average over the positions from 0 to `length` - 1."""
+    block = 1024 * 1024
+    starts = range(0, length, block)
+    positions = (torch.arange(start, min(start + block, length), device="cpu") for start in starts)
+    return sum(int(torch.as_tensor(occupied(part, num_levels)).sum()) for part in positions) / length
+
+
 def count_parameters(config: LogLinearConfig) -> tuple[int, int]:
     """(all parameters, those outside embedding and head), counted on the meta device."""
     from loglinear.models.model import LogLinearForCausalLM
@@ -63,7 +77,8 @@ def count_parameters(config: LogLinearConfig) -> tuple[int, int]:
 
 
 def _operator_training_flops(mixer: type[RecurrentMixer], config: LogLinearConfig, length: int) -> float:
-    """FLOPs per token of the forward pass of one layer's operator, tree algorithm (docs/math.md) with chunks of CHUNK tokens."""
+    """FLOPs per token of the forward pass of one layer's operator, tree algorithm (docs/math.md) with chunks
+    of CHUNK tokens."""
     heads, groups, key, value = config.num_heads, config.num_groups, config.state_size, config.head_dim
     chunk = min(CHUNK, length)
     delta, channel = "beta" in mixer.uses, "channel_decay" in mixer.uses
@@ -71,12 +86,13 @@ def _operator_training_flops(mixer: type[RecurrentMixer], config: LogLinearConfi
     flops = 2.0 * chunk * key * score_heads  # scores
     flops += 2.0 * chunk * value * heads  # scores times values
     flops += 2.0 * key * value * heads  # what a chunk adds to the state
-    # Half of the nodes above the chunk are read (the set bits of a chunk number); a capped last level is one more.
+    # Half of the nodes above the chunk are read (the set bits of a chunk number); a capped last level is one
+    # more.
     heights = max(0, full_num_levels(length) - full_num_levels(chunk))
     reads = heights / 2 if config.num_levels > 1 else min(1, heights)
     flops += 2.0 * reads * key * value * heads
     if delta:
-        flops += 2.0 * chunk * key * heads + 2.0 * chunk * (key + value + chunk) * heads  # k k^T, W, T v, scores times T
+        flops += 2.0 * chunk * (2 * key + value + chunk) * heads  # k k^T, W, T v, scores times T
         flops += 2.0 * (key * key + chunk * key) * heads  # the chunk's transition
         flops += 2.0 * reads * key * key * heads  # the query passes through the nodes that it reads
         flops += 2.0 * heads * key * key * (key + value) / chunk  # composing nodes on the way up
@@ -84,8 +100,9 @@ def _operator_training_flops(mixer: type[RecurrentMixer], config: LogLinearConfi
 
 
 def _operator_decoding_flops(mixer: type[RecurrentMixer], config: LogLinearConfig, length: int) -> float:
-    """FLOPs of one step of one layer's operator at position `length`: every occupied bucket is read, decayed and, for delta, corrected."""
-    buckets = 1 + sum(occupied(length, config.num_levels))
+    """FLOPs of one step of one layer's operator: every occupied bucket is read, decayed and, for delta,
+    corrected."""
+    buckets = 1 + mean_occupied(length, config.num_levels)
     per_element = 2 + (1 if "decay" in mixer.uses else 0) + (4 if "beta" in mixer.uses else 0)
     return float(per_element * buckets * config.num_heads * config.state_size * config.head_dim)
 
@@ -116,14 +133,14 @@ def cost(config: LogLinearConfig, length: int | None = None, dtype: torch.dtype 
             attention_layers += 1
             width = config.num_attention_heads * config.attention_head_dim
             forward += 4.0 * width * (length + 1) / 2
-            decoding += 4.0 * width * (length + 1)
+            decoding += 4.0 * width * (length + 1) / 2
             cached += 2 * length * config.num_key_value_heads * config.attention_head_dim * dtype.itemsize
             continue
         forward += _operator_training_flops(mixer, config, length)
         decoding += _operator_decoding_flops(mixer, config, length)
         bucket = config.num_heads * config.state_size * config.head_dim * (8 if dtype == torch.float64 else 4)
         state += config.num_levels * bucket
-        filled += sum(occupied(length, config.num_levels)) * bucket
+        filled += round(mean_occupied(length, config.num_levels) * bucket)
         channels = 2 * config.num_groups * config.state_size + config.num_heads * config.head_dim
         convolution += max(config.conv_size - 1, 0) * channels * dtype.itemsize
     if not attention_layers:

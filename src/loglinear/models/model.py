@@ -2,8 +2,8 @@
 
     B rows · T tokens · N packed tokens · S packed sequences · M model width
 
-A padded batch is packed at the door (its padding dropped) and unpacked at the exit, so that every layer sees whole sequences only, each with its
-own positions; what a row gives does not depend on the rows beside it.
+A padded batch is packed at the door (its padding dropped) and unpacked at the exit, so that every layer sees
+whole sequences only, each with its own positions; what a row gives does not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from loglinear.layers import MIXERS, Attention, RMSNorm
 from loglinear.layers.packing import Documents, PaddedBatch, pack_padded, token_positions
-from loglinear.models.cache import MixerCacheLayer, check_cache, new_cache
+from loglinear.models.cache import MixerCacheLayer, cache_layers, new_cache
 from loglinear.models.config import LogLinearConfig
 from loglinear.models.cost import Cost
 from loglinear.models.optim import parameter_groups
@@ -59,7 +59,8 @@ class LogLinearBlock(GradientCheckpointingLayer):
         past_key_values: MixerCacheLayer | None = None,
         columns: int = 0,
     ) -> Tensor:
-        """`x [B, T, M]` (`[1, N, M]` packed) to the same; the state in `past_key_values` moves on by `columns` columns of the batch."""
+        """`x [B, T, M]` (`[1, N, M]` packed) to the same; the state in `past_key_values` moves on by
+        `columns` columns of the batch."""
         state, extra = None, {}
         if isinstance(self.mixer, Attention):
             extra["documents"] = documents
@@ -67,7 +68,11 @@ class LogLinearBlock(GradientCheckpointingLayer):
             rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             state = past_key_values.starting_state(self.mixer, rows, x)
         mixed, state = self.mixer(
-            self.mixer_norm(x), state, cu_seqlens=cu_seqlens, return_state=past_key_values is not None, **extra
+            self.mixer_norm(x),
+            state,
+            cu_seqlens=cu_seqlens,
+            return_state=past_key_values is not None,
+            **extra,
         )
         if past_key_values is not None:
             past_key_values.record(state, columns)
@@ -101,7 +106,7 @@ class LogLinearPreTrainedModel(PreTrainedModel):
             for writer in (module.mixer.out_proj, module.mlp.down_proj):
                 nn.init.normal_(writer.weight, mean=0.0, std=std * (2 * self.config.num_hidden_layers) ** -0.5)
         elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+            module.reset_parameters()  # type: ignore[operator]
 
 
 class LogLinearModel(LogLinearPreTrainedModel):
@@ -130,23 +135,28 @@ class LogLinearModel(LogLinearPreTrainedModel):
 
         Args:
             input_ids: `[B, T]` int64; or give `inputs_embeds [B, T, M]`.
-            attention_mask: `[B, S]` with S >= T, nonzero at real tokens; its last T columns are those of this call, and earlier ones are
-                not needed (the state knows every row's own position). The real tokens of a row must be contiguous within the call.
-                Or a dict of such masks by layer type. A mask costs one device sync per call; without padding, leave it out to avoid it.
-            past_key_values: state to go on from, `DynamicCache(config=model.config)` or a `StaticCache`; it is updated in place.
+            attention_mask: `[B, S]` with S >= T, nonzero at real tokens; its last T columns are those of this
+                call, and earlier ones are not needed (the state knows every row's own position). The real
+                tokens of a row must be contiguous within the call. Or a dict of such masks by layer type. A
+                mask costs one device sync per call; without padding, leave it out to avoid it.
+            past_key_values: state to go on from, `DynamicCache(config=model.config)` or a `StaticCache`; it
+                is updated in place.
             inputs_embeds: see input_ids.
-            use_cache: whether to return a state when none was given. Default: `config.use_cache`, but never in training.
-            cu_seqlens: `[S+1]` integer bounds of sequences packed into one row (then B is 1): each is read on its own. In models with
-                attention layers it is read back to the host once per call.
+            use_cache: whether to return a state when none was given. Default: `config.use_cache`, but never
+                in training.
+            cu_seqlens: `[S+1]` integer bounds of sequences packed into one row (then B is 1): each is read on
+                its own. In models with attention layers it is read back to the host once per call.
             output_hidden_states: whether to return the input of every block and the final output.
             return_dict: False for a tuple.
 
         Returns:
-            last_hidden_state `[B, T, M]`: at padding behind a row's tokens, the hidden state of its last real token (so `[:, -1]` is each
-            row's newest one); at padding before them, zeros. past_key_values, hidden_states as asked for.
+            last_hidden_state `[B, T, M]`: at padding behind a row's tokens, the hidden state of its last real
+            token (so the last column is each row's newest one); at padding before them, zeros.
+            past_key_values, hidden_states as asked for.
 
         Raises:
-            ValueError, TypeError: inputs that contradict each other, a mask with holes, a cache of another model.
+            ValueError, TypeError: inputs that contradict each other, a mask with holes, a cache of another
+            model.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -156,11 +166,10 @@ class LogLinearModel(LogLinearPreTrainedModel):
             wanted = "[B, T, M] inputs_embeds" if input_ids is None else "[B, T] input_ids"
             raise ValueError(f"{wanted} with T >= 1 wanted, got shape {given}")
         batch, columns = x.shape[:2]
-        if past_key_values is not None:
-            check_cache(past_key_values, self.config)
-        elif self._wants_cache(use_cache):
+        if past_key_values is None and self._wants_cache(use_cache):
             past_key_values = new_cache(self.config)
-        padded = self._padding(attention_mask, cu_seqlens, past_key_values, batch, columns)
+        states = None if past_key_values is None else cache_layers(past_key_values, self.config)
+        padded = self._padding(attention_mask, cu_seqlens, batch, columns)
         if padded is not None:
             cu_seqlens, x = padded.cu_seqlens, padded.pack(x)
         documents = None
@@ -170,7 +179,7 @@ class LogLinearModel(LogLinearPreTrainedModel):
         for index, block in enumerate(self.layers):
             if output_hidden_states:
                 collected.append(x)
-            cache_layer = None if past_key_values is None else past_key_values.layers[index]
+            cache_layer = None if states is None else states[index]
             if x.shape[1] == 0:  # a call of nothing but padding
                 if cache_layer is not None:
                     cache_layer.advance(columns)
@@ -179,7 +188,7 @@ class LogLinearModel(LogLinearPreTrainedModel):
         x = self.norm(x)
         collected.append(x)
         if padded is not None:
-            collected = [padded.unpack(hidden) for hidden in (collected if output_hidden_states else collected[-1:])]
+            collected = [padded.unpack(hidden) for hidden in collected]
         output = BaseModelOutputWithPast(
             last_hidden_state=collected[-1],
             past_key_values=past_key_values,
@@ -196,7 +205,6 @@ class LogLinearModel(LogLinearPreTrainedModel):
         self,
         attention_mask: Tensor | dict[str, Tensor | None] | None,
         cu_seqlens: Tensor | None,
-        past_key_values: Cache | None,
         batch: int,
         columns: int,
     ) -> PaddedBatch | None:
@@ -209,10 +217,6 @@ class LogLinearModel(LogLinearPreTrainedModel):
                 raise ValueError("give attention_mask (a padded batch) or cu_seqlens (a packed one), not both")
             if batch != 1:
                 raise ValueError(f"a packed batch has one row, but cu_seqlens came with {batch} rows")
-            if past_key_values is not None and past_key_values.layers[0].state is not None and cu_seqlens.ndim == 1:
-                rows = past_key_values.layers[0].state.batch_size
-                if rows != cu_seqlens.shape[0] - 1:
-                    raise ValueError(f"past_key_values holds {rows} rows, but cu_seqlens has {cu_seqlens.shape[0] - 1} sequences")
             return None
         if mask is None:
             return None
@@ -228,7 +232,8 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
         >>> import torch
         >>> from loglinear import LogLinearConfig, LogLinearForCausalLM
         >>> model = LogLinearForCausalLM(LogLinearConfig.preset("tiny-gated-deltanet")).eval()
-        >>> model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, min_new_tokens=4).shape
+        >>> prompt = torch.tensor([[1, 2, 3]])
+        >>> model.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape
         torch.Size([1, 7])
     """
 
@@ -254,16 +259,20 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple:
-        """Logits of the next token after each token of `input_ids [B, T]`; see `LogLinearModel.forward` for the other inputs.
+        """Logits of the next token after each token of `input_ids [B, T]`; see `LogLinearModel.forward` for
+        the other inputs.
 
         Args:
-            labels: `[B, T]`, the ids themselves (they are shifted here), -100 where nothing is to be predicted. Padding, and the first
-                token of each row and packed sequence, are never predicted.
-            logits_to_keep: how many of the last columns to compute logits for (0: all), or `[P]` indices of columns.
-            num_items_in_batch: what to divide the summed loss by (gradient accumulation); default: the predicted tokens.
+            labels: `[B, T]`, the ids themselves (they are shifted here), -100 where nothing is to be
+                predicted. Padding, and the first token of each row and packed sequence, are never predicted.
+            logits_to_keep: how many of the last columns to compute logits for (0: all), or `[P]` indices of
+                columns.
+            num_items_in_batch: what to divide the summed loss by (gradient accumulation); default: the
+                predicted tokens.
 
         Returns:
-            loss (with labels), logits `[B, T or fewer, vocab_size]`, past_key_values, hidden_states as asked for.
+            loss (with labels), logits `[B, T or fewer, vocab_size]`, past_key_values, hidden_states as asked
+            for.
 
         Raises:
             ValueError: as `LogLinearModel.forward`; labels of another shape, or together with logits_to_keep.
@@ -293,10 +302,16 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
                 raise ValueError(f"labels must be {tuple(logits.shape[:2])} like the batch, got {tuple(labels.shape)}")
             labels = self._predictable(labels, attention_mask, cu_seqlens)
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
             )
         output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -324,9 +339,11 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
         is_first_iteration: bool = True,
         **_: Any,
     ) -> Tensor | None:
-        """The mask that `generate` passes on: of this call's columns only, and none for a token that was just generated.
+        """The mask that `generate` passes on: of this call's columns only, and none for a token that was just
+        generated.
 
-        So a decoding step has inputs of fixed shape and needs no device sync: the state knows where every row is.
+        So a decoding step has inputs of fixed shape and needs no device sync: the state knows where every row
+        is.
         """
         columns = inputs_embeds.shape[1]
         if attention_mask is None or attention_mask.ndim != 2 or (columns == 1 and not is_first_iteration):
@@ -338,5 +355,6 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
         return self.config.cost(length, dtype)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimiser groups with and without weight decay, each parameter in exactly one: see `loglinear.models.optim`."""
+        """Optimiser groups with and without weight decay, each parameter in exactly one: see
+        `loglinear.models.optim`."""
         return parameter_groups(self, weight_decay)

@@ -1,4 +1,5 @@
-"""Named configurations: the models of the paper (arXiv 2506.04761, section 4.2), and small ones for tests, quickstart and one GPU."""
+"""Named configurations: the models of the paper (arXiv 2506.04761, section 4.2), and small ones for tests,
+quickstart and one GPU."""
 
 from typing import Any
 
@@ -9,14 +10,34 @@ _PAPER: dict[str, Any] = {
     "intermediate_size": 4096,
     "max_position_embeddings": 16_384,
 }
-_PAPER_MAMBA2 = {**_PAPER, "mixer": "mamba2", "num_heads": 48, "head_dim": 64, "state_size": 128, "conv_size": 4}
-_PAPER_DELTA = {**_PAPER, "mixer": "gated_deltanet", "num_heads": 6, "head_dim": 384, "state_size": 192, "conv_size": 4}
+_PAPER_MAMBA2 = {
+    **_PAPER,
+    "mixer": "mamba2",
+    "num_heads": 48,
+    "head_dim": 64,
+    "state_size": 128,
+    "conv_size": 4,
+}
+_PAPER_DELTA = {
+    **_PAPER,
+    "mixer": "gated_deltanet",
+    "num_heads": 6,
+    "head_dim": 384,
+    "state_size": 192,
+    "conv_size": 4,
+}
 _PAPER_TRANSFORMER = {**_PAPER, "mixer": "attention", "num_heads": 24}
 
 # Byte-level vocabulary: 256 bytes and three special tokens.
 _BYTES = {"vocab_size": 259, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
 
-_TINY: dict[str, Any] = {**_BYTES, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "max_position_embeddings": 256}
+_TINY: dict[str, Any] = {
+    **_BYTES,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "max_position_embeddings": 256,
+}
 _TINY_MIXERS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 32, "state_size": 16},
     "gated_deltanet": {"num_heads": 2, "state_size": 16, "head_dim": 32},
