@@ -5,9 +5,15 @@ A user's mistake (`ValueError`, `TypeError`, a missing file or a missing optiona
 stderr and exit code 2; `loglinear --debug COMMAND` shows the traceback instead.
 """
 
+import dataclasses
+import inspect
 import sys
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+
+from loglinear.train.config import CONFIG_FILE, TrainConfig
 
 app = typer.Typer(
     name="loglinear",
@@ -29,11 +35,177 @@ USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
 @app.callback()
 def root(
-    debug: bool = typer.Option(
-        False, "--debug", help="Show the full traceback of an error instead of one line."
-    ),
+    debug: bool = typer.Option(False, "--debug", help="Show the full traceback of an error instead of one line."),
 ) -> None:
     _settings["debug"] = debug
+
+
+def _train_flags() -> list[inspect.Parameter]:
+    """A flag for every field of `TrainConfig`, with the field's help and default. A flag that is not given is None."""
+    hints = get_type_hints(TrainConfig)
+    flags = []
+    for one in dataclasses.fields(TrainConfig):
+        flag = "--" + one.name.replace("_", "-")
+        names, kind = [flag], hints[one.name]
+        default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+        shown = "" if default in (None, {}) else f" (default: {default})"
+        metavar = None
+        if get_origin(kind) is Literal:
+            metavar = "|".join(get_args(kind))
+            kind = str
+        elif kind is bool:
+            names = [f"{flag}/--no-{one.name.replace('_', '-')}"]
+            shown = f" (default: {'on' if default else 'off'})"
+        elif get_origin(kind) is list:
+            kind, shown = list[str], f" (default: {', '.join(default)})"
+        elif get_origin(kind) is dict:
+            kind, metavar = list[str], "KEY=VALUE"
+        option = typer.Option(
+            None,
+            *names,
+            help=one.metadata["help"] + shown,
+            rich_help_panel=one.metadata["panel"],
+            show_default=False,
+            metavar=metavar,
+        )
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        flags.append(inspect.Parameter(one.name, keyword, default=option, annotation=kind | None))
+    return flags
+
+
+def _train_config(file: Path | None, flags: dict[str, Any]) -> TrainConfig:
+    """The configuration of a file (or, when resuming without one, that of the run), overridden by the given flags."""
+    given = {name: value for name, value in flags.items() if value not in (None, [])}
+    if "model_options" in given:
+        given["model_options"] = _assignments("--model-options", given["model_options"])
+    base = TrainConfig() if file is None else TrainConfig.from_file(file)
+    output = Path(given.get("output", base.output))
+    if file is None and given.get("resume") and (output / CONFIG_FILE).is_file():
+        base = TrainConfig.from_file(output / CONFIG_FILE)
+    if base.model_options and "model_options" in given:
+        given["model_options"] = {**base.model_options, **given["model_options"]}
+    return base.replace(**given)
+
+
+def _assignments(flag: str, values: list[str]) -> dict[str, Any]:
+    """`KEY=VALUE` texts as a mapping; values are read as YAML, so that 4, true and [0, 2] are what they look like."""
+    import yaml
+
+    found = {}
+    for value in values:
+        key, equals, text = value.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{flag}: got {value!r}, wanted KEY=VALUE")
+        found[key.strip().replace("-", "_")] = yaml.safe_load(text)
+    return found
+
+
+def train(
+    config: Path | None = typer.Option(
+        None,
+        "--config",
+        "-c",
+        help="YAML or TOML file of these options, written with underscores; flags win.",
+    ),
+    **flags: Any,
+) -> None:
+    """Train a model on text.
+
+    Documents are packed into rows with their boundaries kept; some are held out for evaluation. The output folder gets
+    checkpoints, train_config.yaml and metrics.jsonl. Ctrl-C stops with a checkpoint, and --resume goes on exactly from
+    the newest one. For several GPUs: torchrun --nproc-per-node=GPUS -m loglinear train …
+
+    Example: loglinear train --data my-texts/ --model small-log-linear-gated-deltanet --steps 2000 --output runs/first
+    """
+    settings = _train_config(config, flags)
+    from loglinear.train import train as run
+
+    run(settings)
+
+
+# typer reads a command's options from its signature: the fields of the configuration are the options.
+_config_option = inspect.signature(train).parameters["config"].replace(kind=inspect.Parameter.KEYWORD_ONLY)
+train.__signature__ = inspect.Signature([_config_option, *_train_flags()])  # type: ignore[attr-defined]
+train.__annotations__ = {name: one.annotation for name, one in train.__signature__.parameters.items()}  # type: ignore[attr-defined]
+app.command()(train)
+
+
+@app.command()
+def generate(
+    checkpoint: Path = typer.Argument(
+        help="Folder of a checkpoint, or of a training run (its newest checkpoint is taken)."
+    ),
+    prompt: str | None = typer.Argument(
+        None, help="The text to go on from. Without it and --prompt-file: standard input."
+    ),
+    prompt_file: Path | None = typer.Option(None, "--prompt-file", "-f", help="Read the prompt from this file."),
+    max_new_tokens: int = typer.Option(
+        256, "--max-new-tokens", "-n", help="Stop after this many tokens at the latest."
+    ),
+    greedy: bool = typer.Option(False, "--greedy", help="Take the likeliest token each time instead of drawing one."),
+    temperature: float | None = typer.Option(
+        None, help="Divides the logits before drawing; below 1 is more cautious. (default: 1)"
+    ),
+    top_k: int | None = typer.Option(None, help="Draw from the k likeliest tokens only. (default: all)"),
+    top_p: float | None = typer.Option(
+        None, help="Draw from the likeliest tokens that together have this probability. (default: 1)"
+    ),
+    seed: int | None = typer.Option(None, help="Makes the draws repeatable."),
+    device: str = typer.Option(
+        "auto", metavar="auto|cpu|cuda", help="Where to run: auto takes the GPU when there is one."
+    ),
+    precision: str = typer.Option(
+        "auto", metavar="auto|bf16|fp32", help="Type of the weights; auto takes bf16 on GPUs that have it."
+    ),
+) -> None:
+    """Continue a text with a trained model.
+
+    The text goes to standard output as it is produced (the prompt first); speed and the size of the model's state go to
+    standard error.
+
+    Example: loglinear generate runs/first "def main(" --temperature 0.8 --max-new-tokens 500
+    """
+    if prompt is not None and prompt_file is not None:
+        raise ValueError("got a prompt and --prompt-file, wanted one of them")
+    if prompt_file is not None:
+        if not prompt_file.is_file():
+            raise FileNotFoundError(f"no prompt file {prompt_file}")
+        prompt = prompt_file.read_text(encoding="utf-8")
+    elif prompt is None:
+        prompt = sys.stdin.read()
+    from loglinear.generate import generate_text
+    from loglinear.train.checkpoints import choose_device, load_checkpoint
+
+    place, dtype = choose_device(device, precision)
+    model, tokenizer = load_checkpoint(checkpoint, device=place, dtype=dtype)
+
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    # What was generated can hold characters that a narrow terminal encoding cannot show.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    show(prompt)
+    result = generate_text(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        greedy=greedy,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        on_text=show,
+    )
+    show("\n")
+    print(
+        f"{len(result.tokens):,} tokens at {result.tokens_per_second:,.1f} tokens/s after a prompt of "
+        f"{result.prompt_tokens:,} (first token in {result.first_token_seconds:.2f} s); "
+        f"state {result.state_bytes:,} bytes",
+        file=sys.stderr,
+    )
 
 
 @app.command()
@@ -105,7 +277,7 @@ def bench(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 2 for a mistake of the user."""
+    """Run the command line and exit: 0 done, 1 for a run whose numbers were not finite, 2 for a mistake of the user."""
     _settings["debug"] = False
     try:
         app(args=arguments, prog_name="loglinear")
@@ -115,3 +287,9 @@ def main(arguments: list[str] | None = None) -> None:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"loglinear: error: {message}", file=sys.stderr)
         raise SystemExit(2) from error
+    except FloatingPointError as error:
+        # The run went wrong, not the call.
+        if _settings["debug"]:
+            raise
+        print(f"loglinear: {error}", file=sys.stderr)
+        raise SystemExit(1) from error

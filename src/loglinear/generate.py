@@ -45,9 +45,7 @@ class TextStream:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.specials = set(tokenizer.all_special_ids)
-        self._bytes = (
-            codecs.getincrementaldecoder("utf-8")("replace") if isinstance(tokenizer, ByteTokenizer) else None
-        )
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if isinstance(tokenizer, ByteTokenizer) else None
         # For other tokenizers: ids since the last word boundary that was handed out, and how many of them
         # were shown. The shown ones are decoded again with each new one, because a token's text can depend on
         # the token before it.
@@ -142,9 +140,7 @@ def generate_text(
     """
     _check_sampling(max_new_tokens, greedy, temperature, top_k, top_p, seed)
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
-    sampling = (
-        {} if greedy else {"temperature": temperature or 1.0, "top_k": top_k or 0, "top_p": top_p or 1.0}
-    )
+    sampling = {} if greedy else {"temperature": temperature or 1.0, "top_k": top_k or 0, "top_p": top_p or 1.0}
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=not greedy,
@@ -182,9 +178,7 @@ def _check_sampling(max_new_tokens, greedy, temperature, top_k, top_p, seed) -> 
             f"got greedy together with {', '.join(ignored)}, which only drawing heeds; wanted one or the other"
         )
     if temperature is not None and not temperature > 0:
-        raise ValueError(
-            f"temperature: got {temperature}, wanted more than 0 (greedy takes the likeliest token)"
-        )
+        raise ValueError(f"temperature: got {temperature}, wanted more than 0 (greedy takes the likeliest token)")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k: got {top_k}, wanted at least 1")
     if top_p is not None and not 0 < top_p <= 1:

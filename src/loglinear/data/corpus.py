@@ -57,9 +57,7 @@ class Corpus:
         starts = np.concatenate([np.zeros(1, np.int64), self._ends[:-1]])
         self._starts = starts[self.documents]
         self.lengths = self._ends[self.documents] - self._starts
-        part = (
-            "" if documents is None else hashlib.blake2b(self.documents.tobytes(), digest_size=8).hexdigest()
-        )
+        part = "" if documents is None else hashlib.blake2b(self.documents.tobytes(), digest_size=8).hexdigest()
         self.identity = self.meta["identity"] + part
 
     @property
@@ -115,9 +113,7 @@ class Corpus:
         # At least the smallest place is held out, and the largest is not.
         threshold = min(max(held_out_fraction, np.nextafter(distinct[0], 2)), distinct[-1])
         held_out = places < threshold
-        return Corpus(self.directory, self.documents[~held_out]), Corpus(
-            self.directory, self.documents[held_out]
-        )
+        return Corpus(self.directory, self.documents[~held_out]), Corpus(self.directory, self.documents[held_out])
 
     @classmethod
     def build(
@@ -141,9 +137,7 @@ class Corpus:
         try:
             meta = _write(documents, tokenizer, scratch, on_progress)
             if meta["documents"] == 0:
-                raise ValueError(
-                    "got a corpus without any text, wanted at least one document that is not empty"
-                )
+                raise ValueError("got a corpus without any text, wanted at least one document that is not empty")
             (scratch / "meta.json").write_text(json.dumps(meta))
             try:
                 os.replace(scratch, directory)
@@ -198,9 +192,7 @@ def _write(documents: Iterable[Document], tokenizer, directory: Path, on_progres
         while batch := list(islice(remaining, DOCUMENTS_PER_BATCH)):
             texts = [document.text for document in batch]
             for text, tokens in zip(texts, encode_documents(tokenizer, texts, dtype), strict=True):
-                content = hashlib.blake2b(
-                    text.encode("utf-8", errors="surrogatepass"), digest_size=8
-                ).digest()
+                content = hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8).digest()
                 tokens.tofile(file)
                 total += len(tokens)
                 ends.append(total)
@@ -209,9 +201,7 @@ def _write(documents: Iterable[Document], tokenizer, directory: Path, on_progres
             if on_progress is not None:
                 on_progress(len(ends), total)
     np.save(directory / "ends.npy", np.frombuffer(ends, dtype=np.int64) if ends else np.zeros(0, np.int64))
-    np.save(
-        directory / "hashes.npy", np.frombuffer(hashes, dtype=np.uint64) if hashes else np.zeros(0, np.uint64)
-    )
+    np.save(directory / "hashes.npy", np.frombuffer(hashes, dtype=np.uint64) if hashes else np.zeros(0, np.uint64))
     return {
         "format": FORMAT,
         "documents": len(ends),

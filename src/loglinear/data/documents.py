@@ -84,17 +84,10 @@ class Documents:
         self.hub_subset = hub_subset
         self.hub_split = hub_split
         self.limit = limit
-        self.hub_names = sorted(
-            {str(s).removeprefix(HUB_PREFIX) for s in sources if str(s).startswith(HUB_PREFIX)}
-        )
+        self.hub_names = sorted({str(s).removeprefix(HUB_PREFIX) for s in sources if str(s).startswith(HUB_PREFIX)})
         if self.hub_names:
             _hub_loader()
-        files = {
-            file
-            for source in sources
-            if not str(source).startswith(HUB_PREFIX)
-            for file in _files(str(source))
-        }
+        files = {file for source in sources if not str(source).startswith(HUB_PREFIX) for file in _files(str(source))}
         self.files = sorted(files)
 
     def __iter__(self) -> Iterator[Document]:
@@ -117,9 +110,7 @@ class Documents:
         digest = hashlib.blake2b(json.dumps(state).encode(), digest_size=12)
         for file in self.files:
             status = file.stat()
-            digest.update(
-                f"\n{file}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogateescape")
-            )
+            digest.update(f"\n{file}\0{status.st_size}\0{status.st_mtime_ns}".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def _read(self, file: Path) -> Iterator[Document]:
@@ -165,9 +156,7 @@ class Documents:
             number = 0
             for batch in table.iter_batches(batch_size=256, columns=[self.text_field]):
                 for value in batch.column(0):
-                    yield Document(
-                        f"{file}:{number}", self._text({self.text_field: value.as_py()}, f"{file}:{number}")
-                    )
+                    yield Document(f"{file}:{number}", self._text({self.text_field: value.as_py()}, f"{file}:{number}"))
                     number += 1
 
     def _read_hub(self, name: str) -> Iterator[Document]:
@@ -183,9 +172,7 @@ class Documents:
         if text is None:
             return ""
         if not isinstance(text, str):
-            raise ValueError(
-                f"{name}: got {type(text).__name__} in the field {self.text_field!r}, wanted text"
-            )
+            raise ValueError(f"{name}: got {type(text).__name__} in the field {self.text_field!r}, wanted text")
         return text
 
 
@@ -240,9 +227,7 @@ def _standard_library_files() -> list[Path]:
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     files = [path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts)]
     if not files:
-        raise FileNotFoundError(
-            f"this Python keeps no source of its standard library in {root}; name another corpus"
-        )
+        raise FileNotFoundError(f"this Python keeps no source of its standard library in {root}; name another corpus")
     return files
 
 
@@ -278,7 +263,6 @@ def _hub_loader():
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            "reading a data set of the hub needs the `datasets` package: "
-            "pip install 'log-linear-attention[data]'"
+            "reading a data set of the hub needs the `datasets` package: pip install 'log-linear-attention[data]'"
         ) from error
     return load_dataset

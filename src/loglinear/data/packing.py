@@ -49,9 +49,7 @@ class PackedRows:
     (1024,)
     """
 
-    def __init__(
-        self, corpus: Corpus, length: int, seed: int = 0, *, epochs: int | None = None, shuffle: bool = True
-    ):
+    def __init__(self, corpus: Corpus, length: int, seed: int = 0, *, epochs: int | None = None, shuffle: bool = True):
         if len(corpus) == 0:
             raise ValueError("got a corpus without documents, wanted at least one")
         if length < 2:
@@ -82,9 +80,7 @@ class PackedRows:
 
     def __getitem__(self, row: int) -> Row:
         if row < 0 or (self.epochs is not None and row >= self.num_rows):
-            raise IndexError(
-                f"got row {row}, wanted 0 to {'…' if self.epochs is None else self.num_rows - 1}"
-            )
+            raise IndexError(f"got row {row}, wanted 0 to {'…' if self.epochs is None else self.num_rows - 1}")
         epoch = row * self.length // self.num_tokens
         first = self._first_row(epoch)
         if self.shuffle:
@@ -103,9 +99,7 @@ class PackedRows:
             slot = int(np.searchsorted(ends, place, side="right"))
             document = int(order[slot])
             begin = int(self.corpus.lengths[document]) - (int(ends[slot]) - place)
-            piece = self.corpus.piece(
-                document, begin, begin + min(int(ends[slot]) - place, stop - position - filled)
-            )
+            piece = self.corpus.piece(document, begin, begin + min(int(ends[slot]) - place, stop - position - filled))
             tokens[filled : filled + len(piece)] = piece
             starts.append(filled)
             filled += len(piece)
@@ -146,13 +140,9 @@ class PackedRows:
                 would not go on where it stopped.
         """
         here = self.position(position["row"])
-        changed = [
-            f"{key}: saved {position[key]}, now {here[key]}" for key in here if position[key] != here[key]
-        ]
+        changed = [f"{key}: saved {position[key]}, now {here[key]}" for key in here if position[key] != here[key]]
         if changed:
-            raise ValueError(
-                f"the saved position in the data does not fit the data of this run ({'; '.join(changed)})"
-            )
+            raise ValueError(f"the saved position in the data does not fit the data of this run ({'; '.join(changed)})")
         return position["row"]
 
 

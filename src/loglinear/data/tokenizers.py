@@ -83,9 +83,7 @@ class ByteTokenizer(PreTrainedTokenizer):
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Join tokens to text; bytes that are no valid UTF-8 become U+FFFD, special tokens their names."""
         specials = self.added_tokens_encoder
-        joined = b"".join(
-            token.encode() if token in specials else token.encode("latin-1") for token in tokens
-        )
+        joined = b"".join(token.encode() if token in specials else token.encode("latin-1") for token in tokens)
         return joined.decode("utf-8", errors="replace")
 
     def build_inputs_with_special_tokens(
@@ -93,9 +91,7 @@ class ByteTokenizer(PreTrainedTokenizer):
     ) -> list[int]:
         return [self.bos_token_id, *token_ids_0, *(token_ids_1 or [])]
 
-    def get_special_tokens_mask(
-        self, token_ids_0, token_ids_1=None, already_has_special_tokens=False
-    ) -> list[int]:
+    def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False) -> list[int]:
         if already_has_special_tokens:
             return [int(token >= NUM_BYTES) for token in token_ids_0]
         return [1] + [0] * (len(token_ids_0) + len(token_ids_1 or []))
@@ -122,9 +118,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     if str(name_or_path) == BYTES:
         return ByteTokenizer()
     path = Path(name_or_path)
-    if path.is_dir() and not any(
-        (path / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")
-    ):
+    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
         raise FileNotFoundError(
             f"no tokenizer in {path}: wanted tokenizer_config.json or tokenizer.json in that directory"
         )
@@ -147,9 +141,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
 
 
-def encode_documents(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], dtype: np.dtype
-) -> list[np.ndarray]:
+def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], dtype: np.dtype) -> list[np.ndarray]:
     """Encode whole documents for training: beginning token, text, end token (each where the tokenizer has
     one).
 
@@ -159,16 +151,12 @@ def encode_documents(
     before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if isinstance(tokenizer, ByteTokenizer):
-        bodies = [
-            np.frombuffer(text.encode("utf-8", errors="surrogatepass"), dtype=np.uint8) for text in texts
-        ]
+        bodies = [np.frombuffer(text.encode("utf-8", errors="surrogatepass"), dtype=np.uint8) for text in texts]
     else:
         bodies = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)[
             "input_ids"
         ]
-    return [
-        np.concatenate([np.asarray(part, dtype=dtype) for part in (before, body, after)]) for body in bodies
-    ]
+    return [np.concatenate([np.asarray(part, dtype=dtype) for part in (before, body, after)]) for body in bodies]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loglinear.data import Corpus, Documents, load_tokenizer
 from loglinear.train.config import CONFIG_FILE, TrainConfig
+from loglinear.train.reporting import quiet_transformers
 
 if TYPE_CHECKING:
     from loglinear.models import LogLinearForCausalLM
@@ -32,9 +33,7 @@ def newest_checkpoint(output: str | Path) -> Path | None:
     """
     output = Path(output)
     found = [path for path in output.glob("checkpoint-*") if checkpoint_step(path) is not None]
-    whole = [
-        path for path in found if (path / COMPLETION_FILE).is_file() and (path / "config.json").is_file()
-    ]
+    whole = [path for path in found if (path / COMPLETION_FILE).is_file() and (path / "config.json").is_file()]
     return max(whole, key=lambda path: checkpoint_step(path) or 0, default=None)
 
 
@@ -52,9 +51,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         return path
     newest = newest_checkpoint(path)
     if newest is None:
-        raise FileNotFoundError(
-            f"no model in {path}: neither config.json nor a finished checkpoint-STEP folder in it"
-        )
+        raise FileNotFoundError(f"no model in {path}: neither config.json nor a finished checkpoint-STEP folder in it")
     return newest
 
 
@@ -72,8 +69,32 @@ def load_checkpoint(
     from loglinear.models import LogLinearForCausalLM
 
     checkpoint = resolve_checkpoint(path)
-    model = LogLinearForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    with quiet_transformers():
+        model = LogLinearForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     return model.to(device).eval(), load_tokenizer(checkpoint)
+
+
+def choose_device(device: str = "auto", precision: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """Where to run, and in what type: "auto" is the GPU when there is one, and bf16 where a GPU has it.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+        precision: "auto", "bf16" or "fp32".
+
+    Raises:
+        ValueError: another word, or "cuda" without a GPU.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: got {device!r}, wanted 'auto', 'cpu' or 'cuda'")
+    if precision not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"precision: got {precision!r}, wanted 'auto', 'bf16' or 'fp32'")
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise ValueError("device: got 'cuda', but PyTorch finds no GPU here; wanted 'cpu' or 'auto'")
+    on_gpu = cuda and device != "cpu"
+    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = precision == "bf16" or (precision == "auto" and has_bf16)
+    return torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if bf16 else torch.float32
 
 
 def load_corpora(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Corpus, Corpus | None]:
@@ -102,9 +123,7 @@ def train_config_of(path: str | Path) -> TrainConfig:
     checkpoint = resolve_checkpoint(path)
     file = checkpoint / CONFIG_FILE
     if not file.is_file():
-        raise FileNotFoundError(
-            f"no {CONFIG_FILE} in {checkpoint}: the data this model was trained on is not known"
-        )
+        raise FileNotFoundError(f"no {CONFIG_FILE} in {checkpoint}: the data this model was trained on is not known")
     return TrainConfig.from_file(file)
 
 

@@ -17,11 +17,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 CONFIG_FILE = "train_config.yaml"
 
 
-def _option(default, help: str, *, resumable: bool = False):
-    """A field with its help; `resumable` fields may differ when a run is resumed, because no result depends
-    on them.
+def _option(panel: str, default: Any, help: str, *, resumable: bool = False) -> Any:
+    """A field with its help and the group it is shown in.
+
+    `resumable` fields may differ when a run is resumed: no result depends on them, or they only say how far to go.
     """
-    metadata = {"help": help, "resumable": resumable}
+    metadata = {"help": help, "panel": panel, "resumable": resumable}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -39,92 +40,104 @@ class TrainConfig:
     'cosine'
     """
 
-    output: str = _option("runs/train", "Folder for checkpoints, configuration and metrics.", resumable=True)
+    output: str = _option("Output", "runs/train", "Folder for checkpoints, configuration and metrics.", resumable=True)
     # Data
     data: list[str] = _option(
+        "Data",
         lambda: ["stdlib"],
         "Training text: a file, directory or glob (text, .jsonl, .parquet), 'stdlib' (the source of Python's "
         "standard library), or 'hub:OWNER/NAME'. Repeat for several.",
     )
-    text_field: str = _option("text", "Field of JSONL, Parquet and hub data that holds the text.")
-    hub_subset: str | None = _option(None, "Subset (configuration) of a hub data set.")
-    hub_split: str = _option("train", "Split of a hub data set.")
-    max_documents: int | None = _option(None, "Read at most this many documents.")
+    text_field: str = _option("Data", "text", "Field of JSONL, Parquet and hub data that holds the text.")
+    hub_subset: str | None = _option("Data", None, "Subset (configuration) of a hub data set.")
+    hub_split: str = _option("Data", "train", "Split of a hub data set.")
+    max_documents: int | None = _option("Data", None, "Read at most this many documents.")
     held_out_fraction: float = _option(
-        0.05, "Share of the documents held out for evaluation, chosen by their content; 0 holds out none."
+        "Data", 0.05, "Share of the documents held out for evaluation, chosen by their content; 0 holds out none."
     )
-    split_seed: int = _option(0, "Another seed holds out other documents.")
+    split_seed: int = _option("Data", 0, "Another seed holds out other documents.")
     cache: str | None = _option(
-        None, "Folder for tokenized data (default: loglinear in the user's cache folder).", resumable=True
+        "Data", None, "Folder for tokenized data (default: loglinear in the user's cache folder).", resumable=True
     )
-    tokenizer: str = _option("bytes", "'bytes', or a Hugging Face tokenizer by path or hub name.")
+    tokenizer: str = _option("Data", "bytes", "'bytes', or a Hugging Face tokenizer by path or hub name.")
     # Model
     model: str = _option(
+        "Model",
         "quickstart-log-linear-gated-deltanet",
         "A preset's name, or a model configuration (.json, .yaml, .toml).",
     )
     model_options: dict[str, Any] = _option(
-        dict, "Model configuration to override, as KEY=VALUE. Repeat for several."
+        "Model", dict, "Model configuration to override, as KEY=VALUE. Repeat for several."
     )
     # What is trained, and for how long
     sequence_length: int = _option(
-        1024, "Tokens per row; documents are packed into rows, their boundaries kept."
+        "Run", 1024, "Tokens per row; documents are packed into rows, their boundaries kept."
     )
-    rows: int = _option(8, "Rows per step on each device, joined to one packed row.")
-    accumulation: int = _option(1, "Gradient accumulation: forward and backward passes per optimiser step.")
-    steps: int | None = _option(None, "Optimiser steps. Give steps or epochs.", resumable=True)
+    rows: int = _option("Run", 8, "Rows per step on each device, joined to one packed row.")
+    accumulation: int = _option("Run", 1, "Gradient accumulation: forward and backward passes per optimiser step.")
+    steps: int | None = _option("Run", None, "Optimiser steps. Give steps or epochs.", resumable=True)
     epochs: float | None = _option(
-        None, "Passes over the training data (default: 1 where steps are not given).", resumable=True
+        "Run", None, "Passes over the training data (default: 1 where steps are not given).", resumable=True
     )
-    seed: int = _option(0, "Seed of the initial weights and of the order of the data.")
+    seed: int = _option("Run", 0, "Seed of the initial weights and of the order of the data.")
     # Optimiser
-    learning_rate: float = _option(1e-3, "Peak learning rate.")
-    schedule: Literal["cosine", "linear", "constant"] = _option("cosine", "Learning rate after the warm-up.")
-    warmup_fraction: float = _option(0.05, "Share of the steps over which the learning rate rises linearly.")
-    final_learning_rate_fraction: float = _option(
-        0.1, "Learning rate at the last step as a share of the peak (cosine and linear)."
+    learning_rate: float = _option("Optimiser", 1e-3, "Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = _option(
+        "Optimiser", "cosine", "Learning rate after the warm-up."
+    )
+    warmup_fraction: float = _option(
+        "Optimiser", 0.05, "Share of the steps over which the learning rate rises linearly."
+    )
+    final_rate_fraction: float = _option(
+        "Optimiser", 0.1, "Learning rate at the last step as a share of the peak (cosine and linear)."
     )
     weight_decay: float = _option(
-        0.1, "Decoupled weight decay; never on norms, biases, decay and time-step parameters or level scales."
+        "Optimiser",
+        0.1,
+        "Decoupled weight decay; never on norms, biases, decay and time-step parameters or level scales.",
     )
-    beta1: float = _option(0.9, "AdamW's decay of the first moment.")
-    beta2: float = _option(0.95, "AdamW's decay of the second moment.")
-    epsilon: float = _option(1e-8, "AdamW's epsilon.")
-    gradient_clip: float = _option(1.0, "Largest norm of the gradient; 0 does not clip.")
+    beta1: float = _option("Optimiser", 0.9, "AdamW's decay of the first moment.")
+    beta2: float = _option("Optimiser", 0.95, "AdamW's decay of the second moment.")
+    epsilon: float = _option("Optimiser", 1e-8, "AdamW's epsilon.")
+    gradient_clip: float = _option("Optimiser", 1.0, "Largest norm of the gradient; 0 does not clip.")
     # Machine
     device: Literal["auto", "cpu", "cuda"] = _option(
-        "auto", "Where to train: auto takes the GPU when there is one."
+        "Machine", "auto", "Where to train: auto takes the GPU when there is one."
     )
     precision: Literal["auto", "bf16", "fp32"] = _option(
-        "auto", "bf16 is autocast with fp32 weights; auto takes it on GPUs that have it."
+        "Machine", "auto", "bf16 is autocast with fp32 weights; auto takes it on GPUs that have it."
     )
-    compile: bool = _option(False, "Compile the model with torch.compile.", resumable=True)
-    gradient_checkpointing: bool = _option(
-        False, "Recompute activations in the backward pass: less memory, more time.", resumable=True
+    compile: bool = _option("Machine", False, "Compile the model with torch.compile.")
+    recompute: bool = _option(
+        "Machine",
+        False,
+        "Gradient checkpointing: recompute activations in the backward pass, for less memory.",
+        resumable=True,
     )
     workers: int = _option(
-        0, "Processes that prepare batches; 0 prepares them in the training process.", resumable=True
+        "Machine", 0, "Processes that prepare batches; 0 prepares them in the training process.", resumable=True
     )
     # What is written
-    log_every: int = _option(10, "Steps between lines of metrics.", resumable=True)
+    log_every: int = _option("Output", 10, "Steps between lines of metrics.", resumable=True)
     evaluate_every: int = _option(
-        200, "Steps between held-out evaluations (and one at the end); 0: only at the end.", resumable=True
+        "Output", 200, "Steps between held-out evaluations (and one at the end); 0: only at the end.", resumable=True
     )
-    evaluation_rows: int = _option(64, "Held-out rows per evaluation; 0: all.", resumable=True)
+    evaluation_rows: int = _option("Output", 64, "Held-out rows per evaluation; 0: all.", resumable=True)
     save_every: int = _option(
-        500, "Steps between checkpoints (and one at the end); 0: only at the end.", resumable=True
+        "Output", 500, "Steps between checkpoints (and one at the end); 0: only at the end.", resumable=True
     )
-    keep_checkpoints: int = _option(2, "Checkpoints to keep, the newest; 0 keeps all.", resumable=True)
-    tensorboard: bool = _option(True, "Write metrics for TensorBoard, too.", resumable=True)
-    progress: bool = _option(True, "Show progress on the terminal.", resumable=True)
+    keep_checkpoints: int = _option("Output", 2, "Checkpoints to keep, the newest; 0 keeps all.", resumable=True)
+    tensorboard: bool = _option("Output", True, "Write metrics for TensorBoard, too.", resumable=True)
+    progress: bool = _option("Output", True, "Show progress on the terminal.", resumable=True)
     resume: bool = _option(
+        "Output",
         False,
         "Go on from the newest checkpoint in the output folder, exactly as if the run had never stopped; "
         "from the start where there is none.",
         resumable=True,
     )
     stop_after: int | None = _option(
-        None, "Stop after this many steps of this call, with a checkpoint; --resume goes on.", resumable=True
+        "Output", None, "Stop after this many steps of this call, with a checkpoint; --resume goes on.", resumable=True
     )
 
     def __post_init__(self):
@@ -147,17 +160,21 @@ class TrainConfig:
         for name in ("held_out_fraction", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 0 and less than 1")
-        for name in ("warmup_fraction", "final_learning_rate_fraction"):
+        for name in ("warmup_fraction", "final_rate_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted 0 to 1")
 
     def replace(self, **changes: Any) -> "TrainConfig":
-        """A copy with some fields changed, checked anew.
+        """A copy with some fields changed, checked anew. Giving `steps` takes back `epochs`, and the other way round.
 
         Raises:
             ValueError: an unknown field, named with its nearest match.
         """
-        return self.from_mapping({**self.to_dict(), **changes})
+        values = self.to_dict()
+        for given, other in (("steps", "epochs"), ("epochs", "steps")):
+            if changes.get(given) is not None and changes.get(other) is None:
+                values[other] = None
+        return self.from_mapping({**values, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -188,10 +205,12 @@ class TrainConfig:
         return cls.from_mapping(read_mapping(path))
 
     def save(self, path: str | Path) -> None:
-        """Write every field as YAML."""
+        """Write every field as YAML, but for those of a single call: `resume` and `stop_after`."""
         import yaml
 
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+        values = self.to_dict()
+        del values["resume"], values["stop_after"]
+        Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
     def check_resumes(self, saved: "TrainConfig") -> None:
         """Refuse to go on with a run whose results would depend on what changed.

@@ -24,14 +24,13 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
-from transformers.utils import logging as transformers_logging
 
 from loglinear.data import Corpus, PackedRows, Row, join_rows, load_tokenizer
 from loglinear.data.packing import IGNORED_LABEL
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
-from loglinear.train.checkpoints import POSITION_FILE, checkpoint_step, load_corpora, newest_checkpoint
+from loglinear.train.checkpoints import POSITION_FILE, checkpoint_step, choose_device, load_corpora, newest_checkpoint
 from loglinear.train.config import CONFIG_FILE, TrainConfig, read_mapping
-from loglinear.train.reporting import Clock, Display, Metrics, duration, read_metrics
+from loglinear.train.reporting import Clock, Display, Metrics, duration, quiet_transformers, read_metrics
 from loglinear.train.schedule import learning_rate_factor
 
 MODEL_FILE_SUFFIXES = (".json", ".yaml", ".yml", ".toml")
@@ -90,20 +89,18 @@ def train(config: TrainConfig) -> TrainResult:
     """
     output = Path(config.output)
     checkpoint = _starting_point(config, output)
-    with _quiet_transformers():
+    with quiet_transformers():
         tokenizer = load_tokenizer(config.tokenizer)
         arguments = _training_arguments(config)
         with arguments.main_process_first(local=True, desc="tokenizing"):
             training, held_out = load_corpora(config, tokenizer)
         set_seed(config.seed)
         model = build_model(config, tokenizer)
-        if config.gradient_checkpointing:
+        if config.recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         rows = PackedRows(training, config.sequence_length, config.seed)
         arguments.max_steps = _number_of_steps(config, training, arguments.world_size)
-        first_step = (
-            0 if checkpoint is None else _check_position(checkpoint, rows, config, arguments.world_size)
-        )
+        first_step = 0 if checkpoint is None else _check_position(checkpoint, rows, config, arguments.world_size)
         if arguments.should_save:
             output.mkdir(parents=True, exist_ok=True)
             config.save(output / CONFIG_FILE)
@@ -124,9 +121,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> LogL
     options = dict(config.model_options)
     vocabulary = options.setdefault("vocab_size", len(tokenizer))
     if vocabulary < len(tokenizer):
-        raise ValueError(
-            f"model option vocab_size: got {vocabulary}, wanted at least the tokenizer's {len(tokenizer)}"
-        )
+        raise ValueError(f"model option vocab_size: got {vocabulary}, wanted at least the tokenizer's {len(tokenizer)}")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         options.setdefault(name, getattr(tokenizer, name))
     if config.model.lower().endswith(MODEL_FILE_SUFFIXES):
@@ -186,9 +181,7 @@ class PackedTrainer(Trainer):
         try:
             with _stop_on_signals(reporter, enabled=self.args.world_size == 1), warnings.catch_warnings():
                 # The Trainer steps the schedule after a resume before it has seen the optimiser step.
-                warnings.filterwarnings(
-                    "ignore", message="Detected call of `lr_scheduler.step", category=UserWarning
-                )
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             reporter.close()
@@ -206,9 +199,7 @@ class PackedTrainer(Trainer):
             )
         return self.optimizer
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer=None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
+    def create_scheduler(self, num_training_steps: int, optimizer=None) -> torch.optim.lr_scheduler.LRScheduler:
         config = self.run_config
         if self.lr_scheduler is None:
             factor = partial(
@@ -216,7 +207,7 @@ class PackedTrainer(Trainer):
                 steps=num_training_steps,
                 schedule=config.schedule,
                 warmup_fraction=config.warmup_fraction,
-                final_fraction=config.final_learning_rate_fraction,
+                final_fraction=config.final_rate_fraction,
             )
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True
@@ -239,9 +230,7 @@ class PackedTrainer(Trainer):
         """
         norm = super()._get_grad_norm(model, grad_norm)
         losses, self._losses = self._losses, []
-        values = torch.stack(
-            [loss.float() for loss in losses] + [torch.as_tensor(norm).to(losses[0]).float()]
-        )
+        values = torch.stack([loss.float() for loss in losses] + [torch.as_tensor(norm).to(losses[0]).float()])
         broken = torch.logical_not(torch.isfinite(values).all())
         if self.args.world_size > 1:
             # Every process must stop at the same step.
@@ -276,9 +265,7 @@ class PackedTrainer(Trainer):
                 folder.mkdir(parents=True, exist_ok=True)
                 self.run_config.save(folder / CONFIG_FILE)
                 position = self.rows.position(self.state.global_step * self.rows_per_step)
-                (folder / POSITION_FILE).write_text(
-                    json.dumps(position | {"rows_per_step": self.rows_per_step})
-                )
+                (folder / POSITION_FILE).write_text(json.dumps(position | {"rows_per_step": self.rows_per_step}))
             super()._save_checkpoint(model, trial)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="held_out") -> dict[str, float]:
@@ -305,9 +292,7 @@ class PackedTrainer(Trainer):
             count = int((batch["labels"] != IGNORED_LABEL).sum())
             if count:
                 loss = self.model(**self._prepare_inputs(batch)).loss
-                totals += torch.stack(
-                    [loss.double() * count, torch.full_like(loss, count, dtype=torch.float64)]
-                )
+                totals += torch.stack([loss.double() * count, torch.full_like(loss, count, dtype=torch.float64)])
         if self.args.world_size > 1:
             torch.distributed.all_reduce(totals)
         self.model.train()
@@ -366,9 +351,7 @@ class Reporter(TrainerCallback):
         config, self.step = self.config, state.global_step
         self.display.step()
         last = self.step >= self.steps
-        stop = self.interrupted or (
-            config.stop_after is not None and self.step - self.first_step >= config.stop_after
-        )
+        stop = self.interrupted or (config.stop_after is not None and self.step - self.first_step >= config.stop_after)
         control.should_log = last or stop or self.step % config.log_every == 0
         control.should_evaluate = self.trainer.held_out_rows is not None and (
             last or (config.evaluate_every > 0 and self.step % config.evaluate_every == 0)
@@ -398,9 +381,7 @@ class Reporter(TrainerCallback):
             "loss": logs["loss"],
             "gradient_norm": logs["grad_norm"],
             "learning_rate": logs["learning_rate"],
-            "tokens_per_second": (step - marked_step)
-            * self.tokens_per_step
-            / max(seconds - marked_seconds, 1e-9),
+            "tokens_per_second": (step - marked_step) * self.tokens_per_step / max(seconds - marked_seconds, 1e-9),
             "seconds": seconds,
         }
         if self.trainer.args.device.type == "cuda":
@@ -506,12 +487,8 @@ def _nothing_left(
 
 def _training_arguments(config: TrainConfig) -> TrainingArguments:
     """The Trainer's own arguments. When to log, evaluate and save is `Reporter`'s, so those are off here."""
-    cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not cuda:
-        raise ValueError("device: got 'cuda', but PyTorch finds no GPU here; wanted 'cpu' or 'auto'")
-    on_gpu = cuda and config.device != "cpu"
-    bf16_works = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and bf16_works)
+    device, dtype = choose_device(config.device, config.precision)
+    on_gpu = device.type == "cuda"
     arguments = TrainingArguments(
         output_dir=config.output,
         per_device_train_batch_size=config.rows,
@@ -519,7 +496,7 @@ def _training_arguments(config: TrainConfig) -> TrainingArguments:
         max_grad_norm=config.gradient_clip,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
-        bf16=bf16,
+        bf16=dtype == torch.bfloat16,
         use_cpu=not on_gpu,
         seed=config.seed,
         torch_compile=config.compile,
@@ -550,20 +527,6 @@ def _training_arguments(config: TrainConfig) -> TrainingArguments:
             stacklevel=3,
         )
     return arguments
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence the library's own progress bars and notes, which would break ours, and restore them."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 @contextmanager
