@@ -350,6 +350,10 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
             return None
         return attention_mask[:, attention_mask.shape[1] - columns :]
 
+    def _get_static_cache_init_shape(self) -> None:
+        """Asked by `generate` in order to allocate keys and values beforehand: our layers make their own states."""
+        return None
+
     def cost(self, length: int | None = None, dtype: torch.dtype | None = None) -> Cost:
         """What this model costs at a context of `length` tokens: see `loglinear.models.cost.Cost`."""
         return self.config.cost(length, dtype)

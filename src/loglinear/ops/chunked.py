@@ -414,7 +414,7 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     o, final, ends = tree_attention(
         q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, buckets, positions, return_state)  # fmt: skip
-    return o, _tensor(final, v), _tensor(ends, v, torch.int64)
+    return o.contiguous(), _tensor(final, v), _tensor(ends, v, torch.int64)
 
 
 def _tensor(x: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
