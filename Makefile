@@ -37,9 +37,11 @@ $(BIN)/python:
 	"$(PYTHON)" -m venv $(VENV)
 
 $(INSTALLED): pyproject.toml | $(BIN)/python
+	@echo "Installing into $(VENV): a few minutes, once."
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
 $(INSTALLED_DEV): pyproject.toml | $(BIN)/python
+	@echo "Installing into $(VENV): a few minutes, once."
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $(INSTALLED) $@
