@@ -208,6 +208,92 @@ def generate(
     )
 
 
+@evaluation.command("position-loss")
+def position_loss(
+    checkpoints: list[str] = typer.Argument(
+        help="Folders of checkpoints or of training runs. With several, the others are compared with the first."
+    ),
+    output: str = typer.Option("position-loss", "--output", "-o", help="Folder for the CSV and the plot."),
+    length: int | None = typer.Option(
+        None, min=1, help="Positions to evaluate. (default: the length that the first model is meant for)"
+    ),
+    data: list[str] = typer.Option(
+        [], help="Documents to evaluate on, as in training. (default: those held out from the first checkpoint's training)"
+    ),
+    all_documents: bool = typer.Option(
+        False, "--all-documents", help="Also take documents that end before the last position."
+    ),
+    max_documents: int = typer.Option(128, min=1, help="Evaluate at most this many documents, drawn at random."),
+    bucket: int | None = typer.Option(
+        None, min=1, help="Width of a bucket of positions. (default: doubling, 16, 16, 32, 64 ...)"
+    ),
+    label: list[str] = typer.Option([], help="Name of a checkpoint in table and plot, one for each."),
+    seed: int = typer.Option(0, help="Seed of the choice of documents."),
+    device: str = typer.Option(
+        "auto", metavar="auto|cpu|cuda", help="Where to run: auto takes the GPU when there is one."
+    ),
+) -> None:
+    """Loss against position in held-out documents.
+
+    How well does a model predict a token, by how much of the document it has read?
+    All checkpoints read the same documents, so their differences are paired.
+
+    Example: loglinear eval position-loss runs/linear runs/log-linear
+    """
+    from loglinear.evals.command import run_position_loss
+
+    run_position_loss(
+        checkpoints,
+        output,
+        device=device,
+        length=length,
+        data=data,
+        whole=not all_documents,
+        maximum=max_documents,
+        width=bucket,
+        labels=label,
+        seed=seed,
+    )
+
+
+@app.command("inspect")
+def inspect_model(
+    target: str = typer.Argument(help="Folder of a checkpoint or training run, or the name of a preset."),
+    output: str = typer.Option("inspect", "--output", "-o", help="Folder for the plots and the CSV."),
+    text: str | None = typer.Option(
+        None,
+        help="Show the level scales on this text. (default: some Python source; for a preset, which has no trained "
+        "weights, they are shown only if a text is given)",
+    ),
+    text_file: Path | None = typer.Option(None, "--text-file", "-f", help="Read the text from this file."),
+    lengths: list[str] = typer.Option([], help="Lengths of the cost table. (default: 1K,4K,16K,64K,256K,1M)"),
+    max_tokens: int | None = typer.Option(
+        None, min=1, help="Read this much of the text. (default: the model's length, at most 1024)"
+    ),
+    device: str = typer.Option(
+        "auto", metavar="auto|cpu|cuda", help="Where to run: auto takes the GPU when there is one."
+    ),
+) -> None:
+    """Look into a model: parameters, cost by length, partition, level scales.
+
+    Example: loglinear inspect log-linear-mamba2-825m
+
+    Example: loglinear inspect runs/first --text-file README.md
+    """
+    if text is not None and text_file is not None:
+        raise ValueError("got --text and --text-file, wanted one of them")
+    if text_file is not None:
+        if not text_file.is_file():
+            raise FileNotFoundError(f"no text file {text_file}")
+        text = text_file.read_text(encoding="utf-8")
+    from loglinear.bench.command import parse_lengths
+    from loglinear.evals.command import run_inspect
+    from loglinear.evals.inspection import COST_LENGTHS
+
+    chosen = parse_lengths(lengths) if lengths else COST_LENGTHS
+    run_inspect(target, output, text, chosen, max_tokens, device)
+
+
 @app.command()
 def bench(
     cpu: bool = typer.Option(False, "--cpu", help="Measure the processor even where there is a GPU."),

@@ -120,6 +120,12 @@ def legend_outside(axis: Axes, title: str | None = None) -> None:
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title=title, borderaxespad=0.0)
 
 
+def legend_below(figure: Figure, axis: Axes) -> None:
+    """Puts the legend of `axis` in a row below the whole figure."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))))
+
+
 @dataclass(frozen=True)
 class Series:
     """One line of a plot: its name, points, and optional error bars (one standard error, or low and high

@@ -1,0 +1,1 @@
+"""Evaluation of trained models: loss by position, and a look inside one."""

@@ -1,0 +1,165 @@
+"""What `loglinear eval position-loss` and `loglinear inspect` do: choose, compute, print, and leave files."""
+
+import inspect
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from loglinear import fenwick, plots
+from loglinear.data import ByteTokenizer, load_tokenizer
+from loglinear.data.tokenizers import encode_prompt
+from loglinear.evals import inspection, position_loss
+from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from loglinear.train import load_checkpoint, resolve_checkpoint
+from loglinear.train.checkpoints import choose_device
+
+
+def print_table(console: Console, title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Prints a table whose first column is text and whose others are numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for number, column in enumerate(header):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+
+
+def loss_unit(checkpoint: str | Path) -> str:
+    """What one token is in the loss of a checkpoint: a byte for the byte tokenizer."""
+    tokenizer = load_tokenizer(resolve_checkpoint(checkpoint))
+    return "nats per byte" if isinstance(tokenizer, ByteTokenizer) else "nats per token"
+
+
+def run_position_loss(
+    checkpoints: Sequence[str],
+    output: str | Path,
+    device: str = "auto",
+    console: Console | None = None,
+    **options,
+) -> position_loss.PositionLossResult:
+    """Evaluates checkpoints (see `position_loss.evaluate_checkpoints` for the options), prints the table,
+    writes CSV and plot.
+    """
+    console = console or Console()
+    result = position_loss.evaluate_checkpoints(checkpoints, device=choose_device(device, "fp32")[0], **options)
+    unit = loss_unit(checkpoints[0])
+    print_table(console, f"Loss by position ({unit}, ± standard error)", *position_loss.table_text(result))
+    for path in position_loss.write_result(result, output, unit):
+        console.print(f"wrote {path}", highlight=False)
+    return result
+
+
+def default_text() -> str:
+    """The text that λ is shown on where none is given: the source of a module of the standard library."""
+    return inspect.getsource(textwrap)
+
+
+def run_inspect(
+    target: str,
+    output: str | Path,
+    text: str | None = None,
+    lengths: Sequence[int] = inspection.COST_LENGTHS,
+    most_tokens: int | None = None,
+    device: str = "auto",
+    console: Console | None = None,
+) -> list[Path]:
+    """Prints and draws what a model is.
+
+    Args:
+        target: a checkpoint's or run's folder, or the name of a preset.
+        output: folder for the plots and the CSV of λ.
+        text: what λ is shown on; default: some Python source. For a preset, whose weights are random, λ is
+        only shown if it is given. lengths: of the cost table.
+        most_tokens: how many tokens of the text are read; default: what the model is meant for, at most 1024.
+        device: where to compute.
+        console: where the tables go.
+
+    Returns:
+        The files that were written.
+    """
+    console = console or Console()
+    output = Path(output)
+    preset = target in LogLinearConfig.presets() and not Path(target).exists()
+    config = LogLinearConfig.preset(target) if preset else LogLinearConfig.from_pretrained(_model_folder(target))
+    _print_model(console, target, config)
+    rows = inspection.cost_rows(config, lengths)
+    print_table(console, "Cost by length, full partition of that length", *inspection.cost_table(rows))
+    name = "log-linear state" if (config.num_levels or 1) > 1 else "state"
+    written = [plots.save(inspection.plot_memory({name: rows}, rows), output / "memory.png")]
+    levels = config.num_levels or 1
+    if levels > 1:
+        shown = min(64, config.max_position_embeddings)
+        for position in sorted({shown // 2 - 1, (shown * 5) // 8, shown - 1}):
+            console.print(inspection.partition_text(position, levels), highlight=False)
+        figure = inspection.plot_partition(shown, min(levels, fenwick.full_num_levels(shown)))
+        written.append(plots.save(figure, output / "partition.png"))
+    if levels > 1 and (text is not None or not preset):
+        written += _inspect_level_scales(console, target, config, preset, text, most_tokens, device, output)
+    for path in written:
+        console.print(f"wrote {path}", highlight=False)
+    return written
+
+
+def _model_folder(target: str) -> Path:
+    try:
+        return resolve_checkpoint(target)
+    except FileNotFoundError as error:
+        names = ", ".join(LogLinearConfig.presets())
+        raise FileNotFoundError(f"{error}; nor is {target!r} a preset ({names})") from error
+
+
+def _print_model(console: Console, target: str, config: LogLinearConfig) -> None:
+    found = config.cost(config.max_position_embeddings)
+    mixers = ", ".join(f"{config.mixers.count(name)} x {name}" for name in dict.fromkeys(config.mixers))
+    lines = [
+        ["layers", mixers],
+        ["width", f"{config.hidden_size}, MLP {config.intermediate_size}, vocabulary {config.vocab_size}"],
+        ["parameters", f"{found.parameters:,} ({found.parameters_non_embedding:,} without embedding and head)"],
+    ]
+    if config.mixer != "attention":
+        lines += [
+            ["heads", f"{config.num_heads}, state {config.state_size} x {config.head_dim} each"],
+            ["levels", str(config.num_levels)],
+            [
+                "state as configured",
+                f"{plots.format_bytes(found.state_bytes + found.conv_bytes)} per sequence at any length",
+            ],
+        ]
+    table = Table(title=target, title_justify="left", title_style="bold", show_header=False)
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+
+
+def _inspect_level_scales(
+    console: Console,
+    target: str,
+    config: LogLinearConfig,
+    preset: bool,
+    text: str | None,
+    most_tokens: int | None,
+    device: str,
+    output: Path,
+) -> list[Path]:
+    place = choose_device(device, "fp32")[0]
+    if preset:
+        torch.manual_seed(0)
+        model, tokenizer = LogLinearForCausalLM(config).to(place).eval(), ByteTokenizer()
+        console.print("A preset has no trained weights: the level scales below are those of random ones.")
+    else:
+        model, tokenizer = load_checkpoint(target, device=place)
+    if most_tokens is None:
+        most_tokens = min(1024, config.max_position_embeddings)
+    ids = encode_prompt(tokenizer, default_text() if text is None else text)[:most_tokens]
+    scales = inspection.level_scales_on(model, ids)
+    summaries = inspection.summarize_level_scales(scales)
+    title = f"Level scales λ on {len(ids)} tokens, mean over heads and over tokens with a filled bucket"
+    print_table(console, title, *inspection.level_scale_table(summaries))
+    return [
+        inspection.write_level_scales(output / "level_scales.csv", summaries),
+        plots.save(inspection.plot_level_scales(scales), output / "level_scales.png"),
+    ]
