@@ -131,7 +131,7 @@ def _name(node: ast.AST) -> str | None:
 
 
 def _unions_of_types(tree: ast.AST) -> Iterator[ast.AST]:
-    """Operators inside annotations, names for types, and the types given to `isinstance` and `cast`."""
+    """Operators where types are written: annotations, names for types, `isinstance`, `cast`, `… | None`."""
     for node in ast.walk(tree):
         places: list[ast.AST | None] = []
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -146,9 +146,16 @@ def _unions_of_types(tree: ast.AST) -> Iterator[ast.AST]:
             places.extend(node.args[:1])
         elif isinstance(node, ast.Assign) and _names_a_type(node):
             places.append(node.value)
+        elif isinstance(node, ast.BinOp) and any(_is_none(side) for side in (node.left, node.right)):
+            places.append(node)
         for place in places:
             if place is not None:
                 yield from (inner for inner in ast.walk(place) if isinstance(inner, ast.BinOp))
+
+
+def _is_none(node: ast.AST) -> bool:
+    """Whether an expression is `None`, which only types can be joined with."""
+    return isinstance(node, ast.Constant) and node.value is None
 
 
 def _names_a_type(node: ast.Assign) -> bool:
@@ -248,6 +255,7 @@ def test_bit_tricks_are_seen(source: str) -> None:
         "settings |= {'a': 1}",
         "A = {1}\nB = frozenset({2})\nC = A | B | other",
         "Index = slice | torch.Tensor",
+        "parameter(annotation=kind | None)",
         "mask = torch.logical_and(a, ~b)",
         "x = 'a << b, log2, c ^ d'",
     ],
