@@ -121,9 +121,7 @@ def test_cache_is_used_until_the_files_change(tmp_path):
 
     def load():
         documents = Documents(tmp_path / "text.txt")
-        return Corpus.load(
-            documents, ByteTokenizer(), tmp_path / "cache", lambda *counts: progress.append(counts)
-        )
+        return Corpus.load(documents, ByteTokenizer(), tmp_path / "cache", lambda *counts: progress.append(counts))
 
     assert load().num_tokens == 7 and progress == [(1, 7)]
     assert load().num_tokens == 7 and progress == [(1, 7)], "the second load reads the cache"

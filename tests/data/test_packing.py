@@ -35,9 +35,7 @@ def test_no_token_is_lost(corpus, length, epochs, shuffle):
     counted = Counter(np.concatenate([row.tokens for row in packed]).tolist())
     wanted = Counter(np.concatenate(list(corpus)).tolist())
     assert counted == {token: count * epochs for token, count in wanted.items()}
-    assert sorted(len(row.tokens) for row in packed)[1:] == [length] * (rows.num_rows - 1), (
-        "one row may be short"
-    )
+    assert sorted(len(row.tokens) for row in packed)[1:] == [length] * (rows.num_rows - 1), "one row may be short"
 
 
 @pytest.mark.parametrize("length", [7, 64, 500])
@@ -50,9 +48,7 @@ def test_every_sequence_lies_in_one_document(corpus, length):
         for place, piece in enumerate(pieces(row)):
             assert any(piece.astype(np.uint16).tobytes() in text for text in texts)
             assert not (piece[1:] == BEGIN).any() and not (piece[:-1] == END).any()
-            assert place == 0 or piece[0] == BEGIN, (
-                "inside a row a sequence starts only where a document does"
-            )
+            assert place == 0 or piece[0] == BEGIN, "inside a row a sequence starts only where a document does"
 
 
 def test_unshuffled_rows_are_the_corpus_in_order(corpus):

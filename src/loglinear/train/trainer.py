@@ -97,7 +97,10 @@ def train(config: TrainConfig) -> TrainResult:
         set_seed(config.seed)
         model = build_model(config, tokenizer)
         if config.recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            with warnings.catch_warnings():
+                # Newer releases of transformers have another name for it and warn; the older ones have this name only.
+                warnings.simplefilter("ignore", FutureWarning)
+                model.gradient_checkpointing_enable({"use_reentrant": False})
         rows = PackedRows(training, config.sequence_length, config.seed)
         arguments.max_steps = _number_of_steps(config, training, arguments.world_size)
         first_step = 0 if checkpoint is None else _check_position(checkpoint, rows, config, arguments.world_size)
@@ -360,6 +363,7 @@ class Reporter(TrainerCallback):
         control.should_training_stop = last or stop
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        assert logs is not None
         if "loss" in logs:
             self._report_training(state.global_step, logs)
         elif "held_out_loss" in logs:

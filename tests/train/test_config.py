@@ -1,0 +1,106 @@
+"""The training configuration: values, files, flags that win, and what a resumed run may change."""
+
+import dataclasses
+
+import pytest
+
+from loglinear.train import TrainConfig
+from loglinear.train.config import read_mapping
+
+
+def test_defaults_are_valid_and_every_field_says_what_it_is():
+    config = TrainConfig()
+    assert config.steps is None and config.epochs is None
+    assert all(len(one.metadata["help"]) > 10 for one in dataclasses.fields(TrainConfig))
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "yml", "toml", "json"])
+def test_files_say_the_same(tmp_path, suffix):
+    texts = {
+        "yaml": "steps: 7\nlearning_rate: 3e-4\ndata: [a.txt, b.txt]\nmodel_options: {num_levels: 4}\n",
+        "toml": 'steps = 7\nlearning_rate = 3e-4\ndata = ["a.txt", "b.txt"]\n[model_options]\nnum_levels = 4\n',
+        "json": '{"steps": 7, "learning_rate": 3e-4, "data": ["a.txt", "b.txt"], "model_options": {"num_levels": 4}}',
+    }
+    path = tmp_path / f"config.{suffix}"
+    path.write_text(texts.get(suffix, texts["yaml"]))
+    wanted = TrainConfig(steps=7, learning_rate=3e-4, data=["a.txt", "b.txt"], model_options={"num_levels": 4})
+    assert TrainConfig.from_file(path) == wanted
+
+
+def test_save_and_read_back(tmp_path):
+    config = TrainConfig(epochs=0.5, data=["é.txt"], hub_subset="en", model_options={"num_levels": 1})
+    config.save(tmp_path / "c.yaml")
+    assert TrainConfig.from_file(tmp_path / "c.yaml") == config
+
+
+def test_what_belongs_to_one_call_is_not_saved(tmp_path):
+    TrainConfig(resume=True, stop_after=3).save(tmp_path / "c.yaml")
+    saved = TrainConfig.from_file(tmp_path / "c.yaml")
+    assert saved.resume is False and saved.stop_after is None
+
+
+def test_replace_takes_back_the_other_length():
+    assert TrainConfig(epochs=2).replace(steps=5).epochs is None
+    assert TrainConfig(steps=5).replace(epochs=2).steps is None
+    with pytest.raises(ValueError, match="steps=5 and epochs=2"):
+        TrainConfig(epochs=2).replace(steps=5, epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rte": 1e-3}, "unknown training option 'learning_rte'; did you mean 'learning_rate'?"),
+        ({"zzz": 1}, "unknown training option 'zzz'; known: output, data"),
+        ({"steps": 0}, "steps: got 0, wanted at least 1"),
+        ({"steps": 1, "epochs": 1}, "got steps=1 and epochs=1.0, wanted one of them"),
+        ({"epochs": 0}, "epochs: got 0.0, wanted more than 0"),
+        ({"data": []}, "data: got nothing"),
+        ({"sequence_length": 1}, "sequence_length: got 1, wanted at least 2"),
+        ({"schedule": "cosin"}, "schedule: got 'cosin', wanted one of 'cosine', 'linear', 'constant'"),
+        ({"precision": "fp16"}, "precision: got 'fp16', wanted one of"),
+        ({"learning_rate": 0}, "learning_rate: got 0.0, wanted more than 0"),
+        ({"learning_rate": float("nan")}, "learning_rate: got nan, wanted more than 0"),
+        ({"held_out_fraction": 1.0}, "held_out_fraction: got 1.0, wanted at least 0 and less than 1"),
+        ({"warmup_fraction": 1.5}, "warmup_fraction: got 1.5, wanted 0 to 1"),
+        ({"weight_decay": -0.1}, "weight_decay: got -0.1, wanted at least 0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_values_are_refused(values, message):
+    with pytest.raises(ValueError) as caught:
+        TrainConfig.from_mapping(values)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"steps": "many"}, {"steps": 1.5}, {"steps": True}, {"compile": "yes"}, {"data": [3]}, {"model_options": [1]},
+     {"learning_rate": "fast"}, {"output": None}],
+    ids=str,
+)  # fmt: skip
+def test_wrong_types_are_refused(values):
+    with pytest.raises(TypeError, match=f"{next(iter(values))}: got "):
+        TrainConfig(**values)
+
+
+def test_wrong_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no configuration file"):
+        read_mapping(tmp_path / "absent.yaml")
+    for name, content, message in [
+        ("c.ini", "", "got the suffix '.ini', wanted .yaml"),
+        ("c.toml", "= 3", "not TOML"),
+        ("c.yaml", "a: [", "cannot be parsed"),
+        ("d.yaml", "- 1", "got a list, wanted keys and values"),
+    ]:
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_mapping(tmp_path / name)
+    (tmp_path / "empty.yaml").write_text("")
+    assert read_mapping(tmp_path / "empty.yaml") == {}
+
+
+def test_resuming_allows_only_what_changes_no_result():
+    saved = TrainConfig(steps=10)
+    saved.replace(steps=20, save_every=3, output="elsewhere", tensorboard=False).check_resumes(saved)
+    with pytest.raises(ValueError, match=r"learning_rate: saved 0\.001, now 0\.1; seed|seed: saved 0, now 1"):
+        saved.replace(learning_rate=0.1, seed=1).check_resumes(saved)

@@ -1,0 +1,463 @@
+"""Training real models on real text: what is learned, written, stopped and resumed."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loglinear.data import ByteTokenizer, PackedRows
+from loglinear.models import LogLinearForCausalLM
+from loglinear.train import NonFiniteError, TrainConfig, held_out_corpus, load_checkpoint, resolve_checkpoint, train
+from loglinear.train.checkpoints import load_corpora, newest_checkpoint
+from loglinear.train.reporting import read_metrics
+from loglinear.train.schedule import learning_rate_factor
+from loglinear.train.trainer import build_model
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Tokenized text, shared by the runs of this module."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def settings(cache, tmp_path):
+    """A run of a tiny model on a few files of the standard library, of a few seconds."""
+    return TrainConfig(
+        model="tiny-gated-deltanet",
+        max_documents=30,
+        held_out_fraction=0.2,
+        sequence_length=64,
+        rows=2,
+        steps=6,
+        learning_rate=3e-3,
+        log_every=1,
+        evaluate_every=3,
+        evaluation_rows=3,
+        save_every=0,
+        tensorboard=False,
+        progress=False,
+        device="cpu",
+        cache=cache,
+        output=str(tmp_path / "run"),
+    )
+
+
+def weights(checkpoint):
+    return load_file(Path(checkpoint) / "model.safetensors")
+
+
+def assert_same_checkpoint(one, other):
+    """Weights, moments, schedule, random state and position in the data are equal, bit for bit."""
+    mine, theirs = weights(one), weights(other)
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert torch.equal(mine[name], theirs[name]), name
+    mine, theirs = (torch.load(Path(path) / "optimizer.pt", weights_only=True) for path in (one, other))
+    assert mine["param_groups"] == theirs["param_groups"]
+    for index, moments in mine["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, theirs["state"][index][name]), (index, name)
+    mine, theirs = (torch.load(Path(path) / "scheduler.pt", weights_only=True) for path in (one, other))
+    assert mine == theirs
+    mine, theirs = (torch.load(Path(path) / "rng_state.pth", weights_only=False) for path in (one, other))
+    assert torch.equal(mine["cpu"], theirs["cpu"]) and mine["python"] == theirs["python"]
+    assert (Path(one) / "data_position.json").read_text() == (Path(other) / "data_position.json").read_text()
+
+
+def curve(output):
+    """What the metrics say of every step, without times."""
+    timed = ("seconds", "tokens_per_second")
+    rows = read_metrics(Path(output) / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name not in timed} for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run learns and writes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(cache, tmp_path_factory):
+    """A run of 40 steps with everything that can be written."""
+    config = TrainConfig(
+        model="tiny-mamba2",
+        max_documents=30,
+        held_out_fraction=0.2,
+        sequence_length=96,
+        rows=2,
+        accumulation=2,
+        steps=40,
+        learning_rate=5e-3,
+        weight_decay=0.3,
+        log_every=5,
+        evaluate_every=20,
+        evaluation_rows=0,
+        save_every=10,
+        keep_checkpoints=2,
+        progress=False,
+        device="cpu",
+        cache=cache,
+        output=str(tmp_path_factory.mktemp("finished") / "run"),
+    )
+    return config, train(config)
+
+
+def test_loss_falls_on_real_text(finished):
+    config, result = finished
+    losses = [row["loss"] for row in read_metrics(result.output / "metrics.jsonl") if "loss" in row]
+    assert losses[0] == pytest.approx(math.log(259), abs=0.7), "an untrained model knows nothing"
+    assert losses[-1] < 3.7 and result.loss == losses[-1]
+    assert result.held_out_loss < 3.8
+    assert result.finished and result.steps == 40 and result.tokens == 40 * 4 * 96
+
+
+def test_metrics_hold_every_report(finished):
+    config, result = finished
+    rows = read_metrics(result.output / "metrics.jsonl")
+    training = [row for row in rows if "loss" in row]
+    held_out = [row for row in rows if "held_out_loss" in row]
+    assert [row["step"] for row in training] == list(range(5, 41, 5))
+    assert [row["step"] for row in held_out] == [20, 40]
+    assert held_out[-1]["held_out_loss"] == result.held_out_loss
+    for row in training:
+        assert row.keys() == {
+            "step",
+            "tokens",
+            "loss",
+            "gradient_norm",
+            "learning_rate",
+            "tokens_per_second",
+            "seconds",
+        }
+        assert row["tokens"] == row["step"] * 4 * 96 and row["gradient_norm"] > 0 and row["tokens_per_second"] > 0
+        factor = learning_rate_factor(
+            row["step"] - 1, steps=40, schedule="cosine", warmup_fraction=0.05, final_fraction=0.1
+        )
+        assert row["learning_rate"] == pytest.approx(5e-3 * factor)
+    seconds = [row["seconds"] for row in training]
+    assert seconds == sorted(seconds)
+
+
+def test_held_out_loss_is_the_mean_over_every_held_out_token(finished):
+    config, result = finished
+    model, tokenizer = load_checkpoint(result.output)
+    _, held_out = load_corpora(config, tokenizer)
+    # Rows cut elsewhere see other contexts: these are the run's own.
+    rows = PackedRows(held_out, 96, seed=0, epochs=1)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for number in range(rows.num_rows):
+            row = rows[number]
+            for begin, end in zip(row.starts, [*row.starts[1:], len(row.tokens)], strict=True):
+                ids = torch.from_numpy(row.tokens[begin:end])[None]
+                if ids.shape[1] > 1:
+                    logits = model(ids).logits[0, :-1]
+                    total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+                    count += ids.shape[1] - 1
+    row = [row for row in read_metrics(result.output / "metrics.jsonl") if "held_out_loss" in row][-1]
+    assert row["held_out_tokens"] == count
+    assert row["held_out_loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_tensorboard_holds_the_same_numbers(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, result = finished
+    events = EventAccumulator(str(result.output / "tensorboard"))
+    events.Reload()
+    logged = {event.step: event.value for event in events.Scalars("loss")}
+    rows = [row for row in read_metrics(result.output / "metrics.jsonl") if "loss" in row]
+    assert logged == pytest.approx({row["step"]: row["loss"] for row in rows}, rel=1e-6)
+    assert {"held_out_loss", "learning_rate", "gradient_norm", "tokens_per_second"} <= set(events.Tags()["scalars"])
+
+
+def test_checkpoints_are_whole_and_the_newest_are_kept(finished):
+    config, result = finished
+    assert sorted(path.name for path in result.output.glob("checkpoint-*")) == ["checkpoint-30", "checkpoint-40"]
+    assert result.checkpoint == result.output / "checkpoint-40" == resolve_checkpoint(result.output)
+    assert resolve_checkpoint(result.checkpoint) == result.checkpoint
+    model, tokenizer = load_checkpoint(result.output)
+    assert isinstance(model, LogLinearForCausalLM) and not model.training and isinstance(tokenizer, ByteTokenizer)
+    assert model.config.vocab_size == 259 and model.config.eos_token_id == 257 and model.config.use_cache
+    for folder in (result.output, result.checkpoint):
+        assert TrainConfig.from_file(folder / "train_config.yaml") == config
+
+
+def test_held_out_documents_are_found_again_and_were_not_trained_on(finished):
+    config, result = finished
+    training, held_out = load_corpora(config, ByteTokenizer())
+    again = held_out_corpus(result.checkpoint)
+    assert again.identity == held_out.identity and len(again) > 1
+    assert not {tokens.tobytes() for tokens in training}.intersection(tokens.tobytes() for tokens in again)
+
+
+def test_weight_decay_is_used_as_the_model_says(finished):
+    config, result = finished
+    groups = torch.load(result.checkpoint / "optimizer.pt", weights_only=True)["param_groups"]
+    model, _ = load_checkpoint(result.output)
+    names = [name for group in groups for name in group["param_names"]]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    decay = {name: group["weight_decay"] for group in groups for name in group["param_names"]}
+    for name, value in decay.items():
+        spared = any(part in name for part in ("norm", "A_log", "dt_bias", "level_scales", "bias"))
+        assert value == (0.0 if spared or name.endswith(".D") else 0.3), name
+    for part in ("A_log", "dt_bias", ".D", "level_scales", "norm"):
+        assert any(part in name for name in names), f"the model has {part}"
+    assert {(group["betas"], group["eps"]) for group in groups} == {((0.9, 0.95), 1e-8)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stop and resume
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "accumulation", "length"),
+    [("tiny-gated-deltanet", 1, 64), ("tiny-mamba2", 2, 50), ("tiny-attention", 1, 33)],
+)
+def test_stop_and_resume_equals_train(settings, tmp_path, model, accumulation, length):
+    """Twice interrupted, on so little text that epochs end on the way: nothing differs from an unbroken run."""
+    (tmp_path / "texts").mkdir()
+    for number in range(6):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"{number} and so on, " * (2 + number % 3))
+    config = settings.replace(
+        data=[str(tmp_path / "texts")], model=model, accumulation=accumulation, sequence_length=length, steps=7
+    )
+    whole = train(config.replace(output=str(tmp_path / "whole")))
+    first = train(config.replace(stop_after=3))
+    assert not first.finished and first.steps == 3 and first.checkpoint.name == "checkpoint-3"
+    second = train(config.replace(stop_after=1, resume=True))
+    assert not second.finished and second.steps == 4
+    third = train(config.replace(resume=True))
+    assert third.finished and third.steps == 7
+    assert_same_checkpoint(whole.checkpoint, third.checkpoint)
+    assert curve(whole.output) == curve(third.output)
+    assert whole.tokens > 2 * load_corpora(config, ByteTokenizer())[0].num_tokens, "epochs ended on the way"
+
+
+def test_resuming_from_an_older_checkpoint_writes_each_step_once(settings):
+    import shutil
+
+    config = settings.replace(save_every=2)
+    first = train(config)
+    before = curve(first.output)
+    shutil.rmtree(first.output / "checkpoint-6")
+    # A checkpoint that was cut off while it was written is not taken.
+    (first.output / "checkpoint-5").mkdir()
+    (first.output / "checkpoint-5" / "config.json").write_text("{}")
+    assert newest_checkpoint(first.output).name == "checkpoint-4"
+    second = train(config.replace(resume=True))
+    assert second.checkpoint.name == "checkpoint-6"
+    assert curve(second.output) == before
+
+
+def test_resume_starts_where_there_is_nothing_and_ends_where_all_is_done(settings):
+    first = train(settings.replace(resume=True))
+    assert first.finished and first.steps == 6
+    again = train(settings.replace(resume=True))
+    assert (again.checkpoint, again.steps, again.loss) == (first.checkpoint, 6, first.loss)
+    assert again.held_out_loss == first.held_out_loss and again.seconds == 0
+    longer = train(settings.replace(resume=True, steps=8))
+    assert longer.steps == 8 and longer.checkpoint.name == "checkpoint-8"
+
+
+def test_a_run_is_not_overwritten_and_not_resumed_as_another(settings, tmp_path, monkeypatch):
+    train(settings)
+    with pytest.raises(FileExistsError, match="holds a run up to step 6; resume it"):
+        train(settings)
+    again = settings.replace(resume=True, steps=8)
+    with pytest.raises(ValueError, match=r"cannot resume.*learning_rate: saved 0\.003, now 0\.1"):
+        train(again.replace(learning_rate=0.1))
+    with pytest.raises(ValueError, match="cannot resume.*data: saved"):
+        train(again.replace(data=[str(tmp_path)]))
+    # The same sources, but what they hold has changed.
+    position = tmp_path / "run" / "checkpoint-6" / "data_position.json"
+    saved = json.loads(position.read_text())
+    position.write_text(json.dumps(saved | {"corpus": "another"}))
+    with pytest.raises(ValueError, match="does not fit the data of this run.*corpus: saved another"):
+        train(again)
+    position.write_text(json.dumps(saved | {"rows_per_step": 8}))
+    with pytest.raises(ValueError, match="a step took 8 rows, and would take 2 now"):
+        train(again)
+
+
+def test_interrupt_saves_and_resumes_exactly(settings, tmp_path, monkeypatch):
+    config = settings.replace(evaluate_every=0)
+    whole = train(config.replace(output=str(tmp_path / "whole")))
+    forward, calls = LogLinearForCausalLM.forward, []
+
+    def interrupted(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, *arguments, **options)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(LogLinearForCausalLM, "forward", interrupted)
+        stopped = train(config)
+    assert not stopped.finished and stopped.steps == 3
+    assert signal.getsignal(signal.SIGINT) is handler
+    resumed = train(config.replace(resume=True))
+    assert_same_checkpoint(whole.checkpoint, resumed.checkpoint)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is not finite
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def break_at(monkeypatch, call, how):
+    """Break the model's `call`-th forward pass: its loss, or only the gradient of its head."""
+    forward, calls = LogLinearForCausalLM.forward, []
+
+    def broken(self, *arguments, **options):
+        output = forward(self, *arguments, **options)
+        calls.append(1)
+        if len(calls) == call and how == "loss":
+            output.loss = output.loss * float("nan")
+        if len(calls) == call and how == "gradient":
+            output.loss.register_hook(lambda gradient: gradient * float("inf"))
+        return output
+
+    monkeypatch.setattr(LogLinearForCausalLM, "forward", broken)
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_non_finite_stops_with_the_last_good_step(settings, tmp_path, monkeypatch, how):
+    config = settings.replace(evaluate_every=0)
+    whole = train(config.replace(output=str(tmp_path / "whole"), save_every=1, keep_checkpoints=0))
+    with monkeypatch.context() as patch:
+        break_at(patch, 5, how)
+        with pytest.raises(
+            NonFiniteError, match=r"step 5 was not finite .*the last good step, 4, is saved in"
+        ) as caught:
+            train(config)
+    assert caught.value.checkpoint == tmp_path / "run" / "checkpoint-4"
+    good = weights(whole.output / "checkpoint-4")
+    model, _ = load_checkpoint(caught.value.checkpoint)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, good[name]) and torch.isfinite(value).all(), name
+    resumed = train(config.replace(resume=True))
+    assert_same_checkpoint(whole.checkpoint, resumed.checkpoint)
+
+
+def test_broken_weights_are_never_saved_as_good(settings, monkeypatch):
+    step = torch.optim.AdamW.step
+
+    def overshoot(self, *arguments, **options):
+        step(self, *arguments, **options)
+        self.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", overshoot)
+        with pytest.raises(NonFiniteError, match="there is no checkpoint before it") as caught:
+            train(settings.replace(evaluate_every=0))
+    assert caught.value.checkpoint is None
+    assert newest_checkpoint(settings.output) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ways to run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_accumulated_passes_equal_one_pass(settings, tmp_path):
+    one = train(settings.replace(rows=4, output=str(tmp_path / "one")))
+    four = train(settings.replace(rows=1, accumulation=4))
+    for mine, theirs in zip(curve(one.output), curve(four.output), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+def test_recomputing_activations_changes_nothing(settings, tmp_path):
+    plain = train(settings.replace(steps=3, output=str(tmp_path / "plain")))
+    recomputed = train(settings.replace(steps=3, recompute=True))
+    for mine, theirs in zip(curve(plain.output), curve(recomputed.output), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+def test_bf16_and_workers_and_no_held_out(settings):
+    result = train(
+        settings.replace(precision="bf16", workers=1, held_out_fraction=0, steps=3, gradient_clip=0, schedule="linear")
+    )
+    assert result.held_out_loss is None and math.isfinite(result.loss)
+    assert all(value.dtype == torch.float32 for value in weights(result.checkpoint).values())
+    with pytest.raises(ValueError, match="held out no documents"):
+        held_out_corpus(result.checkpoint)
+
+
+def test_epochs_count_the_training_text(settings, tmp_path):
+    (tmp_path / "t.txt").write_text("ab" * 500)
+    config = settings.replace(data=[str(tmp_path / "t.txt")], held_out_fraction=0, epochs=1.5)
+    result = train(config)
+    assert result.steps == math.ceil(1.5 * 1002 / 128)
+
+
+def test_hugging_face_tokenizer_and_model_file(settings, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate(["?", "<end>", "import", "def", "self", "return", "("])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?", eos_token="<end>").save_pretrained(
+        tmp_path / "tok"
+    )
+    (tmp_path / "model.yaml").write_text(
+        "mixer: linear_attention\nhidden_size: 32\nnum_hidden_layers: 1\nnum_heads: 2\n"
+    )
+    result = train(
+        settings.replace(
+            tokenizer=str(tmp_path / "tok"), model=str(tmp_path / "model.yaml"), model_options={"num_levels": 3}
+        )
+    )
+    model, tokenizer = load_checkpoint(result.output)
+    assert len(tokenizer) == model.config.vocab_size == 7
+    assert model.config.mixer == "linear_attention" and model.config.num_levels == 3
+    assert model.config.eos_token_id == 1 and model.config.bos_token_id is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "tiny-gated-deltanett"}, "unknown preset.*did you mean 'tiny-gated-deltanet'"),
+        ({"model": "absent.yaml"}, "no configuration file absent.yaml"),
+        ({"model_options": {"num_level": 3}}, "unknown configuration key 'num_level'; did you mean 'num_levels'"),
+        ({"model_options": {"vocab_size": 100}}, "vocab_size: got 100, wanted at least the tokenizer's 259"),
+        ({"data": ["absent.txt"]}, "wanted an existing file"),
+        ({"held_out_fraction": 0.2, "max_documents": 1}, "wanted at least 2 different documents"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_is_refused(settings, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(settings.replace(**changes))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(settings):
+    with pytest.raises(ValueError, match="device: got 'cuda', but PyTorch finds no GPU"):
+        train(settings.replace(device="cuda"))
+
+
+def test_weights_are_by_the_seed(settings):
+    def first_weights(seed):
+        from transformers import set_seed
+
+        set_seed(seed)
+        return build_model(settings, ByteTokenizer()).lm_head.weight
+
+    assert torch.equal(first_weights(1), first_weights(1)) and not torch.equal(first_weights(1), first_weights(2))
+
+
+def test_missing_checkpoints_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="wanted the folder of a checkpoint"):
+        resolve_checkpoint(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="no model in"):
+        resolve_checkpoint(tmp_path)
