@@ -47,7 +47,8 @@ def run_position_loss(
     console = console or Console()
     result = position_loss.evaluate_checkpoints(checkpoints, device=choose_device(device, "fp32")[0], **options)
     unit = loss_unit(checkpoints[0])
-    print_table(console, f"Loss by position ({unit}, ± standard error)", *position_loss.table_text(result))
+    print_table(console, f"Loss by position ({unit})", *position_loss.table_text(result))
+    console.print(position_loss.TABLE_NOTE, highlight=False)
     for path in position_loss.write_result(result, output, unit):
         console.print(f"wrote {path}", highlight=False)
     return result
@@ -142,7 +143,7 @@ def _inspect_level_scales(
     preset: bool,
     text: str | None,
     most_tokens: int | None,
-    device: str,
+    device: torch.device | str,
     output: Path,
 ) -> list[Path]:
     place = choose_device(device, "fp32")[0]

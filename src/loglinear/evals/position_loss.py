@@ -62,8 +62,10 @@ class LossDifference:
 
     @property
     def clear(self) -> bool:
-        """Whether the difference is more than two standard errors away from zero."""
-        return self.standard_error is not None and abs(self.difference) > 2 * self.standard_error
+        """Whether the difference is clearly not zero: paired t-test over documents, two-sided, 5 % level."""
+        if self.standard_error is None:
+            return False
+        return abs(self.difference) > student_quantile(self.documents - 1) * self.standard_error
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,12 @@ class PositionLossResult:
     differences: list[LossDifference]
     losses: dict[str, list[np.ndarray]]
     length: int
+
+
+def student_quantile(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t distribution with `degrees` of freedom (to within 0.01)."""
+    few = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+    return few[degrees - 1] if degrees <= len(few) else 1.96 + 2.4 / degrees + 3.2 / degrees**2
 
 
 def bucket_edges(length: int, width: int | None = None) -> list[int]:
@@ -333,6 +341,11 @@ def _position_axis(axis, result: PositionLossResult) -> None:
     plots.token_axis(axis, edges, "position in the document (tokens; bars: ± 1 standard error)")
 
 
+TABLE_NOTE = (
+    "± one standard error over documents; * a difference from zero at the 5 % level (paired t-test over documents)"
+)
+
+
 def table_text(result: PositionLossResult) -> tuple[list[str], list[list[str]]]:
     """Header and lines for the terminal and for Markdown: loss ± standard error of each model by bucket,
     then the differences.
@@ -349,16 +362,16 @@ def table_text(result: PositionLossResult) -> tuple[list[str], list[list[str]]]:
         line += [plus_minus(cells[name, start].loss, cells[name, start].standard_error) for name in names]
         for name in names[1:]:
             difference = paired[name, start]
-            verdict = "" if difference.clear else " (within noise)"
-            line.append(plus_minus(difference.difference, difference.standard_error, sign=True) + verdict)
+            mark = " *" if difference.clear else ""
+            line.append(plus_minus(difference.difference, difference.standard_error, sign=True) + mark)
         lines.append(line)
     return header, lines
 
 
 def plus_minus(value: float, error: float | None, sign: bool = False) -> str:
     """A number with its standard error: 1.234 ± 0.012."""
-    text = f"{value:+.4f}" if sign else f"{value:.4f}"
-    return text if error is None else f"{text} ± {error:.4f}"
+    text = f"{value:+.3f}" if sign else f"{value:.3f}"
+    return text if error is None else f"{text} ± {error:.3f}"
 
 
 def labels_of(paths: Sequence[str | Path]) -> list[str]:
@@ -368,15 +381,14 @@ def labels_of(paths: Sequence[str | Path]) -> list[str]:
     parts = []
     for path in paths:
         names = [name for name in Path(path).resolve().parts if name != "/"]
-        if len(names) > 1 and names[-1].startswith("checkpoint-"):
-            names = [*names[:-2], f"{names[-2]}/{names[-1]}"] if len(paths) > 1 else names[:-1]
-        parts.append(names)
-    depth = 1
-    while True:
-        labels = ["/".join(names[-depth:]) for names in parts]
-        if len(set(labels)) == len(labels) or all(depth >= len(names) for names in parts):
-            return [label if labels.count(label) == 1 else f"{label} ({n + 1})" for n, label in enumerate(labels)]
-        depth += 1
+        whole = names[-1:] and names[-1].startswith("checkpoint-") and len(names) > 1
+        parts.append((names[:-1], [names[-1]]) if whole else (names, []))
+    for with_step in (False, True):
+        for depth in range(1, max(len(names) for names, _ in parts) + 1):
+            labels = ["/".join([*names[-depth:], *(step if with_step else [])]) for names, step in parts]
+            if len(set(labels)) == len(labels):
+                return labels
+    return [f"{label} ({number})" for number, label in enumerate(labels, start=1)]
 
 
 def evaluate_checkpoints(
@@ -386,7 +398,7 @@ def evaluate_checkpoints(
     whole: bool = True,
     maximum: int | None = 128,
     width: int | None = None,
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
     labels: Sequence[str] = (),
     seed: int = 0,
     tokens_per_batch: int = 16_384,

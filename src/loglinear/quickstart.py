@@ -1,0 +1,449 @@
+"""The quickstart: train a small log-linear model and its plain linear twin on the Python standard library,
+and compare them.
+
+Nothing is downloaded. The twins see the same data in the same order, start from the same weights wherever
+they have the same ones, and are trained for the same number of steps: as many as fit into a time budget on
+this machine. Everything that comes out is in one folder, with a `report.md` that shows it.
+"""
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from loglinear import fenwick, plots
+from loglinear.bench.report import markdown
+from loglinear.bench.rows import environment
+from loglinear.data import PackedRows, join_rows, load_tokenizer
+from loglinear.evals import inspection, position_loss
+from loglinear.evals.command import default_text, print_table
+from loglinear.generate import Generation, generate_text
+from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from loglinear.train import TrainConfig, TrainResult, held_out_corpus, load_checkpoint, train
+from loglinear.train.checkpoints import choose_device, load_corpora
+from loglinear.train.reporting import quiet_transformers, read_metrics
+from loglinear.train.trainer import build_model
+
+LINEAR, LOG_LINEAR = "linear", "log-linear"
+PROMPT = "import os\n\n\ndef read_lines(path):\n"
+_CALIBRATION_STEPS = 4
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """What the quickstart does. `choose` fills in what suits the machine.
+
+    Attributes:
+        output: folder for everything; it must not hold an earlier quickstart.
+        log_linear_model, linear_model: presets of the twins; they differ in the number of levels alone.
+        data: sources of documents, as for training.
+        sequence_length, rows: tokens per row, rows per step.
+        steps: optimiser steps of each twin; None: as many as fit into `training_seconds` for both together.
+        training_seconds: see steps.
+        learning_rate, seed: of both.
+        evaluation_documents: held-out documents that are read for the comparison.
+        sample_tokens: tokens of the generated samples.
+        device: "cpu" or "cuda".
+        max_documents: read at most so many documents of the data (None: all).
+        cache: folder for tokenized data (None: the user's cache folder).
+    """
+
+    output: str = "quickstart"
+    log_linear_model: str = "quickstart-log-linear-gated-deltanet"
+    linear_model: str = "quickstart-gated-deltanet"
+    data: tuple[str, ...] = ("stdlib",)
+    sequence_length: int = 1024
+    rows: int = 4
+    steps: int | None = None
+    training_seconds: float = 200.0
+    learning_rate: float = 3e-3
+    seed: int = 0
+    evaluation_documents: int = 48
+    sample_tokens: int = 200
+    device: str = "cpu"
+    max_documents: int | None = None
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "rows", "steps", "evaluation_documents", "sample_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.training_seconds <= 0:
+            raise ValueError(f"training_seconds must be more than 0, got {self.training_seconds}")
+
+
+@dataclass(frozen=True)
+class QuickstartResult:
+    """What the quickstart found. `runs` and `samples` are by twin, "linear" and "log-linear"."""
+
+    config: QuickstartConfig
+    steps: int
+    runs: dict[str, TrainResult]
+    losses: position_loss.PositionLossResult
+    overall: position_loss.LossDifference
+    samples: dict[str, Generation]
+    memory: dict[str, list[inspection.CostRow]]
+    files: dict[str, Path]
+    seconds: float
+
+
+def choose(device: str = "auto", preset: str | None = None, **changes) -> QuickstartConfig:
+    """The quickstart for a machine: the small twins on a processor, twins of about 30M parameters on a GPU.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+        preset: another log-linear Gated DeltaNet preset to train; its linear twin is the same with one level.
+        changes: fields of `QuickstartConfig`; None leaves a field as it is.
+
+    Raises:
+        ValueError: a preset without levels, or a field out of its range.
+    """
+    place = choose_device(device, "auto")[0].type
+    config = QuickstartConfig(device=place)
+    if place == "cuda":
+        config = replace(
+            config,
+            log_linear_model="small-log-linear-gated-deltanet",
+            linear_model="small-gated-deltanet",
+            sequence_length=8192,
+            rows=4,
+            training_seconds=240.0,
+            learning_rate=1e-3,
+            evaluation_documents=64,
+            sample_tokens=400,
+        )
+    if preset is not None:
+        config = replace(config, log_linear_model=preset, linear_model=preset)
+    return replace(config, **{name: value for name, value in changes.items() if value is not None})
+
+
+def run(config: QuickstartConfig, console: Console | None = None) -> QuickstartResult:
+    """Runs the whole quickstart.
+
+    Raises:
+        FileExistsError: the output folder already holds one.
+        ValueError: data or presets that do not fit.
+    """
+    console = console or Console()
+    started = time.perf_counter()
+    folder = Path(config.output)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"the folder {folder} is not empty: name another one with --output, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    configs = {name: _train_config(config, name, config.steps or 1) for name in (LINEAR, LOG_LINEAR)}
+    console.print(f"Reading {', '.join(config.data)} …", highlight=False)
+    steps = config.steps
+    if steps is None:
+        speeds = {name: seconds_per_step(configs[name]) for name in configs}
+        steps = max(2, int(config.training_seconds / sum(speeds.values())))
+        console.print(
+            f"One step takes {speeds[LINEAR]:.2f} s (linear) and {speeds[LOG_LINEAR]:.2f} s (log-linear) here: "
+            f"{steps} steps each.",
+            highlight=False,
+        )
+    weights = _initial_weights(configs[LOG_LINEAR])
+    runs = {}
+    for name in configs:
+        console.print(f"Training the {name} Gated DeltaNet, {steps} steps …", highlight=False)
+        configs[name] = _train_config(config, name, steps)
+        runs[name] = train(configs[name], prepare=lambda model: _copy_matching(weights, model))
+    console.print("Comparing them on held-out documents …", highlight=False)
+    models = {name: load_checkpoint(run.checkpoint, device=config.device)[0] for name, run in runs.items()}
+    with quiet_transformers():
+        corpus = held_out_corpus(runs[LINEAR].checkpoint)
+    documents = position_loss.choose_documents(corpus, config.sequence_length, True, config.evaluation_documents)
+    losses = position_loss.evaluate(models, documents, config.sequence_length)
+    overall = position_loss.compare(
+        LOG_LINEAR,
+        losses.losses[LOG_LINEAR],
+        LINEAR,
+        losses.losses[LINEAR],
+        [0, config.sequence_length],
+    )[0]
+    tokenizer = load_tokenizer(configs[LINEAR].tokenizer)
+    samples = {
+        name: generate_text(
+            model, tokenizer, PROMPT, max_new_tokens=config.sample_tokens, temperature=0.7, seed=config.seed
+        )
+        for name, model in models.items()
+    }
+    memory = {name: inspection.cost_rows(model.config) for name, model in models.items()}
+    files = _write_files(folder, runs, losses, memory, models[LOG_LINEAR], tokenizer, config)
+    result = QuickstartResult(
+        config, steps, runs, losses, overall, samples, memory, files, time.perf_counter() - started
+    )
+    files["report"] = folder / "report.md"
+    files["report"].write_text(report(result), encoding="utf-8")
+    _show(result, console)
+    return result
+
+
+def _train_config(config: QuickstartConfig, name: str, steps: int) -> TrainConfig:
+    options: dict[str, int] = {"max_position_embeddings": config.sequence_length}
+    options["num_levels"] = fenwick.full_num_levels(config.sequence_length) if name == LOG_LINEAR else 1
+    return TrainConfig(
+        output=str(Path(config.output) / name),
+        data=list(config.data),
+        max_documents=config.max_documents,
+        cache=config.cache,
+        model=config.log_linear_model if name == LOG_LINEAR else config.linear_model,
+        model_options=options,
+        sequence_length=config.sequence_length,
+        rows=config.rows,
+        steps=steps,
+        seed=config.seed,
+        learning_rate=config.learning_rate,
+        device="cuda" if config.device.startswith("cuda") else "cpu",
+        log_every=max(1, min(10, steps // 10)),
+        evaluate_every=0,
+        evaluation_rows=4,
+        save_every=0,
+        tensorboard=False,
+    )
+
+
+def seconds_per_step(config: TrainConfig) -> float:
+    """How long a training step takes here, from a few steps on the run's own first rows; nothing is kept."""
+    device, dtype = choose_device(config.device, config.precision)
+    with quiet_transformers():
+        tokenizer = load_tokenizer(config.tokenizer)
+        training, _ = load_corpora(config, tokenizer)
+        model = build_model(config, tokenizer).to(device).train()
+    rows = PackedRows(training, config.sequence_length, config.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    times = []
+    for step in range(_CALIBRATION_STEPS):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        batch = join_rows([rows[step * config.rows + number] for number in range(config.rows)])
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        float(loss.detach())
+        times.append(time.perf_counter() - began)
+    # The first step also starts threads and fills caches.
+    return sum(times[1:]) / len(times[1:])
+
+
+def _initial_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """The weights that the log-linear twin starts from: the plain one takes those that it has, too."""
+    torch.manual_seed(config.seed)
+    with quiet_transformers():
+        model = build_model(config, load_tokenizer(config.tokenizer))
+    return {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+
+
+def _copy_matching(weights: dict[str, torch.Tensor], model: LogLinearForCausalLM) -> None:
+    """Sets every weight of `model` that `weights` has under the same name and in the same shape."""
+    with torch.no_grad():
+        for name, weight in model.state_dict().items():
+            if name in weights and weights[name].shape == weight.shape:
+                weight.copy_(weights[name])
+
+
+def _write_files(
+    folder: Path,
+    runs: dict[str, TrainResult],
+    losses: position_loss.PositionLossResult,
+    memory: dict[str, list[inspection.CostRow]],
+    model: LogLinearForCausalLM,
+    tokenizer,
+    config: QuickstartConfig,
+) -> dict[str, Path]:
+    written = position_loss.write_result(losses, folder, "nats per byte")
+    files = {path.stem + path.suffix.replace(".", "_"): path for path in written}
+    files["training_png"] = plots.save(plot_training(runs), folder / "training.png")
+    files["memory_png"] = plots.save(
+        inspection.plot_memory(
+            {"log-linear state": memory[LOG_LINEAR], "linear state": memory[LINEAR]}, memory[LINEAR]
+        ),
+        folder / "memory.png",
+    )
+    files["memory_csv"] = _write_memory(folder / "memory.csv", memory)
+    shown = min(64, config.sequence_length)
+    files["partition_png"] = plots.save(inspection.plot_partition(shown), folder / "partition.png")
+    ids = tokenizer(default_text())["input_ids"][: min(1024, config.sequence_length)]
+    scales = inspection.level_scales_on(model, ids)
+    files["level_scales_csv"] = inspection.write_level_scales(
+        folder / "level_scales.csv", inspection.summarize_level_scales(scales)
+    )
+    files["level_scales_png"] = plots.save(inspection.plot_level_scales(scales), folder / "level_scales.png")
+    return files
+
+
+def _write_memory(path: Path, memory: dict[str, list[inspection.CostRow]]) -> Path:
+    rows = ["tokens,linear_state_bytes,log_linear_state_bytes,log_linear_state_in_use_bytes,softmax_kv_cache_bytes"]
+    for linear, log_linear in zip(memory[LINEAR], memory[LOG_LINEAR], strict=True):
+        numbers = (
+            linear.length,
+            linear.state_bytes + linear.conv_bytes,
+            log_linear.state_bytes + log_linear.conv_bytes,
+            log_linear.occupied_state_bytes + log_linear.conv_bytes,
+            linear.kv_cache_bytes,
+        )
+        rows.append(",".join(str(number) for number in numbers))
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def plot_training(runs: dict[str, TrainResult]) -> Figure:
+    """Training loss of both twins against tokens."""
+    with plots.style():
+        figure, (axis,) = plots.new_figure()
+        series = []
+        for name, run in runs.items():
+            points = [row for row in read_metrics(run.output / "metrics.jsonl") if "loss" in row]
+            tokens, values = [row["tokens"] for row in points], [row["loss"] for row in points]
+            series.append(plots.Series(name, tokens, values, dashed=name == LINEAR))
+        plots.draw_series(axis, series)
+        axis.set_xlabel("training tokens (bytes)")
+        axis.set_ylabel("training loss (nats per byte)")
+        axis.set_title("Training")
+        plots.legend_outside(axis)
+    return figure
+
+
+def verdict(difference: position_loss.LossDifference) -> str:
+    """One honest sentence about the difference between the twins."""
+    size = position_loss.plus_minus(difference.difference, difference.standard_error, sign=True)
+    measured = (
+        f"Over all positions the log-linear model's loss minus the linear one's is {size} nats per byte on "
+        f"{difference.documents} held-out documents: "
+    )
+    if not difference.clear:
+        return (
+            measured
+            + "within the noise (paired t-test over documents, 5 % level), so this run shows no difference between them."
+        )
+    better = "lower" if difference.difference < 0 else "higher"
+    return measured + f"{better}, and more than noise between documents (paired t-test, 5 % level)."
+
+
+_CAUTION = (
+    "The error bars say how much the difference varies between documents. They do not say how much it would vary "
+    "between training runs with other seeds: there is one run of each model here, and both are small and trained "
+    "for minutes."
+)
+
+
+def memory_table(memory: dict[str, list[inspection.CostRow]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: what each model keeps of its context, at each length."""
+    header = ["context", "linear state", "log-linear state", "of it in use", "softmax KV cache, same shape"]
+    lines = []
+    for linear, log_linear in zip(memory[LINEAR], memory[LOG_LINEAR], strict=True):
+        lines.append(
+            [
+                plots.format_tokens(linear.length),
+                plots.format_bytes(linear.state_bytes + linear.conv_bytes),
+                plots.format_bytes(log_linear.state_bytes + log_linear.conv_bytes),
+                plots.format_bytes(log_linear.occupied_state_bytes + log_linear.conv_bytes),
+                plots.format_bytes(linear.kv_cache_bytes),
+            ]
+        )
+    return header, lines
+
+
+def run_table(runs: dict[str, TrainResult]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: what was trained, for how long."""
+    header = ["model", "parameters", "steps", "tokens", "training time", "tokens/s", "last training loss"]
+    lines = []
+    for name, run in runs.items():
+        configuration = json.loads((run.checkpoint / "config.json").read_text())
+        lines.append(
+            [
+                f"{name} ({configuration['num_levels']} level{'s' if configuration['num_levels'] > 1 else ''})",
+                f"{_parameters(run.checkpoint):,}",
+                f"{run.steps:,}",
+                f"{run.tokens:,}",
+                f"{run.seconds:.0f} s",
+                f"{run.tokens_per_second:,.0f}",
+                f"{run.loss:.3f}",
+            ]
+        )
+    return header, lines
+
+
+def _parameters(checkpoint: Path) -> int:
+    return LogLinearConfig.from_pretrained(checkpoint).cost().parameters
+
+
+def report(result: QuickstartResult) -> str:
+    """The Markdown report."""
+    config, runs = result.config, result.runs
+    parts = [
+        "# Quickstart: log-linear attention beside its linear twin",
+        f"Two Gated DeltaNets, trained on {', '.join(config.data)} (as bytes) for the same {result.steps} steps, with "
+        "the same data in the same order and from the same initial weights (those of the level scales, which only one of "
+        "them has, excepted). The linear one keeps one state per head; the log-linear one keeps one per level of its "
+        "Fenwick tree, and reads them with scales λ that it computes from the input. "
+        f"All of this took {result.seconds:.0f} s on {environment(config.device).device}.",
+        markdown(*run_table(runs)),
+        "![training loss](training.png)",
+        "## Loss by position on held-out documents",
+        verdict(result.overall) + " " + _CAUTION,
+        markdown(*position_loss.table_text(result.losses)),
+        f"Nats per byte, {position_loss.TABLE_NOTE}.",
+        "![loss by position](position_loss.png)",
+        "## Memory while decoding",
+        "Per sequence: the states in float32 (a full partition at each length), the cache in bfloat16. The log-linear "
+        f"model trained here has {fenwick.full_num_levels(config.sequence_length)} levels, as many as "
+        f"{config.sequence_length} tokens need; beyond that its last level absorbs what is older, and its state "
+        "does not grow any more.",
+        markdown(*memory_table(result.memory)),
+        "![memory](memory.png)",
+        "## What the models write",
+        f"Continuations of a prompt at temperature 0.7, {config.sample_tokens} tokens at most.",
+    ]
+    for name, sample in result.samples.items():
+        parts.append(f"### {name}")
+        parts.append(_fenced(PROMPT + sample.text))
+    parts += [
+        "## Inside the log-linear model",
+        "How the past is cut into buckets, and the level scales λ on a piece of the standard library's source.",
+        "![partition](partition.png)",
+        "![level scales](level_scales.png)",
+        "## Go on",
+        "\n".join(
+            [
+                "```",
+                f'loglinear generate {runs[LOG_LINEAR].output} "def main("',
+                f"loglinear eval position-loss {runs[LINEAR].output} {runs[LOG_LINEAR].output}",
+                f"loglinear inspect {runs[LOG_LINEAR].output}",
+                "loglinear train --help",
+                "```",
+            ]
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _fenced(text: str) -> str:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}\n{text.rstrip()}\n{fence}"
+
+
+def _show(result: QuickstartResult, console: Console) -> None:
+    print_table(console, "Training", *run_table(result.runs))
+    header, lines = position_loss.table_text(result.losses)
+    print_table(console, "Loss by position on held-out documents (nats per byte)", header, lines)
+    console.print(position_loss.TABLE_NOTE, highlight=False)
+    console.print(verdict(result.overall), highlight=False)
+    console.print(_CAUTION, highlight=False)
+    print_table(console, "Memory per sequence while decoding", *memory_table(result.memory))
+    for name, sample in result.samples.items():
+        console.rule(f"sample of the {name} model")
+        console.print(PROMPT + sample.text, markup=False, highlight=False)
+    console.rule()
+    console.print(f"{result.seconds:.0f} s in all. Everything is in {result.files['report']}", highlight=False)
