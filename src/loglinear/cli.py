@@ -58,7 +58,7 @@ def _train_flags() -> list[inspect.Parameter]:
             names = [f"{flag}/--no-{one.name.replace('_', '-')}"]
             shown = f" (default: {'on' if default else 'off'})"
         elif get_origin(kind) is list:
-            kind, shown = list[str], f" (default: {', '.join(default)})"
+            kind, shown = list[str], f" (default: {', '.join(default or [])})"
         elif get_origin(kind) is dict:
             kind, metavar = list[str], "KEY=VALUE"
         option = typer.Option(

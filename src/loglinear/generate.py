@@ -4,6 +4,7 @@ import codecs
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -76,7 +77,7 @@ class TextStream:
         return self._decode(self._recent)[len(before) :]
 
     def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
 
 class _Streamer(BaseStreamer):
@@ -156,7 +157,7 @@ def generate_text(
     with torch.random.fork_rng(devices, enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        output = model.generate(ids, generation_config=settings, streamer=streamer)
+        output = cast(Any, model).generate(ids, generation_config=settings, streamer=streamer)
     times = streamer.times
     return Generation(
         text="".join(streamer.pieces),

@@ -260,7 +260,7 @@ def _wrong_field(name: str, field: str, present: list[str]) -> str:
 
 def _hub_loader():
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]  (optional)
     except ImportError as error:
         raise ImportError(
             "reading a data set of the hub needs the `datasets` package: pip install 'log-linear-attention[data]'"

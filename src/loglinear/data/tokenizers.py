@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase
 
 from loglinear.models.config import LogLinearConfig
 
@@ -45,8 +45,6 @@ class ByteTokenizer(PreTrainedTokenizer):
         split_special_tokens=True,
         **kwargs,
     ):
-        from transformers import AddedToken
-
         specials = [bos_token, eos_token, pad_token]
         self._added_tokens_decoder = {
             NUM_BYTES + index: AddedToken(str(token), special=True, normalized=False)
@@ -89,7 +87,7 @@ class ByteTokenizer(PreTrainedTokenizer):
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        return [self.bos_token_id, *token_ids_0, *(token_ids_1 or [])]
+        return [NUM_BYTES, *token_ids_0, *(token_ids_1 or [])]
 
     def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False) -> list[int]:
         if already_has_special_tokens:

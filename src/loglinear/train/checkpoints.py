@@ -71,7 +71,8 @@ def load_checkpoint(
     checkpoint = resolve_checkpoint(path)
     with quiet_transformers():
         model = LogLinearForCausalLM.from_pretrained(checkpoint, dtype=dtype)
-    return model.to(device).eval(), load_tokenizer(checkpoint)
+    torch.nn.Module.to(model, device)
+    return model.eval(), load_tokenizer(checkpoint)
 
 
 def choose_device(device: str = "auto", precision: str = "auto") -> tuple[torch.device, torch.dtype]:

@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
@@ -74,9 +74,13 @@ class TrainResult:
     tokens_per_second: float
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, *, prepare: Callable[[LogLinearForCausalLM], None] | None = None) -> TrainResult:
     """Train a model as the configuration says. Writes checkpoints, `train_config.yaml` and `metrics.jsonl` to
     `config.output`.
+
+    Args:
+        prepare: called with the new model before anything is trained, for example to give it other initial
+            weights; the checkpoint of a resumed run is loaded after it.
 
     Raises:
         ValueError: options that do not fit each other, the data or the run that is resumed.
@@ -96,6 +100,8 @@ def train(config: TrainConfig) -> TrainResult:
             training, held_out = load_corpora(config, tokenizer)
         set_seed(config.seed)
         model = build_model(config, tokenizer)
+        if prepare is not None:
+            prepare(model)
         if config.recompute:
             with warnings.catch_warnings():
                 # Newer releases of transformers have another name for it and warn; the older ones have this name only.
@@ -157,17 +163,20 @@ class PackedTrainer(Trainer):
         held_out: Corpus | None,
     ):
         self.run_config = config
+        self.output = Path(config.output)
+        self.network = model
         self.rows = rows
         self.rows_per_step = config.rows * config.accumulation * arguments.world_size
         self.held_out_rows = None
         if held_out is not None:
             self.held_out_rows = PackedRows(held_out, config.sequence_length, seed=0, epochs=1)
+        self.numbered_rows = NumberedRows(rows, arguments.max_steps * self.rows_per_step)
         self._losses: list[torch.Tensor] = []
         super().__init__(
             model=model,
             args=arguments,
             data_collator=join_rows,
-            train_dataset=NumberedRows(rows, arguments.max_steps * self.rows_per_step),
+            train_dataset=self.numbered_rows,
             processing_class=tokenizer,
             callbacks=[],
         )
@@ -182,9 +191,7 @@ class PackedTrainer(Trainer):
         self.reporter = reporter
         self.add_callback(reporter)
         try:
-            with _stop_on_signals(reporter, enabled=self.args.world_size == 1), warnings.catch_warnings():
-                # The Trainer steps the schedule after a resume before it has seen the optimiser step.
-                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+            with _stop_on_signals(reporter, enabled=self.args.world_size == 1):
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             reporter.close()
@@ -194,7 +201,7 @@ class PackedTrainer(Trainer):
         config = self.run_config
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(
-                self.model.parameter_groups(config.weight_decay),
+                self.network.parameter_groups(config.weight_decay),
                 lr=config.learning_rate,
                 betas=(config.beta1, config.beta2),
                 eps=config.epsilon,
@@ -217,7 +224,7 @@ class PackedTrainer(Trainer):
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset=None):
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+        return SequentialSampler(self.numbered_rows)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -245,13 +252,13 @@ class PackedTrainer(Trainer):
 
     def _stop_non_finite(self, loss: float, norm: float) -> None:
         step = self.state.global_step
-        weights_good = all(bool(torch.isfinite(weight).all()) for weight in self.model.parameters())
+        weights_good = all(bool(torch.isfinite(weight).all()) for weight in self.network.parameters())
         if weights_good:
-            if newest := newest_checkpoint(self.args.output_dir):
+            if newest := newest_checkpoint(self.output):
                 weights_good = checkpoint_step(newest) != step
             if weights_good:
-                self._save_checkpoint(self.model, trial=None)
-        checkpoint = newest_checkpoint(self.args.output_dir)
+                self._save_checkpoint(self.network, trial=None)
+        checkpoint = newest_checkpoint(self.output)
         saved = "there is no checkpoint before it"
         if checkpoint is not None:
             saved = f"the last good step, {checkpoint_step(checkpoint)}, is saved in {checkpoint}"
@@ -263,7 +270,7 @@ class PackedTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         with self.reporter.clock.paused():
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            folder = self.output / f"checkpoint-{self.state.global_step}"
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
                 self.run_config.save(folder / CONFIG_FILE)
@@ -286,7 +293,7 @@ class PackedTrainer(Trainer):
     @torch.no_grad()
     def _held_out_totals(self, rows: PackedRows) -> tuple[float, int]:
         """Sum of the loss over the evaluated tokens and their number, over all processes."""
-        self.model.eval()
+        self.network.eval()
         wanted = rows.num_rows if self.run_config.evaluation_rows == 0 else self.run_config.evaluation_rows
         numbers = range(self.args.process_index, min(wanted, rows.num_rows), self.args.world_size)
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
@@ -294,11 +301,11 @@ class PackedTrainer(Trainer):
             batch = join_rows([rows[number] for number in numbers[begin : begin + self.run_config.rows]])
             count = int((batch["labels"] != IGNORED_LABEL).sum())
             if count:
-                loss = self.model(**self._prepare_inputs(batch)).loss
+                loss = self.network(**self._prepare_inputs(batch)).loss
                 totals += torch.stack([loss.double() * count, torch.full_like(loss, count, dtype=torch.float64)])
         if self.args.world_size > 1:
             torch.distributed.all_reduce(totals)
-        self.model.train()
+        self.network.train()
         total, count = totals.tolist()
         if count == 0:
             raise ValueError("the held-out documents hold no token to predict; hold out more of them")
@@ -330,7 +337,7 @@ class Reporter(TrainerCallback):
         self.steps = trainer.args.max_steps
         self.main = trainer.args.should_save
         self.tokens_per_step = trainer.rows_per_step * self.config.sequence_length
-        self.output = Path(trainer.args.output_dir)
+        self.output = trainer.output
         self.interrupted = False
         self.loss = math.nan
         self.held_out_loss: float | None = None
@@ -341,8 +348,7 @@ class Reporter(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.clock = Clock()
-        model = self.trainer.model
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        parameters = sum(parameter.numel() for parameter in self.trainer.network.parameters())
         begin = f" from step {self.first_step:,}" if self.first_step else ""
         self.display.say(
             f"{parameters:,} parameters on {args.device} ({'bf16' if args.bf16 else 'fp32'}); "
