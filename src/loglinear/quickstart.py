@@ -323,7 +323,7 @@ def verdict(difference: position_loss.LossDifference) -> str:
     if not difference.clear:
         return (
             measured
-            + "within the noise (paired t-test over documents, 5 % level), so this run shows no difference between them."
+            + "within the noise (paired t-test over documents, 5 % level), so this run shows no difference."
         )
     better = "lower" if difference.difference < 0 else "higher"
     return measured + f"{better}, and more than noise between documents (paired t-test, 5 % level)."
@@ -383,8 +383,8 @@ def report(result: QuickstartResult) -> str:
     parts = [
         "# Quickstart: log-linear attention beside its linear twin",
         f"Two Gated DeltaNets, trained on {', '.join(config.data)} (as bytes) for the same {result.steps} steps, with "
-        "the same data in the same order and from the same initial weights (those of the level scales, which only one of "
-        "them has, excepted). The linear one keeps one state per head; the log-linear one keeps one per level of its "
+        "the same data in the same order and from the same initial weights (those of the level scales, which only one "
+        "of them has, excepted). The linear one keeps one state per head; the log-linear one keeps one per level of its "
         "Fenwick tree, and reads them with scales λ that it computes from the input. "
         f"All of this took {result.seconds:.0f} s on {environment(config.device).device}.",
         markdown(*run_table(runs)),

@@ -1,12 +1,12 @@
-"""Rows survive a CSV, merge by what they measure, and the growth fitted from them is the growth that is in them."""
-
-import dataclasses
+"""Rows survive a CSV, merge by what they measure, and the growth fitted from them is the growth that is in
+them.
+"""
 
 import pytest
 
+from bench.synthetic import make_row
 from loglinear.bench.rows import (
     COLUMNS,
-    Row,
     environment,
     fit_growth,
     merge_rows,
@@ -14,35 +14,6 @@ from loglinear.bench.rows import (
     t_log_t_exponent,
     write_rows,
 )
-
-
-def make_row(**changes) -> Row:
-    values = {
-        "suite": "operators",
-        "operator": "log-linear",
-        "mechanism": "log-linear",
-        "shape": "mamba2",
-        "direction": "forward",
-        "batch": 2,
-        "length": 4096,
-        "heads": 48,
-        "groups": 1,
-        "key_dim": 128,
-        "value_dim": 64,
-        "levels": 13,
-        "dtype": "bfloat16",
-        "status": "ok",
-        "time_ms": 1.25,
-        "time_low_ms": 1.0,
-        "time_high_ms": 1.5,
-        "repeats": 10,
-        "tokens_per_second": 6_553_600.0,
-        "peak_memory_bytes": 123_456_789_012,
-        "error": 2.5e-3,
-        "tolerance": 5e-3,
-        **dataclasses.asdict(environment("cpu")),
-    }
-    return Row(**{**values, **changes})
 
 
 def test_rows_survive_the_csv(tmp_path):
@@ -90,7 +61,8 @@ def test_the_fitted_exponent_is_that_of_a_power_law(exponent):
 
 
 def test_the_standard_error_is_that_of_a_line_through_scattered_points():
-    # log2: x = 0, 1, 2, 3 and y = 0, 2, 1, 3: slope 0.8, residual sum 1.8, spread of x 5, so sqrt(1.8 / 2 / 5).
+    # log2: x = 0, 1, 2, 3 and y = 0, 2, 1, 3: slope 0.8, residual sum 1.8, spread of x 5, so sqrt(1.8 / 2 /
+    # 5).
     growth = fit_growth([1, 2, 4, 8], [1, 4, 2, 8])
     assert growth is not None
     assert growth.exponent == pytest.approx(0.8)

@@ -1,0 +1,84 @@
+"""What the benchmark checks against: patterns, references and sampled rows agree with plain definitions."""
+
+import pytest
+import torch
+
+from loglinear import log_linear_attention
+from loglinear.bench.inputs import SHAPES, Shape, make_inputs
+from loglinear.bench.operators import BLOCK, OPERATORS, SPARSE_BLOCKS, WINDOW, NotSupported, select
+
+SCALAR = Shape("small", "scalar", 4, 2, 8, 16, 2, 8, "")
+DELTA = Shape("small", "delta", 2, 2, 8, 16, 2, 8, "")
+
+
+@pytest.mark.parametrize("name", ["log-linear", "linear"])
+def test_sampled_rows_are_rows_of_the_reference(name):
+    operator = OPERATORS[name]
+    inputs = make_inputs(SCALAR, operator.kind, 2, 70, torch.float64, "cpu")
+    rows = torch.tensor([0, 1, 37, 69])
+    wanted = operator.rows_of(operator.reference(inputs), rows)
+    got = operator.expected_rows(inputs, rows)
+    assert got is not None and got.shape == (2, 4, 16)
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_sampled_rows_of_softmax_attention_are_rows_of_sdpa():
+    operator = OPERATORS["softmax-math"]
+    inputs = make_inputs(SCALAR, "attention", 2, 50, torch.float64, "cpu")
+    output = operator.prepare(inputs)()
+    rows = torch.tensor([0, 20, 49])
+    torch.testing.assert_close(operator.expected_rows(inputs, rows), operator.rows_of(output, rows))
+    torch.testing.assert_close(operator.reference(inputs), output)
+
+
+def test_the_delta_rule_has_no_rows_of_its_own():
+    inputs = make_inputs(DELTA, "log-linear", 1, 10, torch.float64, "cpu")
+    assert OPERATORS["log-linear"].expected_rows(inputs, torch.tensor([9])) is None
+
+
+def test_the_reference_of_linear_is_log_linear_with_scales_of_one():
+    inputs = make_inputs(DELTA, "linear", 1, 20, torch.float64, "cpu")
+    wanted = OPERATORS["linear"].reference(inputs)
+    got, _ = log_linear_attention(
+        inputs.q, inputs.k, inputs.v, torch.ones(1, 20, 2, 6, dtype=torch.float64),
+        log_decay=inputs.log_decay, beta=inputs.beta, scale=inputs.scale, backend="reference",
+    )  # fmt: skip
+    torch.testing.assert_close(got, wanted)
+
+
+def test_the_window_sees_the_newest_tokens():
+    visible = OPERATORS["sliding-window"].visible
+    assert visible is not None
+    seen = visible(torch.tensor([[2000]]), torch.arange(2001)[None])[0]
+    assert seen.sum() == WINDOW and bool(seen[-WINDOW:].all())
+
+
+@pytest.mark.parametrize("block", [0, 1, 13, 14, 15, 40, 100])
+def test_sparse_blocks_are_few_whole_and_spread_out(block):
+    visible = OPERATORS["block-sparse"].visible
+    assert visible is not None
+    keys = torch.arange((block + 1) * BLOCK)
+    seen = visible(torch.tensor([[block * BLOCK], [block * BLOCK + BLOCK - 1]]), keys[None])
+    assert torch.equal(seen[0], seen[1])
+    blocks = seen[0].view(block + 1, BLOCK)
+    assert torch.equal(blocks.all(1), blocks.any(1))
+    chosen = blocks.all(1).nonzero().flatten().tolist()
+    assert len(chosen) == min(block + 1, SPARSE_BLOCKS) or block in (15, 40, 100) and len(chosen) >= SPARSE_BLOCKS - 1
+    assert chosen[0] == 0 and chosen[-1] == block
+
+
+def test_the_level_scales_of_the_inputs_are_a_full_partition():
+    inputs = make_inputs(SHAPES["cpu-mamba2"], "log-linear", 1, 1024, torch.float32, "cpu")
+    assert inputs.level_scales is not None and inputs.level_scales.shape == (1, 1024, 2, 11)
+    assert set(inputs.tensors()) == {"q", "k", "v", "level_scales", "log_decay"}
+
+
+def test_peers_that_are_not_installed_say_so():
+    inputs = make_inputs(SCALAR, "log-linear", 1, 64, torch.float32, "cpu")
+    with pytest.raises(NotSupported, match="flash-linear-attention"):
+        OPERATORS["fla-log-linear"].prepare(inputs)
+
+
+def test_unknown_operators_are_refused():
+    with pytest.raises(ValueError, match="unknown operator softmax; known are log-linear"):
+        select(["softmax"])
