@@ -87,7 +87,8 @@ def test_flags_win_over_the_file_and_resume_finds_its_own(capsys, texts, tmp_pat
     file = tmp_path / "c.toml"
     file.write_text(
         f'data = "{texts}"\nmodel = "tiny-mamba2"\nsteps = 50\nrows = 1\nsequence_length = 32\n'
-        f'held_out_fraction = 0.3\ntensorboard = false\ndevice = "cpu"\nlog_every = 1\noutput = "{tmp_path / "unused"}"\ncache = "{texts}-c"\n'
+        f'held_out_fraction = 0.3\ntensorboard = false\ndevice = "cpu"\nlog_every = 1\n'
+        f'output = "{tmp_path / "unused"}"\ncache = "{texts}-c"\n'
         "model_options = {num_levels = 3, num_hidden_layers = 1}\n"
     )
     output = tmp_path / "run"

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -461,3 +463,20 @@ def test_missing_checkpoints_are_refused(tmp_path):
         resolve_checkpoint(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="no model in"):
         resolve_checkpoint(tmp_path)
+
+
+def test_two_processes_equal_one(settings, tmp_path):
+    """Under torchrun each process takes its share of the rows: the same losses and weights as one process."""
+    one = train(settings.replace(steps=3, output=str(tmp_path / "one")))
+    two = settings.replace(rows=1, steps=3, output=str(tmp_path / "two"))
+    two.save(tmp_path / "two.yaml")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, "-m", "loglinear", "train", "--config", str(tmp_path / "two.yaml")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for mine, theirs in zip(curve(one.output), curve(tmp_path / "two"), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    mine, theirs = weights(one.checkpoint), weights(tmp_path / "two" / "checkpoint-3")
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-5)
