@@ -54,12 +54,13 @@ BIT_NAMES = {
 }
 
 
-def bit_tricks(source: str) -> list[str]:
+def bit_tricks(source: str, kernels: bool = False) -> list[str]:
     """Names every place where `source` handles the bits of integers.
 
     `<<`, `>>`, `^` and `&` are refused outright (boolean tensors have `logical_and`, sets `intersection`),
     as are `log2`, `bit_length` and their like. `|` is refused except where it can be seen to join types, or a
-    dictionary or set written out on either side.
+    dictionary or set written out on either side. In `kernels`, where masks have no other way to be joined, `&` and
+    `|` may join anything with a comparison.
     """
     tree = ast.parse(source)
     unions = set(_unions_of_types(tree))
@@ -68,6 +69,8 @@ def bit_tricks(source: str) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, (ast.BinOp, ast.AugAssign)):
             symbol = BIT_OPERATORS.get(type(node.op))
+            if kernels and isinstance(node, ast.BinOp) and _is_mask(node):
+                continue
             if (
                 isinstance(node.op, ast.BitOr)
                 and node not in unions
@@ -151,6 +154,15 @@ def _unions_of_types(tree: ast.AST) -> Iterator[ast.AST]:
         for place in places:
             if place is not None:
                 yield from (inner for inner in ast.walk(place) if isinstance(inner, ast.BinOp))
+
+
+def _is_mask(node: ast.AST) -> bool:
+    """Whether an expression is made of comparisons: one itself, a view of one, or joined with one."""
+    if isinstance(node, ast.BinOp):
+        return isinstance(node.op, (ast.BitAnd, ast.BitOr)) and (_is_mask(node.left) or _is_mask(node.right))
+    if isinstance(node, ast.Subscript):
+        return _is_mask(node.value)
+    return isinstance(node, ast.Compare)
 
 
 def _is_none(node: ast.AST) -> bool:
@@ -264,9 +276,20 @@ def test_other_operators_pass(source: str) -> None:
     assert not bit_tricks(source)
 
 
+@pytest.mark.parametrize("source", ["rem & -rem", "chunk & 1", "low | high", "(a < b) << 1", "(a & 1)[:, None] & rows"])
+def test_bit_tricks_in_kernels_are_seen(source: str) -> None:
+    assert bit_tricks(source, kernels=True)
+
+
+@pytest.mark.parametrize("source", ["(row < rows)[:, None] & (column < width)[None, :]", "mask & (offset < size)"])
+def test_masks_in_kernels_pass(source: str) -> None:
+    assert not bit_tricks(source, kernels=True) and bit_tricks(source)
+
+
 @pytest.mark.parametrize("path", [path for path in MODULES if path != BOOKKEEPING], ids=_identifier)
 def test_bookkeeping_stays_in_fenwick(path: Path) -> None:
-    complaints = bit_tricks(path.read_text(encoding="utf-8"))
+    kernels = path.is_relative_to(PACKAGE / "ops" / "triton")
+    complaints = bit_tricks(path.read_text(encoding="utf-8"), kernels)
     assert not complaints, (
         f"bit tricks belong to fenwick.py, found in {_identifier(path)}: {complaints}"
     )
