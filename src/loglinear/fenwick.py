@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Positions
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def in_same_block(t, s, height):
-    """Whether positions `t` and `s` lie in the same aligned block of 2^height tokens (operators only: ints, tensors, kernels)."""
+    """Whether positions `t` and `s` lie in the same aligned block of 2^height tokens."""
     return (t >> height) == (s >> height)
 
 
@@ -83,7 +83,7 @@ def is_occupied(position, bucket: int, num_levels: int):
     return is_right_half(position, bucket - 1)
 
 
-def occupied(position, num_levels: int):
+def occupied(position, num_levels: int) -> Any:
     """Which buckets of a state at `position` hold tokens.
 
     An int gives a list of `num_levels` bools, an integer tensor [...] gives a bool tensor [..., num_levels].
@@ -112,22 +112,44 @@ def chunk_for(length: int, largest: int = 64) -> int:
     return min(largest, 1 << (max(length, 1) - 1).bit_length())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The plan of the tree algorithm
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 Index = slice | torch.Tensor  # where the entries are evenly spaced a slice is kept: it takes a view, not a copy
 
-GROUP = 8  # neighbouring chunks that read the same node are multiplied with it together, this many at a time
+GROUP = 8  # at most so many neighbouring chunks that read the same node are multiplied with it together
+PART = 64  # chunks that read at a time, at least: see `Part`
 
 
 @dataclass(frozen=True)
 class Reads:
-    """Chunks `chunks[i]` (a group of neighbours) all read node `nodes[i]`."""
+    """Groups of `size` neighbouring chunks; all chunks of group i read node `nodes[i]`."""
 
-    chunks: torch.Tensor  # [groups * size], chunk numbers, group by group
+    chunks: Index  # [groups * size], numbers within the part, group by group
     nodes: torch.Tensor  # [groups]
     size: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some neighbouring chunks, and what they read: at every height, then on the last level if there is one.
+
+    What the chunks of a part read is kept for its gradient only while that part is at work. With as many parts as
+    heights (once there are enough chunks) this takes O(T) memory, although there are O(T log T) reads.
+    """
+
+    chunks: slice
+    stages: tuple[tuple[Reads, ...], ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the tokens lie in the chunks."""
+
+    of_slot: torch.Tensor  # [N * C] token in each row of the chunks
+    valid: torch.Tensor  # [N * C] whether the row exists
+    slot: torch.Tensor  # [tokens], the inverse
 
 
 @dataclass(frozen=True)
@@ -161,16 +183,13 @@ class Plan:
     num_chunks: int
     tree_heights: int  # heights whose nodes are read on a level of their own
     has_last: bool  # whether anything can be in the capped last bucket
-    row_of_slot: torch.Tensor | None  # [N * C] token in each row of the chunks; None: a plain reshape does it
-    row_valid: torch.Tensor | None  # [N * C] whether the row exists
-    slot_of_row: torch.Tensor | None  # [tokens], the inverse
-    chunks_per_sequence: int | None  # for the plain reshape
+    rows: Rows | None  # None: the sequences are equally long and a plain reshape does it
+    num_sequences: int
     leaves: Index  # chunks that are complete, i.e. nodes of height 0
     merges: tuple[Merge, ...]  # height j to j + 1, j = 0 …
-    reads: tuple[tuple[Reads, ...], ...]  # one entry per height below tree_heights
+    parts: tuple[Part, ...]
     scan_merges: tuple[Merge, ...]
     scan_steps: tuple[ScanStep, ...]  # from the top down
-    last_reads: tuple[Reads, ...]
     # carried state, all indexed by sequence
     first_chunk: torch.Tensor  # [S] chunk that holds the first token (0 if there is none: see has_tokens)
     has_tokens: torch.Tensor  # [S]
@@ -218,7 +237,7 @@ class _Planner:
         self.block = self.first[self.owner] + local  # absolute number of every chunk
         self.cap_height = max(0, num_levels - 2 - self.height)  # first height whose nodes belong to the last level
 
-    # -- indices ------------------------------------------------------------------------------------------------------
+    # -- indices -------------------------------------------------------------------------------------
     def tensor(self, values) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
 
@@ -233,26 +252,35 @@ class _Planner:
         return (self.stop >> height) - (self.first >> height)
 
     def node(self, height: int, owner: np.ndarray, number: np.ndarray) -> np.ndarray:
-        """Index of the absolute node `number`; one that ends where the sequence starts is a bucket of the initial state."""
+        """Index of the absolute node `number`; one that lies before the sequence is a bucket of the initial state."""
         counts = self.node_counts(height)
         relative = number - (self.first >> height)[owner]
         return np.where(relative >= 0, _exclusive_sum(counts)[owner] + relative, counts.sum() + owner)
 
-    def grouped(self, chunks: np.ndarray, nodes: np.ndarray) -> tuple[Reads, ...]:
-        """Split reads into groups of GROUP neighbouring chunks with the same node, and single ones for the rest."""
-        if not len(chunks):
-            return ()
-        starts = np.flatnonzero(np.concatenate([[True], np.diff(nodes) != 0]))
-        run = np.diff(np.concatenate([starts, [len(nodes)]]))
+    def grouped(self, chunks: np.ndarray, nodes: np.ndarray, group: int) -> tuple[Reads, ...]:
+        """Split reads into groups of `group` neighbouring chunks with the same node, and single ones for the rest."""
+        starts = np.flatnonzero(np.diff(nodes, prepend=-1) != 0)
+        run = np.diff(starts, append=len(nodes))
         owner, local = _ragged(run)
-        in_group = local < (run - run % GROUP)[owner]
+        in_group = local < (run - run % group)[owner]
+        tables = ((in_group, group), (~in_group, 1))
+        return tuple(Reads(self.index(chunks[mask]), self.tensor(nodes[mask][::size]), size)
+                     for mask, size in tables if mask.any())  # fmt: skip
+
+    def parts(self, stages: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[Part, ...]:
+        """Stages list all reads of a height (or of the last level): chunks, nodes, and the height."""
+        total = len(self.block)
+        count = max(1, min(len(stages), total // PART))
+        size = max(1, -(-total // count // GROUP) * GROUP)  # rounded up to whole groups
         parts = []
-        for mask, size in ((in_group, GROUP), (~in_group, 1)):
-            if mask.any():
-                parts.append(Reads(self.tensor(chunks[mask]), self.tensor(nodes[mask][::size]), size))
+        for start in range(0, total, size):
+            within = [np.logical_and(chunks >= start, chunks < start + size) for chunks, _, _ in stages]
+            parts.append(Part(slice(start, min(start + size, total)), tuple(
+                self.grouped(chunks[mask] - start, nodes[mask], min(GROUP, 1 << height))
+                for mask, (chunks, nodes, height) in zip(within, stages, strict=True))))  # fmt: skip
         return tuple(parts)
 
-    # -- the tree -----------------------------------------------------------------------------------------------------
+    # -- the tree ------------------------------------------------------------------------------------
     def build(self) -> Plan:
         heights = min(self.cap_height, int(self.stop.max(initial=0)).bit_length())
         has_last = self.has_state or bool((self.stop >> self.cap_height).any())
@@ -265,20 +293,21 @@ class _Planner:
             leaves=self.index(self.base[leaf_owner] + leaf_local),
             merges=tuple(self.merge(height) for height in range(self.cap_height if has_last else max(0, heights - 1))
                          if self.node_counts(height).any() or self.has_state),
-            reads=tuple(self.tree_reads(height) for height in range(heights)),
-            scan_merges=scan.get("merges", ()), scan_steps=scan.get("steps", ()), last_reads=scan.get("reads", ()),
+            parts=self.parts([self.tree_reads(height) for height in range(heights)] + scan.get("reads", [])),
+            scan_merges=scan.get("merges", ()), scan_steps=scan.get("steps", ()),
             end_last=scan.get("end", nothing),
-            **self.rows(), **self.ends(heights),
+            rows=self.rows(), num_sequences=len(self.start), **self.ends(heights),
         )  # fmt: skip
 
     def merge(self, height: int) -> Merge:
         owner, local = _ragged(self.node_counts(height + 1))
         number = (self.first >> (height + 1))[owner] + local
-        return Merge(self.index(self.node(height, owner, 2 * number)), self.index(self.node(height, owner, 2 * number + 1)))
+        left, right = (self.node(height, owner, 2 * number + side) for side in (0, 1))
+        return Merge(self.index(left), self.index(right))
 
-    def tree_reads(self, height: int) -> tuple[Reads, ...]:
+    def tree_reads(self, height: int) -> tuple[np.ndarray, np.ndarray, int]:
         chunks = np.flatnonzero(is_right_half(self.block, height))
-        return self.grouped(chunks, self.node(height, self.owner[chunks], left_sibling(self.block[chunks], height)))
+        return chunks, self.node(height, self.owner[chunks], left_sibling(self.block[chunks], height)), height
 
     def scan(self) -> dict[str, Any]:
         """The last level: states that enter the blocks of the cap height, by a scan up and down over their maps."""
@@ -314,28 +343,25 @@ class _Planner:
 
         block = (self.block >> self.cap_height) - (self.first >> self.cap_height)[self.owner]
         chunks = np.arange(len(block)) if self.has_state else np.flatnonzero(block > 0)
-        reads = self.grouped(chunks, entering(0, self.owner[chunks], block[chunks]))
+        reads = [(chunks, entering(0, self.owner[chunks], block[chunks]), self.cap_height)]
         end = entering(0, np.arange(len(self.start)), self.node_counts(self.cap_height))
         return {"steps": tuple(steps), "merges": tuple(merges), "reads": reads, "end": self.tensor(end)}
 
-    # -- rows and ends ------------------------------------------------------------------------------------------------
-    def rows(self) -> dict[str, Any]:
+    # -- rows and ends -------------------------------------------------------------------------------
+    def rows(self) -> Rows | None:
         uniform = len(set(self.lengths.tolist())) <= 1 and not (self.start & (self.chunk - 1)).any()
         if uniform and len(self.block):
-            return {"row_of_slot": None, "row_valid": None, "slot_of_row": None,
-                    "chunks_per_sequence": int(self.counts[0])}  # fmt: skip
+            return None
         position = (self.block[:, None] << self.height) + np.arange(self.chunk)
         valid = (position >= self.start[self.owner, None]) & (position < self.end[self.owner, None])
         offset = _exclusive_sum(self.lengths) - self.start
         row = np.where(valid, position + offset[self.owner, None], 0).ravel()
         slot = np.empty(int(self.lengths.sum()), np.int64)
         slot[row[valid.ravel()]] = np.flatnonzero(valid.ravel())
-        return {"row_of_slot": self.tensor(row), "row_valid": self.tensor(valid.ravel()),
-                "slot_of_row": self.tensor(slot), "chunks_per_sequence": None}  # fmt: skip
+        return Rows(self.tensor(row), self.tensor(valid.ravel()), self.tensor(slot))
 
     def ends(self, heights: int) -> dict[str, Any]:
         sequences = np.arange(len(self.start))
-        rows = np.arange(self.chunk)
         near = np.arange(1, num_near_buckets(self.num_levels, self.height) + 1)
         has_tokens = self.lengths > 0
         has_partial = has_tokens & ((self.end & (self.chunk - 1)) > 0)
@@ -343,18 +369,20 @@ class _Planner:
         # positions within the chunk are enough: whatever is compared here lies in one chunk
         start, end = self.start & (self.chunk - 1), self.end & (self.chunk - 1)
         starts = torch.from_numpy(bucket_start(start[:, None], near))
+        ends, rows = torch.from_numpy(end)[:, None], torch.from_numpy(np.arange(self.chunk))
+        siblings = [left_sibling(self.stop, j) for j in range(heights)]
+        used = [is_right_half(self.stop, j) for j in range(heights)]
         return {
             "first_chunk": self.tensor(first_chunk), "has_tokens": self.tensor(has_tokens),
             "partial_chunk": self.tensor(np.where(has_partial, self.base + self.counts - 1, 0)),
             "has_partial": self.tensor(has_partial),
             "stays_in_chunk": self.tensor(self.first == self.stop),
-            "near_start_level": level(torch.from_numpy(rows)[:, None], starts[:, None, :], self.num_levels).to(self.device),
-            "near_end_level": level(torch.from_numpy(end)[:, None], starts, self.num_levels).to(self.device),
-            "end_row_level": level(torch.from_numpy(end)[:, None], torch.from_numpy(rows), self.num_levels).to(self.device),
+            "near_start_level": level(rows[:, None], starts[:, None, :], self.num_levels).to(self.device),
+            "near_end_level": level(ends, starts, self.num_levels).to(self.device),
+            "end_row_level": level(ends, rows, self.num_levels).to(self.device),
             "end_nodes": tuple(
-                self.tensor(np.where(is_right_half(self.stop, j), self.node(j, sequences, left_sibling(self.stop, j)), 0))
-                for j in range(heights)),
-            "end_used": tuple(self.tensor(is_right_half(self.stop, j)) for j in range(heights)),
+                self.tensor(np.where(used[j], self.node(j, sequences, siblings[j]), 0)) for j in range(heights)),
+            "end_used": tuple(self.tensor(flags) for flags in used),
         }  # fmt: skip
 
 
@@ -365,7 +393,7 @@ def _cached_plan(lengths, positions, chunk, num_levels, has_state, device) -> Pl
 
 
 def plan(lengths: Sequence[int], positions: Sequence[int] | None, chunk: int, num_levels: int, device) -> Plan:
-    """Plan for sequences of the given lengths; `positions` are where they start when states are carried in, else None."""
+    """Plan for sequences of `lengths` tokens; `positions` are where they start if states are carried in, else None."""
     start = tuple(positions) if positions is not None else (0,) * len(lengths)
     return _cached_plan(tuple(lengths), start, chunk, num_levels, positions is not None, torch.device(device))
 
@@ -374,3 +402,71 @@ def chunk_levels(chunk: int, num_levels: int, device=None) -> torch.Tensor:
     """Levels [C, C] of the source rows (columns) seen from the target rows of one chunk; what is not causal is 0."""
     rows = torch.arange(chunk, device=device)
     return level(rows[:, None], rows[None, :], num_levels).tril()
+
+
+# ------------------------------------------------------------------------------------------------
+# Slots: the tree in an array
+# ------------------------------------------------------------------------------------------------
+#
+# Only left siblings are read, and exactly one of them ends with each chunk: the one of height ctz(block + 1), as in a
+# Fenwick tree kept in an array. So N slots hold all nodes. Chunk number b reads, lowest bit first, the slots that end
+# just before b, before b without its lowest bit, and so on. A slot whose height reaches the cap holds the sum of
+# everything up to it, and ends the walk.
+
+
+def drop_lowest_bit(x):
+    """x without its lowest set bit (operators only: ints, tensors, kernels)."""
+    return x & (x - 1)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What kernels need to know about N chunks of S sequences; all int32 on one device.
+
+    There may be more slots than chunks (packed lengths are not known on the host): those have no rows.
+    """
+
+    token: torch.Tensor  # [N] row of the first token of the chunk
+    rows: torch.Tensor  # [N] how many of its rows exist
+    block: torch.Tensor  # [N] number of the chunk within its sequence
+    left: torch.Tensor  # [N] chunks of the sequence from this one on
+    height: torch.Tensor  # [N] height of the node that ends with this chunk, at most `cap`
+    reads: torch.Tensor  # [N] nodes that this chunk reads
+    order: torch.Tensor  # [N] slots, the highest first
+    base: torch.Tensor  # [S] slot of the first chunk of a sequence
+    count: torch.Tensor  # [S] chunks of a sequence
+    cap: int  # height from which on slots hold running sums
+
+
+def slots(cu_seqlens: torch.Tensor, num_slots: int, chunk: int, num_levels: int) -> Slots:
+    """Slots of packed sequences, computed where `cu_seqlens` is, without reading it back."""
+    shift = chunk_height(chunk)
+    heights = num_slots.bit_length()
+    cap = min(max(0, num_levels - 2 - shift), heights)
+    bounds = cu_seqlens.long()
+    lengths = bounds.diff()
+    counts = (lengths + chunk - 1) >> shift
+    ends = counts.cumsum(0)
+    slot = torch.arange(num_slots, device=bounds.device)
+    owner = torch.searchsorted(ends, slot, right=True).clamp_(max=len(lengths) - 1)
+    base = ends - counts
+    block = slot - base[owner]
+    exists = slot < ends[-1]
+    rows = torch.where(exists, (lengths[owner] - (block << shift)).clamp(max=chunk), 0)
+    powers = 1 << torch.arange(cap, device=bounds.device)
+    height = ((block[:, None] + 1) % (2 * powers) == 0).sum(1)
+    reads = ((block[:, None] & powers) > 0).sum(1) + ((block >> cap) > 0)
+    tables = {
+        "token": bounds[owner] + (block << shift), "rows": rows, "block": block, "height": height, "reads": reads,
+        "left": torch.where(exists, counts[owner] - block, 0), "order": height.argsort(descending=True, stable=True),
+        "base": base, "count": counts,
+    }  # fmt: skip
+    return Slots(**{name: table.int() for name, table in tables.items()}, cap=cap)
+
+
+@functools.lru_cache(maxsize=64)
+def uniform_slots(batch: int, tokens: int, chunk: int, num_levels: int, device: torch.device) -> Slots:
+    """Slots of `batch` sequences of `tokens` tokens each."""
+    with torch.inference_mode(False), torch.no_grad():
+        bounds = torch.arange(batch + 1, device=device) * tokens
+        return slots(bounds, batch * -(-tokens // chunk), chunk, num_levels)

@@ -16,9 +16,9 @@ from loglinear import fenwick
 class FenwickState(NamedTuple):
     """What the token at `positions` finds: matrix-valued states by level, after the carry.
 
-    For L > 1 bucket 0 is empty, and bucket l ≥ 1 is occupied iff bit l - 1 of the position is set (the last one: iff any
-    bit from L - 2 up is). Buckets that are not occupied are zero. Every row has its own position, so rows of a ragged
-    batch each have their own partition.
+    For L > 1 bucket 0 is empty, and bucket l ≥ 1 is occupied iff bit l - 1 of the position is set (the last one: iff
+    any bit from L - 2 up is). Buckets that are not occupied are zero. Every row has its own position, so rows of a
+    ragged batch each have their own partition.
 
     Attributes:
         buckets: [B, L, H, K, V], float32 (float64 for float64 inputs) unless the caller chose otherwise.

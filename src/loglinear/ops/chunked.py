@@ -12,13 +12,18 @@ Legend
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from loglinear import fenwick
-from loglinear.fenwick import Index, Plan, Reads
-from loglinear.ops.families import ChannelDecay, Factors, Matrix, factors
+from loglinear.fenwick import Index, Merge, Part, Plan, Reads
+from loglinear.ops.families import ChannelDecay, Factors, Matrix, Transition, factors, pick
 from loglinear.ops.packing import sequence_bounds
 
 
@@ -31,9 +36,9 @@ def log_linear_attention_chunked(
     Lengths and positions are read on the host (they decide the shapes of everything), which waits for the device when
     `cu_seqlens` or the state's positions live there. Under `torch.compile` the call is one opaque operator.
     """
-    state = (None, None) if initial_state is None else initial_state
+    buckets, positions = (None, None) if initial_state is None else initial_state
     run = tree_attention_opaque if torch.compiler.is_compiling() else tree_attention
-    return run(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, *state, return_state)
+    return run(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, buckets, positions, return_state)
 
 
 def tree_attention(
@@ -60,65 +65,61 @@ def tree_attention(
         q, k = (x.repeat_interleave(heads // groups, dim=2) for x in (q, k))
     shared = 1 if per_head else heads // groups
     q, k = (to_chunks(x.to(work), plan) for x in (q * scale, k))
-    v, level_scales, beta = (
-        None if x is None else to_chunks(x.to(work).unflatten(2, (-1, shared)), plan) for x in (v, level_scales, beta)
-    )
+    v = to_chunks(v.to(work).unflatten(2, (-1, shared)), plan)
+    if level_scales is not None:
+        level_scales = to_chunks(level_scales.to(work).unflatten(2, (-1, shared)), plan)
+    if beta is not None:
+        beta = to_chunks(beta.to(work).unflatten(2, (-1, shared)), plan)
     if log_decay is not None:
         log_decay = to_chunks(log_decay.to(torch.float64).unflatten(2, (-1, shared)), plan)
-    if buckets is not None:  # [S, L, H, K, V] to [A, S, L, K, R·V]
+    if buckets is not None and positions is not None:  # [S, L, H, K, V] to [A, S, L, K, R·V]
         buckets = buckets.to(work).unflatten(2, (-1, shared)).permute(2, 0, 1, 4, 3, 5).flatten(-2)
         used = fenwick.occupied(positions, num_levels)
         buckets = torch.where(used[None, :, :, None, None], buckets, 0)
 
     chunks = factors(q, k, shared, log_decay, beta)
     o = inside_chunks(chunks, v, level_scales)
-    final = across_chunks(o, chunks, v, level_scales, buckets, plan, return_state)
+    o, final = across_chunks(o, chunks, v, level_scales, buckets, plan, return_state)
     o = from_chunks(o, plan, batch, tokens).flatten(2, 3).to(dtype)
-    if not return_state:
+    if final is None:
         return o, None, None
     final = final.unflatten(-1, (shared, value_dim)).permute(1, 2, 0, 4, 3, 5).flatten(2, 3)
     start = torch.zeros(len(lengths), dtype=torch.int64, device=v.device) if positions is None else positions
     return o, final.contiguous(), start + torch.tensor(lengths, device=v.device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Rows and chunks
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def to_chunks(x: Tensor, plan: Plan) -> Tensor:
     """[B, T, A, …] to [A, N, C, …]; rows that do not exist are zero."""
-    if plan.row_of_slot is None:
+    if plan.rows is None:
         # packed sequences of equal length are the rows of a batch, too
-        x = x.reshape(plan.num_chunks // plan.chunks_per_sequence, -1, *x.shape[2:])
-        missing = plan.chunks_per_sequence * plan.chunk - x.shape[1]
+        x = x.reshape(plan.num_sequences, -1, *x.shape[2:])
+        missing = plan.num_chunks // plan.num_sequences * plan.chunk - x.shape[1]
         if missing:
             x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
         rows = x.flatten(0, 1)
     else:
-        rows = x.flatten(0, 1).index_select(0, plan.row_of_slot)
-        rows = rows.masked_fill(~plan.row_valid.view(-1, *(1,) * (rows.ndim - 1)), 0)
+        rows = x.flatten(0, 1).index_select(0, plan.rows.of_slot)
+        rows = rows.masked_fill(~plan.rows.valid.view(-1, *(1,) * (rows.ndim - 1)), 0)
     return rows.unflatten(0, (-1, plan.chunk)).movedim(2, 0).contiguous()
 
 
 def from_chunks(x: Tensor, plan: Plan, batch: int, tokens: int) -> Tensor:
     """[A, N, C, …] to [B, T, A, …]."""
     rows = x.movedim(0, 2).flatten(0, 1)
-    if plan.row_of_slot is None:
-        sequences = plan.num_chunks // plan.chunks_per_sequence
-        rows = rows.unflatten(0, (sequences, -1))[:, : batch * tokens // sequences]
+    if plan.rows is None:
+        rows = rows.unflatten(0, (plan.num_sequences, -1))[:, : batch * tokens // plan.num_sequences]
         return rows.reshape(batch, tokens, *rows.shape[2:])
-    return rows.index_select(0, plan.slot_of_row).unflatten(0, (batch, tokens))
+    return rows.index_select(0, plan.rows.slot).unflatten(0, (batch, tokens))
 
 
-def pick(x: Tensor, index: Index) -> Tensor:
-    """Entries along dimension 1."""
-    return x[:, index] if isinstance(index, slice) else x.index_select(1, index)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Inside a chunk
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def inside_chunks(chunks: Factors, v: Tensor, level_scales: Tensor | None) -> Tensor:
@@ -150,128 +151,214 @@ class _ScaleByLevel(torch.autograd.Function):
         return grad * level_scales.gather(-1, table.expand(scores.shape)), grad_scales, None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The tree
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def across_chunks(
     o: Tensor, chunks: Factors, v: Tensor, level_scales: Tensor | None, buckets: Tensor | None, plan: Plan,
     return_state: bool,
-) -> Tensor | None:  # fmt: skip
-    """Adds to o [A, N, C, R, V] what is read of earlier chunks and of the state carried in; returns the final buckets.
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Adds to o [A, N, C, R, V] what is read of earlier chunks and of the state carried in.
 
-    buckets and the result: [A, S, L, K, R·V].
+    buckets [A, S, L, K, R·V]. Returns o and the final buckets, the same shape (None unless `return_state`).
     """
-    if not (plan.reads or plan.has_last or return_state):
-        return None
+    if not (plan.tree_heights or plan.has_last or return_state):
+        return o, None
     first_level = plan.chunk_height + 1  # level of tree height 0
     last = plan.num_levels - 1
     added = chunks.written(v)  # U of every chunk
 
-    near = None
-    if buckets is not None and fenwick.num_near_buckets(plan.num_levels, plan.chunk_height):
+    near, num_near = None, fenwick.num_near_buckets(plan.num_levels, plan.chunk_height)
+    if buckets is not None and level_scales is not None and num_near:
         near = NearBuckets(buckets, plan)
         near.read(o, chunks, level_scales)
         added = near.fold(added, chunks.transition)
 
     # up the tree: states and transitions of the nodes of every height, then the buckets that are carried in
-    kind = type(chunks.transition)
-    states, transition = pick(added, plan.leaves), kind(pick(chunks.transition.data, plan.leaves))
+    states, transition = pick(added, plan.leaves), chunks.transition.at(plan.leaves)
     heights = []
     for height in range(len(plan.merges) + 1):
         if buckets is not None and height < plan.tree_heights:
             states = torch.cat([states, buckets[:, :, first_level + height]], dim=1)
-            transition = kind(torch.cat([transition.data, transition.identity(buckets.shape[1]).data], dim=1))
+            unchanged = transition.identity(buckets.shape[1])
+            transition = replace(transition, data=torch.cat([transition.data, unchanged.data], dim=1))
         heights.append((states, transition))
         if height < len(plan.merges):
-            merge = plan.merges[height]
-            left, right = ((pick(states, side), kind(pick(transition.data, side))) for side in (merge.left, merge.right))
-            states, transition = right[1].act(left[0]) + right[0], right[1].after(left[1])
-
-    # down to the leaves: the chunks read, on a level of its own for each height, what is on their left
-    reader = Reader(chunks, o)
-    for height, (tables, (states, transition)) in enumerate(zip(plan.reads, heights, strict=False)):
-        for table in tables:
-            reader.read(table, states, level_scales[..., first_level + height])
-            reader.advance(table, transition)
+            states, transition = merged(states, transition, plan.merges[height])
 
     # the last level: the state that enters each block of the cap height
     entering = None
     if plan.has_last:
         firsts = added.new_zeros(added.shape[0], 1, *added.shape[2:]) if buckets is None else buckets[:, :, last]
-        entering = scan(firsts, *heights[-1], plan)
-        for table in plan.last_reads:
-            reader.read(table, entering, None if level_scales is None else level_scales[..., last])
+        states, transition = heights[-1]
+        entering = scan(firsts, states, transition, plan)
 
-    return final_buckets(chunks, v, near, heights, entering, plan) if return_state else None
-
-
-class Reader:
-    """The queries on their way down the tree: they read nodes, and pass them."""
-
-    def __init__(self, chunks: Factors, o: Tensor):
-        self.o = o
-        self.row_log = chunks.query_log
-        self.by_channel = isinstance(chunks.transition, ChannelDecay)
-        if isinstance(chunks.transition, Matrix):
-            self.passed = None
-            self.queries = chunks.queries.clone()  # overwritten as nodes are passed
-        else:
-            self.passed = torch.zeros_like(chunks.transition.data)  # log of what was passed, [A, N, R or K]
-            self.queries = chunks.queries
-
-    def read(self, table: Reads, states: Tensor, scales: Tensor | None) -> None:
-        """o += scales ⊙ (queries · state) for the chunks of `table`; scales [A, N, C, R], None for 1."""
-        queries = self.queries.index_select(1, table.chunks)
-        weights = None if scales is None else scales.index_select(1, table.chunks)
-        if self.by_channel:
-            queries = queries * self.passed.index_select(1, table.chunks).exp().to(queries.dtype)[:, :, None]
-        elif self.row_log is not None:
-            logs = self.row_log.index_select(1, table.chunks) + self.passed.index_select(1, table.chunks)[:, :, None]
-            decays = logs.exp().to(queries.dtype)
-            weights = decays if weights is None else weights * decays
-        self.o.index_add_(1, table.chunks, _Read.apply(queries, states, weights, table, self.o.shape[-1]))
-
-    def advance(self, table: Reads, transition) -> None:
-        data = _Take.apply(transition.data, table.nodes.repeat_interleave(table.size))
-        if self.passed is not None:
-            self.passed = self.passed.index_add(1, table.chunks, data)
-        else:
-            moved = self.queries.index_select(1, table.chunks) @ data
-            self.queries.index_copy_(1, table.chunks, moved)
+    # down to the leaves: the chunks read what is on their left, on a level of its own for each height
+    stages = [(states, transition, first_level + height)
+              for height, (states, transition) in enumerate(heights[: plan.tree_heights])]  # fmt: skip
+    if entering is not None:
+        stages.append((entering, None, last))
+    o = descend(o, chunks, level_scales, stages, plan)
+    final = final_buckets(chunks, v, near, heights, entering, plan) if return_state else None
+    return o, final
 
 
-class _Read(torch.autograd.Function):
-    """queries [A, M, C, K] times states [A, nodes, K, R·V], the rows weighted by [A, M, C, R]: [A, M, C, R, V].
+def merged(states: Tensor, transition: Transition, merge: Merge) -> tuple[Tensor, Transition]:
+    """The nodes of the next height: the right half's map after the left half's."""
+    right = transition.at(merge.right)
+    return right.act(pick(states, merge.left)) + pick(states, merge.right), right.after(transition.at(merge.left))
 
-    Its own rule: the products are cheaper to make again than to keep for every height, and nodes that are read many
-    times need a sum in a fixed order.
+
+def descend(
+    o: Tensor, chunks: Factors, level_scales: Tensor | None,
+    stages: list[tuple[Tensor, Transition | None, int]], plan: Plan,
+) -> Tensor:  # fmt: skip
+    """Adds to o what the chunks read: at each stage states (by their nodes) on a level; then they pass the nodes."""
+    if not stages:
+        return o
+    states, levels = [states for states, _, _ in stages], [level for _, _, level in stages]
+    passing = [transition.data for _, transition, _ in stages[:-1] if transition is not None]  # not the last nodes
+    arguments = (o, chunks.queries, chunks.query_log, level_scales, *states, *passing)
+    return _Descent.apply(plan, type(chunks.transition), levels, *arguments)
+
+
+class _Descent(torch.autograd.Function):
+    """The whole descent, part by part of the chunks.
+
+    Its own rule: keeping the queries of every height would take O(T log T) memory, so the backward makes them again,
+    one part at a time; and what is read many times gets its gradient in a fixed order.
     """
 
     @staticmethod
-    def forward(ctx, queries, states, weights, table, value_dim):
-        ctx.save_for_backward(queries, states, weights)
-        ctx.table = table
-        read = _by_group(queries, table) @ states.index_select(1, table.nodes)
-        read = read.view(*queries.shape[:-1], -1, value_dim)
-        return read if weights is None else read * weights[..., None]
+    def forward(ctx, plan, kind, levels, o, queries, query_log, level_scales, *nodes):
+        ctx.save_for_backward(queries, query_log, level_scales, *nodes)
+        ctx.plan, ctx.kind, ctx.levels = plan, kind, levels
+        ctx.mark_dirty(o)
+        states, passing = nodes[: len(levels)], nodes[len(levels) :]
+        for part in plan.parts:
+            target, scales = o[:, part.chunks], _of(level_scales, part.chunks)
+            for stage, table, rows, decays in _walk(part, kind, queries, query_log, passing):
+                read = _by_group(rows, table) @ states[stage].index_select(1, table.nodes)
+                read = read.view(*rows.shape[:-1], *o.shape[-2:])
+                weights = _weights(kind, scales, levels[stage], table, decays)
+                add_at(target, table.chunks, read if weights is None else read.mul_(weights[..., None]))
+        return o
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
-        queries, states, weights = ctx.saved_tensors
-        table, picked = ctx.table, states.index_select(1, ctx.table.nodes)
-        grouped = _by_group(queries, table)
-        weighted = grad if weights is None else grad * weights[..., None]
-        grad_states = grouped.transpose(-1, -2) @ _by_group(weighted.flatten(-2), table)
-        grad_states = sum_at(table.nodes, grad_states, states.shape[1])
-        if weights is None or weights.shape[-1] > 1:
-            grad_queries = (_by_group(weighted.flatten(-2), table) @ picked.transpose(-1, -2)).view_as(queries)
-            grad_weights = None if weights is None else ((grouped @ picked).view_as(grad) * grad).sum(-1)
-        else:  # one head: the same product serves both
-            product = (_by_group(grad.flatten(-2), table) @ picked.transpose(-1, -2)).view_as(queries)
-            grad_queries, grad_weights = product * weights, (product * queries).sum(-1, keepdim=True)
-        return grad_queries, grad_states, grad_weights, None, None
+        queries, query_log, level_scales, *nodes = ctx.saved_tensors
+        d_queries, d_nodes = torch.zeros_like(queries), [torch.zeros_like(x) for x in nodes]
+        d_log, d_scales = (None if x is None else torch.zeros_like(x) for x in (query_log, level_scales))
+        count, kind = len(ctx.levels), ctx.kind
+        states, passing, d_states, d_passing = nodes[:count], nodes[count:], d_nodes[:count], d_nodes[count:]
+        for part in ctx.plan.parts:
+            grads, scales = grad[:, part.chunks], _of(level_scales, part.chunks)
+            d_queries_here, d_log_here, d_scales_here = (
+                d_queries[:, part.chunks], _of(d_log, part.chunks), _of(d_scales, part.chunks))  # fmt: skip
+            d_passed = _nothing_passed(kind, queries, query_log, part)
+            for stage, table, rows, decays in reversed(list(_walk(part, kind, queries, query_log, passing))):
+                later = 0
+                if stage < len(passing):
+                    if kind is Matrix:
+                        moved = _by_group(pick(d_queries_here, table.chunks), table)
+                        sum_at(table.nodes, _by_group(rows, table).mT @ moved, d_passing[stage])
+                        later = (moved @ passing[stage].index_select(1, table.nodes).mT).view_as(rows)
+                    elif d_passed is not None:
+                        by_group = pick(d_passed, table.chunks).unflatten(1, (-1, table.size)).sum(2)
+                        sum_at(table.nodes, by_group, d_passing[stage])
+                weights = _weights(kind, scales, ctx.levels[stage], table, decays)
+                d_rows, d_read_states, d_weights = _read_gradient(
+                    pick(grads, table.chunks), rows, states[stage].index_select(1, table.nodes), weights, table)
+                sum_at(table.nodes, d_read_states, d_states[stage])
+                if kind is Matrix:
+                    put_at(d_queries_here, table.chunks, later + d_rows)
+                elif decays is None or d_passed is None:
+                    add_at(d_queries_here, table.chunks, d_rows)
+                elif kind is ChannelDecay:
+                    add_at(d_queries_here, table.chunks, d_rows * decays)
+                    add_at(d_passed, table.chunks, (d_rows * rows).sum(2, dtype=torch.float64))
+                elif d_log_here is not None:
+                    add_at(d_queries_here, table.chunks, d_rows)
+                    d_row_log = (d_weights * weights).to(torch.float64)
+                    add_at(d_log_here, table.chunks, d_row_log)
+                    add_at(d_passed, table.chunks, d_row_log.sum(2))
+                    d_weights = d_weights * decays
+                if d_scales_here is not None:
+                    put_at(d_scales_here[..., ctx.levels[stage]], table.chunks, d_weights)
+        return None, None, None, grad, d_queries, d_log, d_scales, *d_nodes
+
+
+def _walk(
+    part: Part, kind: type[Transition], queries: Tensor, query_log: Tensor | None, passing: Sequence[Tensor]
+) -> Iterator[tuple[int, Reads, Tensor, Tensor | None]]:
+    """The queries of a part on their way down.
+
+    Yields, for every table of every stage: the stage, the table, what reads [A, M, C, K], and how the nodes passed so
+    far have decayed it: per head [A, M, C, R], per channel [A, M, 1, K] (already in what reads), or None.
+    """
+    dtype, queries, query_log = queries.dtype, queries[:, part.chunks], _of(query_log, part.chunks)
+    if kind is Matrix:
+        queries = queries.clone()  # overwritten as nodes are passed
+    passed = _nothing_passed(kind, queries, query_log, part)
+    for stage, tables in enumerate(part.stages):
+        for table in tables:
+            rows, decays = pick(queries, table.chunks), None
+            if kind is Matrix and isinstance(table.chunks, slice):
+                rows = rows.clone()  # not a view of what is overwritten
+            elif kind is ChannelDecay and passed is not None:
+                decays = pick(passed, table.chunks).exp().to(dtype)[:, :, None]
+                rows = rows * decays
+            elif query_log is not None and passed is not None:
+                decays = (pick(query_log, table.chunks) + pick(passed, table.chunks)[:, :, None]).exp().to(dtype)
+            yield stage, table, rows, decays
+            if stage == len(passing):
+                continue
+            if passed is not None:
+                data = passing[stage].index_select(1, table.nodes)
+                add_at(passed, table.chunks, data.repeat_interleave(table.size, 1))
+            elif kind is Matrix:
+                moved = _by_group(rows, table) @ passing[stage].index_select(1, table.nodes)
+                put_at(queries, table.chunks, moved.view_as(rows))
+
+
+def _read_gradient(grad: Tensor, rows: Tensor, picked: Tensor, weights: Tensor | None, table: Reads) -> Any:
+    """Gradients of weights ⊙ (rows · picked) with respect to rows, picked and weights (None if those are None).
+
+    grad [A, M, C, R, V], rows [A, M, C, K], picked [A, groups, K, R·V], weights [A, M, C, R].
+    """
+    grouped = _by_group(rows, table)
+    weighted = grad if weights is None else grad * weights[..., None]
+    d_picked = grouped.mT @ _by_group(weighted.flatten(-2), table)
+    if weights is not None and weights.shape[-1] == 1:  # one head: the same product serves both
+        product = (_by_group(grad.flatten(-2), table) @ picked.mT).view_as(rows)
+        return product * weights, d_picked, (product * rows).sum(-1, keepdim=True)
+    d_rows = (_by_group(weighted.flatten(-2), table) @ picked.mT).view_as(rows)
+    d_weights = None if weights is None else ((grouped @ picked).view_as(grad) * grad).sum(-1)
+    return d_rows, d_picked, d_weights
+
+
+def _weights(
+    kind: type[Transition], scales: Tensor | None, level: int, table: Reads, decays: Tensor | None
+) -> Tensor | None:
+    """[A, M, C, R]: the level scales of the rows of `table`, times the decays where these are per head."""
+    by_head = None if kind is ChannelDecay else decays
+    if scales is None:
+        return by_head
+    picked = pick(scales[..., level], table.chunks)
+    return picked if by_head is None else picked * by_head
+
+
+def _nothing_passed(
+    kind: type[Transition], queries: Tensor, query_log: Tensor | None, part: Part
+) -> Tensor | None:
+    """Logs of what was passed at the start, [A, chunks of the part, R or K]; None where nothing decays by logs."""
+    if kind is not ChannelDecay and query_log is None:
+        return None
+    width = queries.shape[-1] if query_log is None else query_log.shape[-1]
+    return queries.new_zeros(queries.shape[0], part.chunks.stop - part.chunks.start, width, dtype=torch.float64)
 
 
 def _by_group(x: Tensor, table: Reads) -> Tensor:
@@ -279,47 +366,48 @@ def _by_group(x: Tensor, table: Reads) -> Tensor:
     return x.reshape(x.shape[0], -1, table.size * x.shape[2], x.shape[-1])
 
 
-class _Take(torch.autograd.Function):
-    """Entries along dimension 1, some taken several times; the gradients are summed in a fixed order."""
-
-    @staticmethod
-    def forward(ctx, x, index):
-        ctx.save_for_backward(index)
-        ctx.count = x.shape[1]
-        return x.index_select(1, index)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return sum_at(*ctx.saved_tensors, grad, ctx.count), None
+def _of(x: Tensor | None, chunks: slice) -> Tensor | None:
+    return None if x is None else x[:, chunks]
 
 
-def sum_at(index: Tensor, x: Tensor, count: int) -> Tensor:
-    """[A, count, …] with x [A, M, …] added at `index` [M], always in the same order."""
-    total = x.new_zeros(x.shape[0], count, *x.shape[2:])
+def put_at(target: Tensor, index: Index, x: Tensor) -> None:
+    """target[:, index] = x."""
+    if isinstance(index, slice):
+        target[:, index] = x
+    else:
+        target.index_copy_(1, index, x)
+
+
+def add_at(target: Tensor, index: Index, x: Tensor) -> None:
+    """target[:, index] += x, for an index without repetitions."""
+    put_at(target, index, pick(target, index) + x)
+
+
+def sum_at(index: Tensor, x: Tensor, total: Tensor) -> None:
+    """Adds x [A, M, …] to total [A, count, …] at `index` [M], which may repeat, always in the same order."""
     if x.is_cuda:  # sorts; index_add_ would add with atomics there, as index_put_ does with threads on the CPU
         total.transpose(0, 1).index_put_((index,), x.transpose(0, 1), accumulate=True)
-        return total
-    return total.index_add_(1, index, x)
+    else:
+        total.index_add_(1, index, x)
 
 
-def scan(firsts: Tensor, states: Tensor, transition, plan: Plan) -> Tensor:
-    """States that enter the blocks of the cap height, given those that enter the sequences; ordered as `ScanStep` says."""
-    kind, levels = type(transition), [(states, transition)]
+def scan(firsts: Tensor, states: Tensor, transition: Transition, plan: Plan) -> Tensor:
+    """States that enter the blocks of the cap height, given those that enter the sequences; in `ScanStep`'s order."""
+    levels = [(states, transition)]
     for merge in plan.scan_merges:
-        left, right = ((pick(states, side), kind(pick(transition.data, side))) for side in (merge.left, merge.right))
-        states, transition = right[1].act(left[0]) + right[0], right[1].after(left[1])
+        states, transition = merged(states, transition, merge)
         levels.append((states, transition))
     entering = firsts
     for step, (states, transition) in zip(plan.scan_steps, reversed(levels), strict=False):
         even, odd = entering.index_select(1, step.even_parent), entering.index_select(1, step.odd_parent)
-        left = kind(transition.data.index_select(1, step.odd_left))
+        left = transition.at(step.odd_left)
         entering = torch.cat([firsts, even, left.act(odd) + states.index_select(1, step.odd_left)], dim=1)
     return entering
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # States in the middle of a chunk
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def _where(mask: Tensor, x: Tensor, other: Tensor | float = 0.0) -> Tensor:
@@ -347,11 +435,11 @@ class NearBuckets:
         read = (read * weights[..., None]).sum(2)
         o.index_add_(1, plan.first_chunk, _where(plan.has_tokens, read))
 
-    def fold(self, added: Tensor, transition) -> Tensor:
-        passed = type(transition)(transition.data.index_select(1, self.plan.first_chunk)).act(self.buckets.sum(2))
+    def fold(self, added: Tensor, transition: Transition) -> Tensor:
+        passed = transition.at(self.plan.first_chunk).act(self.buckets.sum(2))
         return added.index_add(1, self.plan.first_chunk, _where(self.plan.has_tokens, passed))
 
-    def at_end(self, transition) -> Tensor:
+    def at_end(self, transition: Transition) -> Tensor:
         """[A, S, L, K, R·V]: where they are at the end of a sequence that stays in its chunk."""
         plan = self.plan
         moved = [transition.act(bucket) for bucket in self.buckets.unbind(2)]
@@ -364,8 +452,8 @@ def final_buckets(
 ) -> Tensor:
     """The same reading at the position after the last token, by the identity instead of queries: [A, S, L, K, R·V]."""
     partial = chunks.at(plan.partial_chunk)
-    kind, nothing = type(partial.transition), partial.transition.identity(len(plan.partial_chunk))
-    passed = kind(_where(plan.has_partial, partial.transition.data, nothing.data))
+    nothing = partial.transition.identity(len(plan.partial_chunk))
+    passed = replace(nothing, data=_where(plan.has_partial, partial.transition.data, nothing.data))
 
     # the rows of the incomplete chunk, split along the binary digits of where it ends
     rows = v.index_select(1, plan.partial_chunk)
@@ -380,8 +468,8 @@ def final_buckets(
     for height, (states, transition) in enumerate(heights[: plan.tree_heights]):
         node, used, level = plan.end_nodes[height], plan.end_used[height], plan.chunk_height + 1 + height
         buckets[level] = _where(used, passed.act(states.index_select(1, node)))
-        further = passed.after(kind(transition.data.index_select(1, node)))
-        passed = kind(_where(used, further.data, passed.data))
+        further = passed.after(transition.at(node))
+        passed = replace(passed, data=_where(used, further.data, passed.data))
     if entering is not None:
         buckets[-1] = buckets[-1] + passed.act(entering.index_select(1, plan.end_last))
     return torch.stack(buckets, dim=2)
@@ -392,9 +480,9 @@ def _where_rows(mask: Tensor, v: Tensor) -> Tensor:
     return torch.where(mask[:, :, None, None], v, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Under torch.compile: one opaque operator forward, one backward that runs the forward again
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def tree_attention_opaque(
@@ -424,13 +512,13 @@ def _tensor(x: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) ->
 
 @_forward_op.register_fake
 def _(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, buckets, positions, return_state):
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
     if not return_state:
-        return torch.empty_like(v, memory_format=torch.contiguous_format), _tensor(None, v), _tensor(None, v, torch.int64)
+        return o, _tensor(None, v), _tensor(None, v, torch.int64)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     levels = 1 if level_scales is None else level_scales.shape[-1]
     work = torch.promote_types(v.dtype, torch.float32)
     final = v.new_empty(sequences, levels, v.shape[2], q.shape[3], v.shape[3], dtype=work)
-    o = torch.empty_like(v, memory_format=torch.contiguous_format)
     return o, final, v.new_empty(sequences, dtype=torch.int64)
 
 
@@ -440,19 +528,20 @@ def _backward_op(
     q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None, beta: Tensor | None,
     scale: float, cu_seqlens: Tensor | None, buckets: Tensor | None, positions: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    inputs = [q, k, v, level_scales, log_decay, beta, buckets]
-    inputs = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    level_scales, log_decay, beta, buckets = (
+        None if x is None else x.detach().requires_grad_() for x in (level_scales, log_decay, beta, buckets)
+    )
     with torch.enable_grad():
         o, final, _ = tree_attention(
-            *inputs[:6], scale, cu_seqlens, inputs[6], positions, grad_final is not None)  # fmt: skip
-    outputs, grads = ([o], [grad_o]) if grad_final is None else ([o, final], [grad_o, grad_final])
-    wanted = [x for x in inputs if x is not None]
-    found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
-    gradients = [None if x is None else next(found) for x in inputs]
-    return tuple(
-        _tensor(None, v) if x is None else torch.zeros_like(x) if g is None else g.contiguous()
-        for x, g in zip(inputs, gradients, strict=True)
-    )  # fmt: skip
+            q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, buckets, positions, grad_final is not None
+        )
+    outputs, grads = ([o], [grad_o]) if final is None else ([o, final], [grad_o, grad_final])
+    inputs = (q, k, v, level_scales, log_decay, beta, buckets)
+    found = iter(torch.autograd.grad(outputs, [x for x in inputs if x is not None], grads, materialize_grads=True))
+    dq, dk, dv, *rest = (_tensor(None if x is None else next(found), v) for x in inputs)
+    d_scales, d_decay, d_beta, d_buckets = rest
+    return dq, dk, dv, d_scales, d_decay, d_beta, d_buckets
 
 
 @_backward_op.register_fake

@@ -20,73 +20,83 @@ e^x with x ≤ 0 is ever formed.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from loglinear.fenwick import Index
 
-class Transition(Protocol):
-    """P of a set of nodes, [A, nodes, …]. Nodes are picked by `at`, composed, and applied to states."""
+
+@dataclass(frozen=True)
+class Transition(ABC):
+    """P of a set of nodes; `data` [A, nodes, …] says what a family keeps of it."""
 
     data: Tensor
 
+    @abstractmethod
     def act(self, states: Tensor) -> Tensor:
         """P S for states [A, nodes, K, R·V]."""
-        ...
 
-    def after(self, earlier: Transition) -> Transition:
+    @abstractmethod
+    def after(self, earlier: Self) -> Self:
         """The composition: first `earlier`, then this one."""
-        ...
+
+    @abstractmethod
+    def identity(self, nodes: int) -> Self:
+        """The transition of `nodes` nodes that change nothing."""
+
+    def at(self, index: Index) -> Self:
+        """The transitions of some of the nodes."""
+        return replace(self, data=pick(self.data, index))
 
 
-class ScalarDecay(NamedTuple):
+class _Logs(Transition):
+    """Composed by addition: `data` holds logs, float64."""
+
+    def after(self, earlier: Self) -> Self:
+        return replace(self, data=self.data + earlier.data)
+
+    def identity(self, nodes: int) -> Self:
+        return replace(self, data=self.data.new_zeros(self.data.shape[0], nodes, self.data.shape[2]))
+
+
+class ScalarDecay(_Logs):
     """P is a number per head: `data` [A, nodes, R] holds its log."""
 
-    data: Tensor
-
     def act(self, states: Tensor) -> Tensor:
-        heads = self.data.shape[-1]
-        grouped = states.unflatten(-1, (heads, -1))
-        return (grouped * self.data.to(torch.float64).exp().to(states.dtype)[:, :, None, :, None]).flatten(-2)
-
-    def after(self, earlier: ScalarDecay) -> ScalarDecay:
-        return ScalarDecay(self.data + earlier.data)
-
-    def identity(self, nodes: int) -> ScalarDecay:
-        return ScalarDecay(self.data.new_zeros(self.data.shape[0], nodes, self.data.shape[-1]))
+        grouped = states.unflatten(-1, (self.data.shape[-1], -1))
+        return (grouped * self.data.exp().to(states.dtype)[:, :, None, :, None]).flatten(-2)
 
 
-class ChannelDecay(NamedTuple):
+class ChannelDecay(_Logs):
     """P is diagonal: `data` [A, nodes, K] holds the log of the diagonal."""
-
-    data: Tensor
 
     def act(self, states: Tensor) -> Tensor:
         return states * self.data.exp().to(states.dtype)[..., None]
 
-    def after(self, earlier: ChannelDecay) -> ChannelDecay:
-        return ChannelDecay(self.data + earlier.data)
 
-    def identity(self, nodes: int) -> ChannelDecay:
-        return ChannelDecay(self.data.new_zeros(self.data.shape[0], nodes, self.data.shape[-1]))
-
-
-class Matrix(NamedTuple):
+class Matrix(Transition):
     """P is a matrix: `data` [A, nodes, K, K]."""
-
-    data: Tensor
 
     def act(self, states: Tensor) -> Tensor:
         return self.data @ states
 
-    def after(self, earlier: Matrix) -> Matrix:
-        return Matrix(self.data @ earlier.data)
+    def after(self, earlier: Self) -> Self:
+        return replace(self, data=self.data @ earlier.data)
 
-    def identity(self, nodes: int) -> Matrix:
+    def identity(self, nodes: int) -> Self:
         heads, _, key_dim, _ = self.data.shape
-        return Matrix(torch.eye(key_dim, dtype=self.data.dtype, device=self.data.device).expand(heads, nodes, -1, -1))
+        eye = torch.eye(key_dim, dtype=self.data.dtype, device=self.data.device)
+        return replace(self, data=eye.expand(heads, nodes, -1, -1))
+
+
+def pick(x: Tensor, index: Index) -> Tensor:
+    """Entries along dimension 1."""
+    return x[:, index] if isinstance(index, slice) else x.index_select(1, index)
 
 
 class Factors(NamedTuple):
@@ -97,7 +107,7 @@ class Factors(NamedTuple):
     writes: Tensor  # [A, N, C, K]
     write_weight: Tensor | None  # [A, N, C, R] weight of each row's write, or None
     scores: Tensor  # [A, N, R, C, C], causal
-    transition: ScalarDecay | ChannelDecay | Matrix
+    transition: Transition
 
     def written(self, v: Tensor) -> Tensor:
         """U = writesᵀ v for values v [A, N', C, R, V] of the same chunks: [A, N', K, R·V]."""
@@ -107,8 +117,14 @@ class Factors(NamedTuple):
 
     def at(self, chunks: Tensor) -> Factors:
         """The factors of some of the chunks."""
-        pick = [None if x is None else x.index_select(1, chunks) for x in self[:-1]]
-        return Factors(*pick, type(self.transition)(self.transition.data.index_select(1, chunks)))
+        return Factors(
+            queries=pick(self.queries, chunks),
+            query_log=None if self.query_log is None else pick(self.query_log, chunks),
+            writes=pick(self.writes, chunks),
+            write_weight=None if self.write_weight is None else pick(self.write_weight, chunks),
+            scores=pick(self.scores, chunks),
+            transition=self.transition.at(chunks),
+        )
 
 
 def factors(q: Tensor, k: Tensor, heads: int, log_decay: Tensor | None, beta: Tensor | None) -> Factors:

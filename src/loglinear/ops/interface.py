@@ -33,7 +33,7 @@ def log_linear_attention(
     log_decay: Float[Tensor, "B T H"] | Float[Tensor, "B T H K"] | None = None,
     beta: Float[Tensor, "B T H"] | None = None,
     scale: float = 1.0,
-    cu_seqlens: Int[Tensor, "S+1"] | None = None,
+    cu_seqlens: Int[Tensor, " S+1"] | None = None,
     initial_state: FenwickState | None = None,
     return_state: bool = False,
     backend: Backend = "auto",
@@ -104,7 +104,7 @@ def log_linear_attention(
             q, k, v, level_scales, log_decay=log_decay, beta=beta, scale=float(scale), cu_seqlens=cu_seqlens,
             initial_state=initial_state, return_state=return_state,
         )  # fmt: skip
-    return o, FenwickState(buckets, positions) if return_state else None
+    return o, None if buckets is None or positions is None else FenwickState(buckets, positions)
 
 
 def log_linear_attention_step(
@@ -158,9 +158,9 @@ def log_linear_attention_step(
         return step.step(q, k, v, level_scales, state, log_decay, beta, float(scale))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Backends
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def _choose(backend: str, q: Tensor):
@@ -173,9 +173,9 @@ def _choose(backend: str, q: Tensor):
     return chunked.log_linear_attention_chunked
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Checks
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def _autocast(*tensors):
@@ -223,7 +223,8 @@ def _check_tensors(q, k, v, level_scales, log_decay, beta, tokens: str) -> None:
     by_head = (*outer, heads)
     if level_scales is not None and (level_scales.shape[:-1] != by_head or level_scales.shape[-1] < 1):
         raise ValueError(
-            f"level_scales must be [{tokens}H, L] = {list(by_head)} + [L ≥ 1], got shape {_shape(level_scales)}")  # fmt: skip
+            f"level_scales must be [{tokens}H, L] = {list(by_head)} + [L ≥ 1], got shape {_shape(level_scales)}"
+        )
     if log_decay is not None and log_decay.shape not in (by_head, (*by_head, key_dim)):
         raise ValueError(f"log_decay must be [{tokens}H] = {list(by_head)} or [{tokens}H, K] = "
                          f"{[*by_head, key_dim]}, got shape {_shape(log_decay)}")  # fmt: skip
@@ -232,7 +233,7 @@ def _check_tensors(q, k, v, level_scales, log_decay, beta, tokens: str) -> None:
 
 
 def _check_packing(q: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Shape and dtype; the values are checked by the backend, which needs them on the host (`chunked.sequence_bounds`)."""
+    """Shape and dtype; the values are checked by the backend, which needs them on the host (`sequence_bounds`)."""
     if cu_seqlens is None:
         return
     if not isinstance(cu_seqlens, Tensor):
@@ -253,7 +254,9 @@ def _check_state(q, v, level_scales, state, rows: int, required: bool = False) -
     num_levels = 1 if level_scales is None else level_scales.shape[-1]
     wanted = (rows, num_levels, v.shape[-2], q.shape[-1], v.shape[-1])
     if state.buckets.shape != wanted:
-        raise ValueError(f"the state's buckets must be [rows, L, H, K, V] = {list(wanted)}, got {_shape(state.buckets)}")
+        raise ValueError(
+            f"the state's buckets must be [rows, L, H, K, V] = {list(wanted)}, got {_shape(state.buckets)}"
+        )
     if state.buckets.dtype not in FLOAT_TYPES:
         raise TypeError(f"the state's buckets must be floating point, got {state.buckets.dtype}")
     if state.positions.dtype != torch.int64:

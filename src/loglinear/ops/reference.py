@@ -8,6 +8,9 @@ Legend: S sequences, T tokens, G query/key groups, H heads, K key width, V value
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -59,13 +62,13 @@ def recurrence(
 def log_linear_attention_recurrent(
     q, k, v, level_scales, *, log_decay, beta, scale, cu_seqlens, initial_state, return_state
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator as a loop over sequences of `recurrence`. Returns o [B, T, H, V], buckets [S, L, H, K, V], positions."""
+    """`recurrence` for each sequence. Returns o [B, T, H, V], buckets [S, L, H, K, V] and positions [S]."""
     dtype = v.dtype
     work = torch.promote_types(dtype, torch.float32)
     per_token = [None if x is None else x.to(work) for x in (q, k, v, level_scales, log_decay, beta)]
     if cu_seqlens is not None:
-        bounds = sequence_bounds(cu_seqlens, q.shape[1])
-        rows = [[None if x is None else x[0, lo:hi] for x in per_token] for lo, hi in zip(bounds, bounds[1:], strict=False)]
+        bounds = itertools.pairwise(sequence_bounds(cu_seqlens, q.shape[1]))
+        rows: list[Any] = [[None if x is None else x[0, lo:hi] for x in per_token] for lo, hi in bounds]
     else:
         rows = [[None if x is None else x[b] for x in per_token] for b in range(q.shape[0])]
     positions = [0] * len(rows) if initial_state is None else initial_state.positions.tolist()
@@ -75,7 +78,7 @@ def log_linear_attention_recurrent(
         if initial_state is not None:
             used = fenwick.occupied(initial_state.positions[index], initial_state.num_levels)
             buckets = torch.where(used[:, None, None, None], initial_state.buckets[index].to(work), 0)
-        o, final = recurrence(*row, scale, buckets, positions[index])
+        o, final = recurrence(*row, scale=scale, buckets=buckets, position=positions[index])
         outputs.append(o)
         states.append(final)
     o = torch.cat(outputs)[None] if cu_seqlens is not None else torch.stack(outputs)
@@ -95,8 +98,8 @@ def log_linear_attention_dense(
 ) -> Tensor:
     """The parallel form: (Λ ⊙ scores) v with a T × T matrix per head (arXiv 2506.04761, equation 5).
 
-    For the delta rule the scores are A T with T = (I + tril(diag(β) k kᵀ ⊙ decay, -1))⁻¹ diag(β), over the whole sequence.
-    Whole sequences only (no state, no packing). Shapes as in `log_linear_attention`; returns o [B, T, H, V].
+    For the delta rule the scores are A T with T = (I + tril(diag(β) k kᵀ ⊙ decay, -1))⁻¹ diag(β), over the whole
+    sequence. Whole sequences only (no state, no packing). Shapes as in `log_linear_attention`; returns o [B, T, H, V].
     """
     (_, length, heads, _), dtype = v.shape, v.dtype
     work = torch.promote_types(dtype, torch.float32)
