@@ -128,7 +128,7 @@ class Attention(nn.Module):
             k.to(q.dtype).transpose(1, 2),
             v.to(q.dtype).transpose(1, 2),
             attn_mask=mask,
-            is_causal=mask is None and q.shape[1] > 1,
+            is_causal=mask is None,
             enable_gqa=self.num_heads != self.num_key_value_heads,
         )
         return o.transpose(1, 2)

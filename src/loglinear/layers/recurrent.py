@@ -145,6 +145,8 @@ class RecurrentMixer(nn.Module):
         key_width = config.state_size
         if key_width is None:
             key_width = round(cls.key_ratio * config.hidden_size / config.num_heads)
+            if key_width < 1:
+                raise ValueError(f"state_size comes out as 0: num_heads {config.num_heads} is too large")
         value_width = config.head_dim
         if value_width is None:
             value_width = round((cls.value_ratio if config.expand_v is None else config.expand_v) * key_width)

@@ -1,7 +1,5 @@
 """One configuration for every model of the library."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import math
@@ -270,7 +268,7 @@ class LogLinearConfig(PreTrainedConfig):
         return ["attention" if layer in self.attention_layers else self.mixer for layer in layers]
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> LogLinearConfig:
+    def preset(cls, name: str, **overrides: Any) -> "LogLinearConfig":
         """A named configuration, with any field overridden. See `presets()` for the names.
 
         Raises:
@@ -293,7 +291,7 @@ class LogLinearConfig(PreTrainedConfig):
 
         return list(PRESETS)
 
-    def cost(self, length: int | None = None, dtype: torch.dtype | None = None) -> Cost:
+    def cost(self, length: int | None = None, dtype: "torch.dtype | None" = None) -> "Cost":
         """What a model of this configuration costs at a context of `length` tokens: see
         `loglinear.models.cost.Cost`."""
         from loglinear.models.cost import cost

@@ -65,15 +65,18 @@ def mean_occupied(length: int, num_levels: int) -> float:
     return sum(int(torch.as_tensor(occupied(part, num_levels)).sum()) for part in positions) / length
 
 
-def count_parameters(config: LogLinearConfig) -> tuple[int, int]:
-    """(all parameters, those outside embedding and head), counted on the meta device."""
+def count_parameters(config: LogLinearConfig) -> tuple[int, int, int]:
+    """(all parameters, those outside embedding and head, those in matrices that every token is multiplied with),
+    counted on the meta device."""
     from loglinear.models.model import LogLinearForCausalLM
 
     with torch.device("meta"):
         model = LogLinearForCausalLM(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     embedding = config.vocab_size * config.hidden_size
-    return total, total - embedding * (1 if config.tie_word_embeddings else 2)
+    non_embedding = total - embedding * (1 if config.tie_word_embeddings else 2)
+    matrices = sum(parameter.numel() for parameter in model.model.layers.parameters() if parameter.ndim > 1)
+    return total, non_embedding, matrices + embedding
 
 
 def _operator_training_flops(mixer: type[RecurrentMixer], config: LogLinearConfig, length: int) -> float:
@@ -122,9 +125,8 @@ def cost(config: LogLinearConfig, length: int | None = None, dtype: torch.dtype 
     dtype = torch.bfloat16 if dtype is None else dtype
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
-    parameters, non_embedding = count_parameters(config)
-    in_products = non_embedding + config.vocab_size * config.hidden_size
-    forward, decoding = 2.0 * in_products, 2.0 * in_products
+    parameters, non_embedding, multiplied = count_parameters(config)
+    forward, decoding = 2.0 * multiplied, 2.0 * multiplied
     state, filled, cached, convolution = 0, 0, 0, 0
     attention_layers = 0
     for name in config.mixers:

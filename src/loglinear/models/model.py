@@ -50,6 +50,10 @@ class LogLinearBlock(GradientCheckpointingLayer):
         self.mixer = MIXERS[config.mixers[layer_idx]](config, layer_idx)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        if config.rescale_residual_init:
+            # Read by `_init_weights`, which is called for modules with parameters of their own only.
+            for writer in (self.mixer.out_proj, self.mlp.down_proj):
+                writer.init_scale = (2 * config.num_hidden_layers) ** -0.5
 
     def forward(
         self,
@@ -97,14 +101,11 @@ class LogLinearPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, mean=0.0, std=std)
+            scale = getattr(module, "init_scale", 1.0)
+            nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range * scale)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, LogLinearBlock) and self.config.rescale_residual_init:
-            for writer in (module.mixer.out_proj, module.mlp.down_proj):
-                nn.init.normal_(writer.weight, mean=0.0, std=std * (2 * self.config.num_hidden_layers) ** -0.5)
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()  # type: ignore[operator]
 
