@@ -10,6 +10,8 @@ VENV ?= .venv
 PYTHON ?= $(shell for candidate in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	"$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
 	&& { echo "$$candidate"; break; }; done)
+# Where the quickstart leaves its checkpoints, tables, plots and report: a new folder each time.
+OUTPUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # Test processes; each uses one thread.
 WORKERS ?= 2
 
@@ -20,7 +22,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 .PHONY: quickstart test lint install
 
 quickstart: $(INSTALLED)
-	$(BIN)/loglinear quickstart
+	$(BIN)/loglinear quickstart --output $(OUTPUT)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
