@@ -321,8 +321,7 @@ def plot_level_scales(scales: dict[int, np.ndarray], most_layers: int = 4, most_
     largest = float(
         np.percentile(np.concatenate([scales[layer][reached.nonzero()[0]].ravel() for layer in layers]), 99)
     )
-    colours = colormaps["viridis"].copy()
-    colours.set_bad("#DDDDDD")
+    colours = colormaps["viridis"].with_extremes(bad="#DDDDDD")
     with plots.style():
         width, height = max(2.6, 8.0 / len(columns)), 1.7
         figure, axes = plots.new_figure(len(layers), len(columns), width, height)

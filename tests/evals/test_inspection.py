@@ -1,0 +1,126 @@
+"""What inspect shows is what is there: buckets, costs and level scales against plain counting."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from loglinear.evals import inspection
+from loglinear.evals.command import default_text, run_inspect
+from loglinear.evals.inspection import (
+    buckets_in_use,
+    cost_rows,
+    cost_table,
+    level_scales_on,
+    partition,
+    partition_text,
+    summarize_level_scales,
+)
+from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+
+
+@pytest.mark.parametrize("position", [0, 1, 6, 7, 8, 63, 100])
+def test_buckets_are_the_binary_digits_of_the_position(position):
+    buckets = partition(position, 12)
+    assert [token for _, first, last in buckets for token in range(first, last + 1)] == list(range(position + 1))
+    sizes = [last - first + 1 for _, first, last in buckets]
+    digits = [2**height for height in range(10) if position // 2**height % 2]
+    assert sizes == [*reversed(digits), 1]
+    assert [level for level, _, _ in buckets] == [*(int(math.log(size, 2) + 1.5) for size in sizes[:-1]), 0]
+
+
+def test_the_last_level_takes_everything_older():
+    assert partition(13, 3) == [(2, 0, 11), (1, 12, 12), (0, 13, 13)]
+    assert partition(5, 1) == [(0, 0, 5)]
+    assert partition_text(6, 5) == "token 6 reads level 3: 0–3, level 2: 4–5, level 0: 6"
+
+
+def test_the_state_grows_with_the_number_of_levels_and_the_cache_with_the_length():
+    config = LogLinearConfig.preset("tiny-gated-deltanet")
+    rows = cost_rows(config, [1024, 4096, 1024 * 1024])
+    bucket = 2 * 2 * 16 * 32 * 4  # layers, heads, K, V, bytes
+    assert [row.levels for row in rows] == [11, 13, 21]
+    assert [row.state_bytes for row in rows] == [11 * bucket, 13 * bucket, 21 * bucket]
+    assert [row.kv_cache_bytes for row in rows] == [2 * 64 * 2 * 2 * n for n in (1024, 4096, 1024 * 1024)]
+    assert config.num_levels == 9, "the configuration that was asked about must not change"
+
+
+def test_the_linear_twin_keeps_one_state_at_any_length():
+    rows = cost_rows(LogLinearConfig.preset("tiny-gated-deltanet", num_levels=1), [1024, 65536])
+    assert [row.levels for row in rows] == [1, 1]
+    assert rows[0].state_bytes == rows[1].state_bytes
+    header, lines = cost_table(rows)
+    assert header[0] == "tokens" and [line[0] for line in lines] == ["1K", "64K"]
+
+
+def test_level_scales_are_those_of_the_layers():
+    model = LogLinearForCausalLM(LogLinearConfig.preset("tiny-gated-deltanet")).eval()
+    ids = list(range(50))
+    scales = level_scales_on(model, ids)
+    assert {layer: values.shape for layer, values in scales.items()} == {0: (50, 2, 9), 1: (50, 2, 9)}
+    block = model.model.layers[0]
+    seen = []
+    hook = block.mixer.register_forward_pre_hook(
+        lambda module, inputs, kwargs: seen.append((inputs, kwargs)), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(input_ids=torch.tensor([ids]))
+        inputs, kwargs = seen[0]
+        wanted = block.mixer.level_scales(inputs[0] if inputs else kwargs["x"])[0]
+    hook.remove()
+    np.testing.assert_allclose(scales[0], wanted.numpy(), rtol=1e-5)
+    assert not any(module._forward_hooks for module in model.modules()), "hooks must be taken away"
+    with pytest.raises(ValueError, match="at least one token"):
+        level_scales_on(model, [])
+
+
+def test_summaries_look_at_filled_buckets_only():
+    values = np.zeros((4, 1, 4), np.float32)
+    # Level 1 is filled for the odd tokens 1 and 3, level 2 for tokens 2 and 3, level 3 never, level 0 always.
+    values[:, 0, 0], values[1::2, 0, 1], values[2:, 0, 2] = 1.0, (2.0, 4.0), 5.0
+    rows = summarize_level_scales({7: values})
+    assert [(row.layer, row.level, row.mean, row.tokens) for row in rows] == [
+        (7, 0, 1.0, 4),
+        (7, 1, 3.0, 2),
+        (7, 2, 5.0, 2),
+        (7, 3, None, 0),
+    ]
+    assert (rows[1].smallest, rows[1].largest) == (2.0, 4.0)
+    assert inspection.level_scale_table(rows)[1] == [["7", "1.00", "3.00", "5.00", "–"]]
+
+
+def test_buckets_in_use_agree_with_the_partition():
+    in_use = buckets_in_use(40, 7)
+    for position in range(40):
+        assert set(in_use[position].nonzero()[0]) == {level for level, _, _ in partition(position, 7)}
+
+
+def test_a_preset_is_inspected_without_weights(tmp_path, capsys):
+    written = run_inspect("log-linear-mamba2-825m", tmp_path, lengths=[16384])
+    assert sorted(path.name for path in written) == ["memory.png", "partition.png"]
+    shown = capsys.readouterr().out
+    assert "825,465,312" in shown and "16K" in shown and "473 MiB" in shown
+
+
+def test_level_scales_of_a_preset_are_shown_on_a_given_text(tmp_path, capsys):
+    run_inspect("tiny-mamba2", tmp_path, text=default_text()[:100], device="cpu")
+    assert "random ones" in " ".join(capsys.readouterr().out.split())
+    with (tmp_path / "level_scales.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["layer", "head", "level", "mean", "smallest", "largest", "tokens"]
+    assert len(rows) == 2 * 4 * 9
+    by_level = {row["level"]: row for row in rows}
+    assert by_level["8"]["mean"] == "" and by_level["0"]["tokens"] == "101"
+    assert (tmp_path / "level_scales.png").is_file()
+
+
+def test_plain_mixers_have_no_partition(tmp_path):
+    written = run_inspect("tiny-attention", tmp_path, device="cpu")
+    assert [path.name for path in written] == ["memory.png"]
+
+
+def test_a_name_that_is_nothing_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nor is 'nothing' a preset"):
+        run_inspect("nothing", tmp_path)

@@ -1,0 +1,132 @@
+"""The quickstart in a shortened form leaves everything it promises, and its twins differ in their levels
+alone.
+"""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from loglinear import quickstart
+from loglinear.evals.position_loss import LossDifference
+from loglinear.models import LogLinearForCausalLM
+from loglinear.train import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    config = quickstart.choose(
+        "cpu",
+        "tiny-gated-deltanet",
+        output=str(folder / "out"),
+        steps=2,
+        sequence_length=64,
+        rows=2,
+        max_documents=40,
+        evaluation_documents=2,
+        sample_tokens=8,
+        cache=str(folder / "cache"),
+    )
+    return quickstart.run(config)
+
+
+def test_everything_is_in_the_folder(result):
+    folder = result.files["report"].parent
+    assert {path.name for path in folder.iterdir()} == {
+        "linear",
+        "log-linear",
+        "level_scales.csv",
+        "level_scales.png",
+        "memory.csv",
+        "memory.png",
+        "partition.png",
+        "position_loss.csv",
+        "position_loss.png",
+        "position_loss_differences.csv",
+        "report.md",
+        "training.png",
+    }
+    assert all((folder / name / "checkpoint-2" / "model.safetensors").is_file() for name in ("linear", "log-linear"))
+
+
+def test_the_report_shows_what_was_made(result):
+    folder = result.files["report"].parent
+    text = result.files["report"].read_text()
+    pictures = [part.split(")")[0] for part in text.split("](")[1:]]
+    assert len(pictures) == 5 and all((folder / picture).is_file() for picture in pictures)
+    assert quickstart.verdict(result.overall) in text
+    assert quickstart.PROMPT + result.samples["log-linear"].text.rstrip() in text
+    assert "| 1M |" in text and "other seeds" in text
+
+
+def test_the_twins_were_trained_alike(result):
+    saved = {name: TrainConfig.from_file(run.checkpoint / "train_config.yaml") for name, run in result.runs.items()}
+    differing = {key for key, value in saved["linear"].to_dict().items() if saved["log-linear"].to_dict()[key] != value}
+    assert differing == {"output", "model_options"}
+    assert {run.steps for run in result.runs.values()} == {2}
+    levels = {
+        name: json.loads((run.checkpoint / "config.json").read_text())["num_levels"]
+        for name, run in result.runs.items()
+    }
+    assert levels == {"linear": 1, "log-linear": 7}
+
+
+def test_memory_is_tabulated_to_a_million_tokens(result):
+    with result.files["memory_csv"].open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["tokens"]) for row in rows] == [1024, 4096, 16384, 65536, 262144, 1048576]
+    assert len({row["linear_state_bytes"] for row in rows}) == 1
+    assert int(rows[-1]["log_linear_state_bytes"]) > int(rows[0]["log_linear_state_bytes"])
+    assert int(rows[-1]["softmax_kv_cache_bytes"]) == 1024 * int(rows[0]["softmax_kv_cache_bytes"])
+
+
+def test_twins_start_from_the_same_weights():
+    config = quickstart.choose("cpu", "tiny-gated-deltanet", sequence_length=64)
+    weights = quickstart._initial_weights(quickstart._train_config(config, "log-linear", 1))
+    linear = quickstart._train_config(config, "linear", 1)
+    torch.manual_seed(123)
+    twin: LogLinearForCausalLM = quickstart.build_model(linear, quickstart.load_tokenizer("bytes"))
+    quickstart._copy_matching(weights, twin)
+    for name, weight in twin.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+    assert {name for name in weights if name not in twin.state_dict()} == {
+        f"model.layers.{layer}.mixer.level_scales.{part}" for layer in (0, 1) for part in ("weight", "proj.weight")
+    }
+
+
+def test_the_verdict_says_when_there_is_only_noise():
+    clear = LossDifference("log-linear", "linear", 0, 64, -0.1, 0.01, 40, 2560)
+    assert "-0.100 ± 0.010" in quickstart.verdict(clear) and "lower" in quickstart.verdict(clear)
+    worse = LossDifference("log-linear", "linear", 0, 64, 0.1, 0.01, 40, 2560)
+    assert "higher" in quickstart.verdict(worse)
+    noise = LossDifference("log-linear", "linear", 0, 64, -0.01, 0.01, 40, 2560)
+    assert "no difference" in quickstart.verdict(noise) and "lower" not in quickstart.verdict(noise)
+
+
+def test_the_time_of_a_step_is_measured(tmp_path):
+    config = quickstart.choose(
+        "cpu", "tiny-gated-deltanet", output=str(tmp_path / "out"), sequence_length=32, rows=1, max_documents=20,
+        cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    assert 0 < quickstart.seconds_per_step(quickstart._train_config(config, "log-linear", 1)) < 60
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_quickstart_is_not_overwritten(tmp_path):
+    (tmp_path / "report.md").write_text("precious")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        quickstart.run(quickstart.choose("cpu", output=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"training_seconds": 0.0}, "training_seconds must be more than 0"),
+    ],
+)
+def test_wrong_numbers_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        quickstart.choose("cpu", **changes)
