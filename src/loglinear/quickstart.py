@@ -136,7 +136,7 @@ def run(config: QuickstartConfig, console: Console | None = None) -> QuickstartR
         raise FileExistsError(f"the folder {folder} is not empty: name another one with --output, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     configs = {name: _train_config(config, name, config.steps or 1) for name in (LINEAR, LOG_LINEAR)}
-    console.print(f"Reading {', '.join(config.data)} …", highlight=False)
+    console.print(f"Reading {_corpus_name(config)} …", highlight=False)
     steps = config.steps
     if steps is None:
         speeds = {name: seconds_per_step(configs[name]) for name in configs}
@@ -181,6 +181,10 @@ def run(config: QuickstartConfig, console: Console | None = None) -> QuickstartR
     files["report"].write_text(report(result), encoding="utf-8")
     _show(result, console)
     return result
+
+
+def _corpus_name(config: QuickstartConfig) -> str:
+    return "the source of Python's standard library" if config.data == ("stdlib",) else ", ".join(config.data)
 
 
 def _train_config(config: QuickstartConfig, name: str, steps: int) -> TrainConfig:
@@ -306,6 +310,7 @@ def plot_training(runs: dict[str, TrainResult]) -> Figure:
             tokens, values = [row["tokens"] for row in points], [row["loss"] for row in points]
             series.append(plots.Series(name, tokens, values, dashed=name == LINEAR))
         plots.draw_series(axis, series)
+        axis.xaxis.set_major_formatter(lambda value, _: plots.format_tokens(value))
         axis.set_xlabel("training tokens (bytes)")
         axis.set_ylabel("training loss (nats per byte)")
         axis.set_title("Training")
@@ -321,10 +326,7 @@ def verdict(difference: position_loss.LossDifference) -> str:
         f"{difference.documents} held-out documents: "
     )
     if not difference.clear:
-        return (
-            measured
-            + "within the noise (paired t-test over documents, 5 % level), so this run shows no difference."
-        )
+        return measured + "within the noise (paired t-test over documents, 5 % level), so this run shows no difference."
     better = "lower" if difference.difference < 0 else "higher"
     return measured + f"{better}, and more than noise between documents (paired t-test, 5 % level)."
 
@@ -382,10 +384,10 @@ def report(result: QuickstartResult) -> str:
     config, runs = result.config, result.runs
     parts = [
         "# Quickstart: log-linear attention beside its linear twin",
-        f"Two Gated DeltaNets, trained on {', '.join(config.data)} (as bytes) for the same {result.steps} steps, with "
+        f"Two Gated DeltaNets, trained on {_corpus_name(config)} (as bytes) for the same {result.steps} steps, with "
         "the same data in the same order and from the same initial weights (those of the level scales, which only one "
-        "of them has, excepted). The linear one keeps one state per head; the log-linear one keeps one per level of its "
-        "Fenwick tree, and reads them with scales λ that it computes from the input. "
+        "of them has, excepted). The linear one keeps one state per head; the log-linear one keeps one per level of "
+        "its Fenwick tree, and reads them with scales λ that it computes from the input. "
         f"All of this took {result.seconds:.0f} s on {environment(config.device).device}.",
         markdown(*run_table(runs)),
         "![training loss](training.png)",

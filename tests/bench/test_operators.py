@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from loglinear import log_linear_attention
+from loglinear.bench import operators
 from loglinear.bench.inputs import SHAPES, Shape, make_inputs
 from loglinear.bench.operators import BLOCK, OPERATORS, SPARSE_BLOCKS, WINDOW, NotSupported, select
 
@@ -82,3 +83,36 @@ def test_peers_that_are_not_installed_say_so():
 def test_unknown_operators_are_refused():
     with pytest.raises(ValueError, match="unknown operator softmax; known are log-linear"):
         select(["softmax"])
+
+
+@pytest.mark.parametrize("name", ["sliding-window", "block-sparse"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_block_masks_of_sparse_attention_are_its_pattern(name, monkeypatch):
+    """Through FlexAttention's uncompiled form, which runs anywhere: blocks left out, whole and cut must give
+    the dense result.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    operator = OPERATORS[name]
+    monkeypatch.setattr(operators, "_compiled_flex_attention", lambda: flex_attention)
+    length = 20 * BLOCK
+    shape = Shape("small", "scalar", 1, 1, 8, 8, 1, 16, "")
+    inputs = make_inputs(shape, "attention", 1, length, torch.float32, "cpu")
+    call = operator.prepare(inputs)
+    with torch.no_grad():
+        output = call()
+    rows = torch.arange(0, length, 37)
+    torch.testing.assert_close(
+        operator.rows_of(output, rows), operator.expected_rows(inputs, rows), rtol=1e-4, atol=1e-5
+    )
+    assert operator.visible is not None
+    block_mask = call.__closure__[0].cell_contents
+    blocks = int(block_mask.kv_num_blocks.sum() + block_mask.full_kv_num_blocks.sum())
+    assert blocks < 20 * 21 // 2, "a sparse mask must leave blocks out"
+
+
+@pytest.mark.parametrize("name", ["sliding-window", "block-sparse"])
+def test_sparse_attention_needs_whole_blocks(name):
+    inputs = make_inputs(SCALAR, "attention", 1, 100, torch.float32, "cpu")
+    with pytest.raises(NotSupported, match="not a multiple of 128"):
+        OPERATORS[name].prepare(inputs)

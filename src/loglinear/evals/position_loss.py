@@ -319,16 +319,17 @@ def plot(result: PositionLossResult, unit: str = "nats per token") -> Figure:
             axes[1].axhline(0, color="#555555", linewidth=1)
             plots.draw_series(axes[1], lines)
             axes[1].set_ylabel(f"difference ({unit})")
-            axes[1].set_title(f"Minus {names[0]}, paired")
+            axes[1].set_title(f"Difference from {names[0]} on the same tokens")
             _position_axis(axes[1], result)
         plots.legend_below(figure, axes[0])
     return figure
 
 
 def _line(rows: Sequence, name: str, value, index: int) -> plots.Series:
+    # Neighbouring models are moved apart a little, so that their error bars do not hide each other.
     return plots.Series(
         name,
-        [(row.position_start + row.position_end) / 2 for row in rows],
+        [(row.position_start + row.position_end) / 2 * 1.04**index for row in rows],
         [value(row) for row in rows],
         error=[row.standard_error or 0.0 for row in rows],
         colour=index,
@@ -339,6 +340,7 @@ def _line(rows: Sequence, name: str, value, index: int) -> plots.Series:
 def _position_axis(axis, result: PositionLossResult) -> None:
     edges = sorted({row.position_end for row in result.table})
     plots.token_axis(axis, edges, "position in the document (tokens; bars: ± 1 standard error)")
+    axis.set_xlim(edges[0] / 3, edges[-1] * 1.1)
 
 
 TABLE_NOTE = (
