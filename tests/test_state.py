@@ -1,0 +1,65 @@
+"""FenwickState: sizes, rows, copies."""
+
+import pytest
+import torch
+
+from loglinear import FenwickState
+
+
+def make() -> FenwickState:
+    return FenwickState(torch.randn(3, 4, 2, 5, 6), torch.tensor([0, 3, 9]))
+
+
+def test_zeros():
+    state = FenwickState.zeros(batch=2, num_levels=5, num_heads=4, key_dim=16, value_dim=32, dtype=torch.bfloat16)
+    assert state.buckets.shape == (2, 5, 4, 16, 32) and state.buckets.dtype == torch.bfloat16
+    assert state.positions.tolist() == [0, 0] and state.positions.dtype == torch.int64
+    assert not state.buckets.any()
+    assert state.num_levels == 5
+    assert state.nbytes == 2 * (2 * 5 * 4 * 16 * 32) + 8 * 2
+
+
+@pytest.mark.parametrize("name", ["num_levels", "num_heads", "key_dim", "value_dim"])
+def test_zeros_refuses_empty_sizes(name):
+    sizes = {"batch": 1, "num_levels": 1, "num_heads": 1, "key_dim": 1, "value_dim": 1} | {name: 0}
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        FenwickState.zeros(**sizes)
+
+
+def test_zeros_of_no_rows():
+    assert FenwickState.zeros(0, 1, 1, 1, 1).buckets.shape == (0, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="batch must be at least 0, got -1"):
+        FenwickState.zeros(-1, 1, 1, 1, 1)
+
+
+def test_occupied_by_row():
+    assert make().occupied().tolist() == [
+        [False, False, False, False], [False, True, True, False], [False, True, False, True]]  # fmt: skip
+
+
+def test_select_repeats_and_drops_rows_and_copies():
+    state = make()
+    chosen = state.select(torch.tensor([2, 2]))
+    assert chosen.positions.tolist() == [9, 9]
+    assert torch.equal(chosen.buckets[1], state.buckets[2])
+    chosen.buckets.zero_()
+    assert state.buckets[2].any()
+
+
+def test_clone_is_a_copy_and_detach_is_not():
+    state = make()
+    copy, same = state.clone(), state.detach()
+    state.buckets.zero_()
+    state.positions.add_(1)
+    assert copy.buckets.any() and copy.positions.tolist() == [0, 3, 9]
+    assert not same.buckets.any() and same.positions.tolist() == [1, 4, 10]
+
+
+def test_detach_drops_the_history():
+    buckets = torch.randn(1, 2, 1, 3, 3, requires_grad=True)
+    assert not FenwickState(buckets * 2, torch.zeros(1, dtype=torch.int64)).detach().buckets.requires_grad
+
+
+def test_to_converts_buckets_only():
+    moved = make().to("cpu", torch.float64)
+    assert moved.buckets.dtype == torch.float64 and moved.positions.dtype == torch.int64
