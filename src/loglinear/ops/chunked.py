@@ -532,7 +532,9 @@ def _backward_op(
     level_scales, log_decay, beta, buckets = (
         None if x is None else x.detach().requires_grad_() for x in (level_scales, log_decay, beta, buckets)
     )
-    with torch.enable_grad():
+    # A custom operator runs below autograd: it is let in again for the forward pass that is made anew here.
+    autograd = torch._C.DispatchKey.AutogradFunctionality
+    with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(autograd, False):
         o, final, _ = tree_attention(
             q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, buckets, positions, grad_final is not None
         )
