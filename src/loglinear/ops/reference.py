@@ -107,16 +107,17 @@ def log_linear_attention_dense(
     v = v.to(work).transpose(1, 2)  # [B, H, T, V]
     causal = torch.ones(length, length, dtype=torch.bool, device=v.device).tril()
     if log_decay is None:
-        decay = causal[..., None].to(work)  # [T, T, 1]
+        decay = causal[..., None].to(work)
     else:
         total = log_decay.to(work).transpose(1, 2).cumsum(2)
         total = total[..., None] if total.ndim == 3 else total  # [B, H, T, 1 or K]
         difference = total[..., :, None, :] - total[..., None, :, :]
-        decay = difference.masked_fill(~causal[..., None], -torch.inf).exp()  # [B, H, T, T, 1 or K]
-    scores = torch.einsum("bhtk,bhsk,...tsk->bhts", q, k, decay.expand(*decay.shape[:-1], k.shape[-1]))
+        decay = difference.masked_fill(~causal[..., None], -torch.inf).exp()
+    decay = decay.expand(*q.shape[:2], length, length, k.shape[-1])  # [B, H, T, T, K]
+    scores = torch.einsum("bhtk,bhsk,bhtsk->bhts", q, k, decay)
     if beta is not None:
         write = beta.to(work).transpose(1, 2)  # [B, H, T]
-        overlap = torch.einsum("bhtk,bhsk,...tsk->bhts", k, k, decay.expand(*decay.shape[:-1], k.shape[-1]))
+        overlap = torch.einsum("bhtk,bhsk,bhtsk->bhts", k, k, decay)
         system = torch.eye(length, dtype=work, device=v.device) + (write[..., None] * overlap).tril(-1)
         scores = scores @ torch.linalg.solve_triangular(system, torch.diag_embed(write), upper=False)
     if level_scales is not None:
