@@ -330,26 +330,36 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
         previous = F.pad(real[:, :-1], (1, 0), value=True)
         return labels.masked_fill(torch.logical_not(torch.logical_and(real, previous)), IGNORED_LABEL)
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        attention_mask: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Inputs of one call by `generate`, without the mask where it calls for a token that it has just generated.
+
+        So a decoding step has inputs of fixed shape and needs no device sync: the state knows where every row is.
+        """
+        if next_sequence_length == 1 and not is_first_iteration:
+            attention_mask = None
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]  (the protocol of `self` there fits no model)
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
     @staticmethod
     def create_masks_for_generate(
-        config: LogLinearConfig,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None = None,
-        position_ids: Tensor | None = None,
-        is_first_iteration: bool = True,
-        **_: Any,
+        config: LogLinearConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, **_: Any
     ) -> Tensor | None:
-        """The mask that `generate` passes on: of this call's columns only, and none for a token that was just
-        generated.
-
-        So a decoding step has inputs of fixed shape and needs no device sync: the state knows where every row
-        is.
-        """
-        columns = inputs_embeds.shape[1]
-        if attention_mask is None or attention_mask.ndim != 2 or (columns == 1 and not is_first_iteration):
+        """The mask that `generate` passes on: the padding mask, of this call's columns only."""
+        if attention_mask is None:
             return None
-        return attention_mask[:, attention_mask.shape[1] - columns :]
+        return attention_mask[:, attention_mask.shape[1] - inputs_embeds.shape[1] :]
 
     def _get_static_cache_init_shape(self) -> None:
         """Asked by `generate` in order to allocate keys and values beforehand: our layers make their own states."""
