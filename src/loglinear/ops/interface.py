@@ -104,7 +104,9 @@ def log_linear_attention(
             q, k, v, level_scales, log_decay=log_decay, beta=beta, scale=float(scale), cu_seqlens=cu_seqlens,
             initial_state=initial_state, return_state=return_state,
         )  # fmt: skip
-    return o, None if buckets is None or positions is None else FenwickState(buckets, positions)
+    if not return_state or buckets is None or positions is None:
+        return o, None
+    return o, FenwickState(buckets, positions)
 
 
 def log_linear_attention_step(
