@@ -414,6 +414,16 @@ def chunk_levels(chunk: int, num_levels: int, device=None) -> torch.Tensor:
 # everything up to it, and ends the walk.
 
 
+def block_end(block, height):
+    """The last leaf of the aligned block of 2^height leaves that holds leaf `block` (operators only)."""
+    return (((block >> height) + 1) << height) - 1
+
+
+def lowest_bit(x):
+    """The lowest set bit of x, as a number (operators only: ints, tensors, kernels)."""
+    return x & -x
+
+
 def drop_lowest_bit(x):
     """x without its lowest set bit (operators only: ints, tensors, kernels)."""
     return x & (x - 1)

@@ -1,0 +1,361 @@
+"""Gradients: the reads of `read.py` and the tree of `nodes.py`, run backwards.
+
+Four kernels. From the side of the queries: gradients of q and of the level scales. For every node: the gradient of its
+state, from all chunks that read it. Back over the tree: what a node owes to its ancestors, added to it; afterwards a
+chunk finds the gradient of what it wrote in a few slots. From the side of the keys: gradients of k and v.
+
+The decay gradient needs no products of its own. A pair of tokens (s, t) contributes x to Σ dO·o at t, and x to
+Σ v·dv at s, and every decay between s and t has the gradient x: it is the sum of x over the pairs that span it.
+Within a chunk that is a difference of sums over rows; for pairs that span a whole chunk it is summed over nodes.
+
+Legend
+    N chunks (slots), C rows of a chunk, H heads, G groups, K key width, V value width, L levels, J tree heights
+    nodes [N, H, K, V], gamma [H, N, C]: see `nodes.py`; offsets [H, N] float64: log decay from the first slot on
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loglinear.fenwick import Slots
+from loglinear.ops.triton.common import (
+    block_end,
+    drop_lowest_bit,
+    in_same_block,
+    is_right_half,
+    load_column,
+    load_rows,
+    lowest_bit,
+)
+from loglinear.ops.triton.nodes import SUBTREE_HEIGHT
+from loglinear.ops.triton.read import largest_divisor
+
+
+@triton.jit(do_not_specialize=["T", "N", "L", "J"])
+def _queries_kernel(q, k, v, scales, grad_o, nodes, gamma, offsets, dq, dscales, row_mass, read_mass, tokens, rows_of,
+                    blocks, heights, reads, T, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v,
+                    stride_vh, stride_s, stride_sh, stride_g, stride_gh, K, V, L, J, C: tl.constexpr,
+                    HEIGHT: tl.constexpr, HEADS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                    SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    slot, part = tl.program_id(1), tl.program_id(0)
+    rows = tl.load(rows_of + slot)
+    if rows == 0:
+        return
+    first_head = part * HEADS
+    group = first_head // (H // G)
+    token, block, count = tl.load(tokens + slot), tl.load(blocks + slot), tl.load(reads + slot)
+    dtype = v.dtype.element_ty
+    queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK)
+    keys = load_rows(k + group * stride_kg, token, rows, stride_k, 0, C, K, BK)
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+    key, column, row = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, C)
+    tile = key[:, None] * V + column[None, :]
+    in_tile = (key < K)[:, None] & (column < V)[None, :]
+    grad_scores = tl.zeros((C, C), tl.float32)
+    grad_q = tl.zeros((C, BK), tl.float32)
+    for step in range(HEADS):
+        head = first_head + step
+        lam, dlam = scales + head * stride_sh, dscales + (token + row).to(tl.int64) * H * L + head * L
+        sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
+        here = tl.load(offsets + head.to(tl.int64) * (N + 1) + slot)
+        values = load_rows(v + head * stride_vh, token, rows, stride_v, 0, C, V, BV)
+        grad = load_rows(grad_o + head * stride_gh, token, rows, stride_g, 0, C, V, BV)
+
+        # the rows of the chunk
+        decay = tl.exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0))
+        decay = tl.where(row[:, None] >= row[None, :], decay, 0.0)
+        decay *= tl.dot(grad, tl.trans(values), input_precision=PRECISION)
+        unscaled = scores * decay
+        mass = tl.zeros((C,), tl.float32)
+        last = tl.zeros((C,), tl.float32)
+        if SCALED:
+            factor = tl.zeros((C, C), tl.float32)
+            for level in tl.static_range(HEIGHT + 1):
+                near = load_column(lam + tl.minimum(level, L - 1), token, rows, stride_s, 0, C)
+                here_only = in_same_block(row[:, None], row[None, :], level)
+                if level > 0:
+                    here_only = here_only & (in_same_block(row[:, None], row[None, :], level - 1) == 0)
+                factor = tl.where(here_only, near[:, None], factor)
+                found = tl.sum(tl.where(here_only, unscaled, 0.0), 1)
+                mass += near * found
+                if level < L - 1:
+                    tl.store(dlam + level, found.to(dscales.dtype.element_ty), mask=row < rows)
+                else:
+                    last += found
+            grad_scores += decay * factor
+        else:
+            mass += tl.sum(unscaled, 1)
+            grad_scores += decay
+
+        # the nodes on its left
+        rest = block
+        for _ in range(count):
+            node = slot - block + rest - 1
+            state = tl.load(nodes + (node.to(tl.int64) * H + head) * K * V + tile, mask=in_tile, other=0.0).to(dtype)
+            between = (here - tl.load(offsets + head.to(tl.int64) * (N + 1) + node + 1)).to(tl.float32)
+            weight = tl.exp2(sums + between) * scale
+            product = tl.dot(grad, tl.trans(state), input_precision=PRECISION)
+            found = tl.sum(queries.to(tl.float32) * product, 1) * weight
+            height = tl.load(heights + node)
+            scaled = found
+            if SCALED:
+                level = tl.minimum(HEIGHT + 1 + height, L - 1)
+                far = load_column(lam + level, token, rows, stride_s, 0, C)
+                weight *= far
+                scaled = found * far
+                if level < L - 1:
+                    tl.store(dlam + level, found.to(dscales.dtype.element_ty), mask=row < rows)
+                else:
+                    last += found
+            grad_q += weight[:, None] * product
+            mass += scaled
+            tl.store(read_mass + (slot.to(tl.int64) * H + head) * J + height, tl.sum(scaled, 0))
+            rest = drop_lowest_bit(rest)
+        if SCALED:
+            tl.store(dlam + L - 1, last.to(dscales.dtype.element_ty), mask=row < rows)
+        tl.store(row_mass + (head.to(tl.int64) * N + slot) * C + row, mass)
+    grad_q += tl.dot((grad_scores * scale).to(dtype), keys, input_precision=PRECISION)
+    parts = H // G // HEADS  # programs that share a group, each with sums of its own
+    at = ((part % parts).to(tl.int64) * T + token + row)[:, None] * (G * K) + group * K + key[None, :]
+    tl.store(dq + at, grad_q, mask=(row < rows)[:, None] & (key < K)[None, :])
+
+
+@triton.jit(do_not_specialize=["N", "L"])
+def _gather_kernel(q, scales, grad_o, grad_nodes, gamma, offsets, tokens, rows_of, heights, lefts, order, N, H, G,
+                   scale, stride_q, stride_qg, stride_s, stride_sh, stride_g, stride_gh, K, V, L, C: tl.constexpr,
+                   HEIGHT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
+    """Gradient of one node: from all the chunks of the block on its right. The highest nodes come first."""
+    head = tl.program_id(0)
+    slot = tl.load(order + tl.program_id(1))
+    left, height = tl.load(lefts + slot), tl.load(heights + slot)
+    if left == 0:
+        return
+    dtype = q.dtype.element_ty
+    key, column, row = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, C)
+    q += (head // (H // G)) * stride_qg
+    lam = scales + head * stride_sh + tl.minimum(HEIGHT + 1 + height, L - 1)
+    end = tl.load(offsets + head.to(tl.int64) * (N + 1) + slot + 1)
+    total = tl.zeros((BK, BV), tl.float32)
+    span = tl.minimum(tl.exp2(height.to(tl.float32)).to(tl.int32), left - 1)
+    token = tl.load(tokens + slot)
+    for step in range(span):
+        chunk = slot + 1 + step
+        rows = tl.load(rows_of + chunk)
+        sums = tl.load(gamma + (head.to(tl.int64) * N + chunk) * C + row)
+        between = (tl.load(offsets + head.to(tl.int64) * (N + 1) + chunk) - end).to(tl.float32)
+        weight = tl.exp2(sums + between) * scale
+        if SCALED:
+            weight *= load_column(lam, token + (step + 1) * C, rows, stride_s, 0, C)
+        queries = load_rows(q, token + (step + 1) * C, rows, stride_q, 0, C, K, BK)
+        grad = load_rows(grad_o + head * stride_gh, token + (step + 1) * C, rows, stride_g, 0, C, V, BV)
+        total = tl.dot(tl.trans(queries), (grad * weight[:, None]).to(dtype), total, input_precision=PRECISION)
+    tile = key[:, None] * V + column[None, :]
+    tl.store(grad_nodes + (slot.to(tl.int64) * H + head) * K * V + tile, total.to(grad_nodes.dtype.element_ty),
+             mask=(key < K)[:, None] & (column < V)[None, :])  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N"])
+def _walk_back_kernel(nodes, grad_nodes, offsets, inherited_mass, heights, bases, counts, N, H, size,
+                      SUB: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Adds to the gradients of slots that end a subtree what they owe to their ancestors, the last slot first.
+
+    inherited_mass [tiles, H, N]: the part of what is inherited that goes through the right sibling's decay.
+    """
+    head, sequence, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    base, count = tl.load(bases + sequence), tl.load(counts + sequence)
+    offset = tile * BLOCK + tl.arange(0, BLOCK)
+    mask = offset < size
+    subtrees = count // SUB
+    for step in range(subtrees):
+        number = subtrees - step
+        slot = base + number * SUB - 1
+        span = tl.exp2(tl.load(heights + slot).to(tl.float32)).to(tl.int32)
+        place = slot.to(tl.int64) * H + head
+        if number * SUB + span <= count:
+            grad = tl.load(grad_nodes + place * size + offset, mask=mask, other=0.0).to(tl.float32)
+            above = grad_nodes + (place + span.to(tl.int64) * H) * size + offset
+            at = offsets + head.to(tl.int64) * (N + 1) + slot + 1
+            decay = tl.exp2((tl.load(at + span) - tl.load(at)).to(tl.float32))
+            inherited = decay * tl.load(above, mask=mask, other=0.0).to(tl.float32)
+            state = tl.load(nodes + place * size + offset, mask=mask, other=0.0).to(tl.float32)
+            tl.store(inherited_mass + (tile.to(tl.int64) * H + head) * N + slot, tl.sum(inherited * state, 0))
+            tl.store(grad_nodes + place * size + offset, (grad + inherited).to(grad_nodes.dtype.element_ty), mask=mask)
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["T", "N", "L"])
+def _keys_kernel(q, k, v, scales, grad_o, nodes, grad_nodes, gamma, offsets, dk, dv, row_mass, written_mass,
+                 inherited_mass, tokens, rows_of, blocks, lefts, T, N, H, G, scale, stride_q, stride_qg, stride_k,
+                 stride_kg, stride_v, stride_vh, stride_s, stride_sh, stride_g, stride_gh, K, V, L, C: tl.constexpr,
+                 HEIGHT: tl.constexpr, SUB: tl.constexpr, HEADS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                 SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Gradients of k and v. row_mass [H, N, C] -= v·dv: afterwards the gradient of gamma."""
+    slot, part = tl.program_id(1), tl.program_id(0)
+    rows = tl.load(rows_of + slot)
+    if rows == 0:
+        return
+    first_head = part * HEADS
+    group = first_head // (H // G)
+    token, block, left = tl.load(tokens + slot), tl.load(blocks + slot), tl.load(lefts + slot)
+    dtype = v.dtype.element_ty
+    queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK)
+    keys = load_rows(k + group * stride_kg, token, rows, stride_k, 0, C, K, BK)
+    scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale  # [source, target]
+    key, column, row = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, C)
+    tile = key[:, None] * V + column[None, :]
+    in_tile = (key < K)[:, None] & (column < V)[None, :]
+    grad_scores = tl.zeros((C, C), tl.float32)
+    grad_k = tl.zeros((C, BK), tl.float32)
+    for step in range(HEADS):
+        head = first_head + step
+        sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
+        values = load_rows(v + head * stride_vh, token, rows, stride_v, 0, C, V, BV)
+        grad = load_rows(grad_o + head * stride_gh, token, rows, stride_g, 0, C, V, BV)
+
+        # the gradient of what the chunk wrote: its own slot, and what that owes to the ancestors
+        at = offsets + head.to(tl.int64) * (N + 1) + slot + 1
+        end = tl.load(at)
+        number = block + 1
+        inherited = tl.zeros((BK, BV), tl.float32)
+        while (number % SUB != 0) & (number + lowest_bit(number) <= block + left):
+            number += lowest_bit(number)
+            place = (slot + number - block - 1).to(tl.int64) * H + head
+            decay = tl.exp2((tl.load(at + number - block - 1) - end).to(tl.float32))
+            inherited += decay * tl.load(grad_nodes + place * K * V + tile, mask=in_tile, other=0.0).to(tl.float32)
+        place = (slot.to(tl.int64) * H + head) * K * V + tile
+        if (block + 1) % SUB != 0:
+            state = tl.load(nodes + place, mask=in_tile, other=0.0).to(tl.float32)
+            through = tl.sum(tl.sum(inherited * state, 1), 0)
+            tl.store(inherited_mass + head.to(tl.int64) * N + slot, through)
+        grad_state = (inherited + tl.load(grad_nodes + place, mask=in_tile, other=0.0).to(tl.float32)).to(dtype)
+
+        mask = tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0))
+        if SCALED:
+            lam = scales + head * stride_sh
+            factor = load_column(lam + tl.minimum(HEIGHT, L - 1), token, rows, stride_s, 0, C)[None, :]
+            factor = tl.broadcast_to(factor, (C, C))
+            for down in tl.static_range(HEIGHT):
+                level = HEIGHT - 1 - down
+                near = load_column(lam + tl.minimum(level, L - 1), token, rows, stride_s, 0, C)[None, :]
+                factor = tl.where(in_same_block(row[:, None], row[None, :], level), near, factor)
+            mask *= factor
+        mask = tl.where(row[None, :] >= row[:, None], mask, 0.0)
+        after = tl.exp2(tl.sum(tl.where(row == C - 1, sums, 0.0), 0) - sums)  # decay from a row to the chunk's end
+        written = tl.dot(keys, grad_state, input_precision=PRECISION) * after[:, None]
+        grad_v = written + tl.dot((scores * mask).to(dtype), grad, input_precision=PRECISION)
+        grad_k += after[:, None] * tl.dot(values, tl.trans(grad_state), input_precision=PRECISION)
+        grad_scores += mask * tl.dot(values, tl.trans(grad), input_precision=PRECISION)
+
+        wide = values.to(tl.float32)
+        mass_at = row_mass + (head.to(tl.int64) * N + slot) * C + row
+        tl.store(mass_at, tl.load(mass_at) - tl.sum(wide * grad_v, 1))
+        tl.store(written_mass + head.to(tl.int64) * N + slot, tl.sum(tl.sum(wide * written, 1), 0))
+        where = (token + row).to(tl.int64)[:, None] * H * V + head * V + column[None, :]
+        tl.store(dv + where, grad_v.to(dv.dtype.element_ty), mask=(row < rows)[:, None] & (column < V)[None, :])
+    grad_k += tl.dot((grad_scores * scale).to(dtype), queries, input_precision=PRECISION)
+    parts = H // G // HEADS
+    where = ((part % parts).to(tl.int64) * T + token + row)[:, None] * (G * K) + group * K + key[None, :]
+    tl.store(dk + where, grad_k, mask=(row < rows)[:, None] & (key < K)[None, :])
+
+
+@triton.jit(do_not_specialize=["N", "cap", "tiles"])
+def _decay_kernel(row_mass, written_mass, inherited_mass, passed_mass, dlog_decay, tokens, rows_of, blocks, lefts, N, H,
+                  cap, tiles, C: tl.constexpr):  # fmt: skip
+    """Gradient of the log decays [T, H] from the sums over pairs of tokens.
+
+    passed_mass [N + 1, H, cap + 1] float64: sum, over the chunks before, of what they read above a height.
+    """
+    head, slot = tl.program_id(0), tl.program_id(1)
+    rows = tl.load(rows_of + slot)
+    if rows == 0:
+        return
+    block, left = tl.load(blocks + slot), tl.load(lefts + slot)
+    spanning = tl.load(written_mass + head.to(tl.int64) * N + slot)
+    for height in range(cap + 1):
+        end = block_end(block, height)
+        size = block_end(0, height) + 1
+        if (height == cap) | is_right_half(block, height):
+            # the left sibling's tokens, read beyond this node
+            if end - size >= 0:
+                sibling = head.to(tl.int64) * N + slot - block + end - size
+                for tile in range(tiles):
+                    spanning += tl.load(inherited_mass + tile * H * N + sibling)
+        else:
+            # what is older than this node, read by the chunks of its right sibling
+            first = slot - block + end + 1
+            last = tl.minimum(first + size, slot + left)
+            if first < last:
+                at = passed_mass + head * (cap + 1) + height
+                after = tl.load(at + last.to(tl.int64) * H * (cap + 1))
+                spanning += (after - tl.load(at + first.to(tl.int64) * H * (cap + 1))).to(tl.float32)
+    row = tl.arange(0, C)
+    mass = tl.load(row_mass + (head.to(tl.int64) * N + slot) * C + row)
+    grad = tl.sum(mass, 0) - tl.cumsum(mass, 0) + mass + spanning
+    at = dlog_decay + (tl.load(tokens + slot) + row).to(tl.int64) * H + head
+    tl.store(at, grad.to(dlog_decay.dtype.element_ty), mask=row < rows)
+
+
+def gradients(q, k, v, scales, log_decay, grad_o, nodes, gamma, slots: Slots, chunk: int, height: int, scale: float,
+              precision: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, the level scales and the log decays, given what `make_nodes` returned for them."""
+    (tokens, groups, key_dim), (_, heads, value_dim) = q.shape, v.shape
+    num_slots, heights = len(slots.token), slots.cap + 1
+    scaled = scales is not None
+    lam = scales if scaled else v
+    num_levels = lam.shape[-1] if scaled else 1
+    float32 = {"dtype": torch.float32, "device": v.device}
+    offsets = torch.zeros(heads, num_slots + 1, dtype=torch.float64, device=v.device)
+    torch.cumsum(gamma[..., -1], 1, dtype=torch.float64, out=offsets[:, 1:])
+    together = largest_divisor(heads // groups, 16)
+    parts = heads // groups // together
+    dq, dk = torch.empty(2, parts, *q.shape, **float32)
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    dscales = torch.zeros(scales.shape, dtype=scales.dtype, device=v.device) if scaled else dq
+    dlog_decay = torch.empty(log_decay.shape, dtype=log_decay.dtype, device=v.device)
+    grad_nodes = torch.empty_like(nodes)
+    row_mass = torch.empty_like(gamma)
+    written_mass = torch.empty(heads, num_slots, **float32)
+    read_mass = torch.zeros(num_slots, heads, heights, **float32)
+    size = key_dim * value_dim
+    walk = min(1024, triton.next_power_of_2(size))
+    tiles = triton.cdiv(size, walk)
+    inherited_mass = torch.zeros(tiles, heads, num_slots, **float32)
+    subtree = 2 ** min(slots.cap, SUBTREE_HEIGHT)
+
+    strides = (q.stride(0), q.stride(1))
+    of_keys = (k.stride(0), k.stride(1), v.stride(0), v.stride(1))
+    of_rows = (lam.stride(0), lam.stride(1), grad_o.stride(0), grad_o.stride(1))
+    blocks = {"BK": max(16, triton.next_power_of_2(key_dim)), "BV": max(16, triton.next_power_of_2(value_dim))}
+    options = {"C": chunk, "HEIGHT": height, "SCALED": scaled, "PRECISION": precision, **blocks}
+    _queries_kernel[(heads // together, num_slots)](
+        q, k, v, lam, grad_o, nodes, gamma, offsets, dq, dscales, row_mass, read_mass, slots.token, slots.rows,
+        slots.block, slots.height, slots.reads, tokens, num_slots, heads, groups, scale, *strides, *of_keys, *of_rows,
+        key_dim, value_dim, num_levels, heights, HEADS=together, num_warps=8, num_stages=2, **options,
+    )  # fmt: skip
+    _gather_kernel[(heads, num_slots)](
+        q, lam, grad_o, grad_nodes, gamma, offsets, slots.token, slots.rows, slots.height, slots.left, slots.order,
+        num_slots, heads, groups, scale, *strides, *of_rows, key_dim, value_dim, num_levels, num_warps=4,
+        num_stages=3, **options,
+    )  # fmt: skip
+    _walk_back_kernel[(heads, len(slots.base), tiles)](
+        nodes, grad_nodes, offsets, inherited_mass, slots.height, slots.base, slots.count, num_slots, heads, size,
+        SUB=subtree, BLOCK=walk, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    _keys_kernel[(heads // together, num_slots)](
+        q, k, v, lam, grad_o, nodes, grad_nodes, gamma, offsets, dk, dv, row_mass, written_mass, inherited_mass,
+        slots.token, slots.rows, slots.block, slots.left, tokens, num_slots, heads, groups, scale, *strides, *of_keys,
+        *of_rows, key_dim, value_dim, num_levels, SUB=subtree, HEADS=together, num_warps=8, num_stages=1, **options,
+    )  # fmt: skip
+    passed = read_mass.double()
+    passed = passed.sum(-1, keepdim=True) - passed.cumsum(-1)  # read above each height
+    passed = torch.cat([passed.new_zeros(1, *passed.shape[1:]), passed.cumsum(0)])
+    _decay_kernel[(heads, num_slots)](
+        row_mass, written_mass, inherited_mass, passed, dlog_decay, slots.token, slots.rows, slots.block, slots.left,
+        num_slots, heads, slots.cap, tiles, C=chunk, num_warps=1,
+    )  # fmt: skip
+    dq, dk = (x[0] if parts == 1 else x.sum(0) for x in (dq, dk))
+    return dq.to(q.dtype), dk.to(k.dtype), dv, dscales if scaled else None, dlog_decay

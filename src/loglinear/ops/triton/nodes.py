@@ -1,0 +1,154 @@
+"""Up the tree: the states of all nodes, one slot each (see `fenwick`, "Slots").
+
+Two kernels. The first makes the nodes of every SUB chunks in registers, one program per head and tile of the state;
+the second walks over those subtrees in order, in one program per sequence, head and tile, and finishes what ends with
+them. Decays are kept as base-2 logs; a node is stored in 16 bits for 16-bit inputs and summed in float32.
+
+Legend
+    N chunks (slots), C rows of a chunk, H heads, G groups, K key width, V value width
+    nodes [N, H, K, V], logs [N, H] (of the decay across a node), gamma [H, N, C] (inclusive sums of the log decay
+    within a chunk)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loglinear.fenwick import Slots
+from loglinear.ops.triton.common import load_column, load_rows
+
+SUBTREE_HEIGHT = 3  # of the subtrees whose nodes are made in registers
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _leaf(k, v, log_decay, gamma, token, rows, present, slot, head, N, stride_k, stride_v, stride_d, K, V, write_gamma,
+          C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """State that one chunk adds, [BK, BV], and the log of its decay."""
+    decay = load_column(log_decay + head, token, rows, stride_d, 0, C) * LOG2E
+    sums = tl.cumsum(decay, 0)
+    total = tl.sum(decay, 0)
+    if write_gamma:
+        row = tl.arange(0, C)
+        tl.store(gamma + (head.to(tl.int64) * N + slot) * C + row, sums, mask=row < tl.where(present, C, 0))
+    keys = load_rows(k, token, rows, stride_k, 0, C, K, BK)
+    values = load_rows(v, token, rows, stride_v, 0, C, V, BV)
+    weighted = (values * tl.exp2(total - sums)[:, None]).to(values.dtype)
+    return tl.dot(tl.trans(keys), weighted, input_precision=PRECISION), total
+
+
+@triton.jit
+def _store(nodes, logs, state, log, slot, head, present, offset, mask, H, size, write_log):
+    """A node into its slot."""
+    place = slot.to(tl.int64) * H + head
+    stored = mask & (offset < tl.where(present, size, 0))
+    tl.store(nodes + place * size + offset, state.to(nodes.dtype.element_ty), mask=stored)
+    if write_log:
+        tl.store(logs + place, log, mask=present)
+
+
+@triton.jit
+def _subtree(k, v, log_decay, gamma, nodes, logs, rows, token, slot, left, head, N, H, stride_k, stride_v, stride_d,
+             K, V, offset, mask, write, FIRST: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+             BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """State and log decay of the SIZE chunks from FIRST on, after storing the left siblings among them."""
+    if SIZE == 1:
+        present = left > FIRST
+        count = tl.load(rows + slot + FIRST, mask=present, other=0)
+        return _leaf(k, v, log_decay, gamma, token + FIRST * C, count, present, slot + FIRST, head, N,
+                     stride_k, stride_v, stride_d, K, V, write, C, BK, BV, PRECISION)  # fmt: skip
+    else:
+        HALF: tl.constexpr = SIZE // 2
+        before, before_log = _subtree(k, v, log_decay, gamma, nodes, logs, rows, token, slot, left, head, N, H,
+                                      stride_k, stride_v, stride_d, K, V, offset, mask, write, FIRST, HALF, C, BK, BV,
+                                      PRECISION)  # fmt: skip
+        end = FIRST + HALF - 1
+        _store(nodes, logs, before, before_log, slot + end, head, left > end, offset, mask, H, K * V, write)
+        after, after_log = _subtree(k, v, log_decay, gamma, nodes, logs, rows, token, slot, left, head, N, H,
+                                    stride_k, stride_v, stride_d, K, V, offset, mask, write, FIRST + HALF, HALF, C, BK,
+                                    BV, PRECISION)  # fmt: skip
+        return before * tl.exp2(after_log) + after, before_log + after_log
+
+
+@triton.jit(do_not_specialize=["N"])
+def _subtrees_kernel(k, v, log_decay, gamma, nodes, logs, tops, tokens, rows, blocks, lefts, N, H, G,
+                     stride_k, stride_kg, stride_v, stride_vh, stride_d, K, V, C: tl.constexpr, SUB: tl.constexpr,
+                     BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    head, slot, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    left = tl.load(lefts + slot)
+    if (left == 0) | (tl.load(blocks + slot) % SUB != 0):
+        return
+    tiles_v = tl.cdiv(V, BV)
+    first_k, first_v = (tile // tiles_v) * BK, (tile % tiles_v) * BV
+    k += (head // (H // G)) * stride_kg + first_k
+    v += head * stride_vh + first_v
+    row, column = tl.arange(0, BK)[:, None], tl.arange(0, BV)[None, :]
+    offset = (first_k + row) * V + first_v + column
+    mask = (first_k + row < K) & (first_v + column < V)
+    state, log = _subtree(k, v, log_decay, gamma, nodes, logs, rows, tl.load(tokens + slot), slot, left, head, N, H,
+                          stride_k, stride_v, stride_d, K - first_k, V - first_v, offset, mask, tile == 0,
+                          0, SUB, C, BK, BV, PRECISION)  # fmt: skip
+    _store(nodes, tops, state, log, slot + SUB - 1, head, left >= SUB, offset, mask, H, K * V, tile == 0)
+
+
+@triton.jit(do_not_specialize=["cap"])
+def _walk_kernel(nodes, logs, tops, heights, bases, counts, H, size, cap, LOW: tl.constexpr, SUB: tl.constexpr,
+                 BLOCK: tl.constexpr):  # fmt: skip
+    """Finishes the slots that end a subtree (of height LOW), in order: they take in what is on their left.
+
+    A slot below the cap takes in as many nodes as its height asks for; from the cap on it takes in everything. What a
+    program reads back it wrote itself: the tiles of a head all write the same logs.
+    """
+    head, sequence, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    base, count = tl.load(bases + sequence), tl.load(counts + sequence)
+    offset = tile * BLOCK + tl.arange(0, BLOCK)
+    mask = offset < size
+    running = tl.zeros((BLOCK,), tl.float32)
+    for subtree in range(count // SUB):
+        place = (base + (subtree + 1) * SUB - 1).to(tl.int64) * H + head
+        state = tl.load(nodes + place * size + offset, mask=mask, other=0.0).to(tl.float32)
+        log = tl.load(tops + place)
+        height = tl.load(heights + base + (subtree + 1) * SUB - 1)
+        before = place - SUB * H
+        for _ in range(height - LOW):
+            state += tl.exp2(log) * tl.load(nodes + before * size + offset, mask=mask, other=0.0).to(tl.float32)
+            log += tl.load(logs + before)
+            before = place - 2 * (place - before)
+        if height == cap:
+            running = state + tl.exp2(log) * running
+            state = running
+        tl.store(nodes + place * size + offset, state.to(nodes.dtype.element_ty), mask=mask)
+        tl.store(logs + place, log)
+        tl.debug_barrier()
+
+
+def make_nodes(k: Tensor, v: Tensor, log_decay: Tensor, slots: Slots, chunk: int, precision: str):
+    """nodes [N, H, K, V], logs [N, H] and gamma [H, N, C] of k [T, G, K], v [T, H, V] and log_decay [T, H].
+
+    Slots without a node (the last chunks of a sequence) are left as they are: nobody reads them.
+    """
+    num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), k.shape, v.shape
+    stored = v.dtype if v.dtype == torch.bfloat16 else torch.float32
+    nodes = v.new_empty(num_slots, heads, key_dim, value_dim, dtype=stored)
+    logs = v.new_empty(num_slots, heads, dtype=torch.float32)
+    tops = torch.empty_like(logs)
+    gamma = v.new_empty(heads, num_slots, chunk, dtype=torch.float32)
+    low = min(slots.cap, SUBTREE_HEIGHT)
+    block_k, block_v = min(128, triton.next_power_of_2(key_dim)), min(64, triton.next_power_of_2(value_dim))
+    block_k, block_v = max(16, block_k), max(16, block_v)
+    tiles = triton.cdiv(key_dim, block_k) * triton.cdiv(value_dim, block_v)
+    _subtrees_kernel[(heads, num_slots, tiles)](
+        k, v, log_decay, gamma, nodes, logs, tops, slots.token, slots.rows, slots.block, slots.left,
+        num_slots, heads, groups, k.stride(0), k.stride(1), v.stride(0), v.stride(1), log_decay.stride(0),
+        key_dim, value_dim, C=chunk, SUB=2**low, BK=block_k, BV=block_v, PRECISION=precision, num_warps=8,
+    )  # fmt: skip
+    size = key_dim * value_dim
+    block = min(1024, triton.next_power_of_2(size))
+    _walk_kernel[(heads, len(slots.base), triton.cdiv(size, block))](
+        nodes, logs, tops, slots.height, slots.base, slots.count, heads, size, slots.cap,
+        LOW=low, SUB=2**low, BLOCK=block, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return nodes, logs, gamma
