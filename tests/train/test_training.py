@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from loglinear.data import ByteTokenizer, PackedRows
 from loglinear.models import LogLinearForCausalLM
 from loglinear.train import NonFiniteError, TrainConfig, held_out_corpus, load_checkpoint, resolve_checkpoint, train
 from loglinear.train.checkpoints import load_corpora, newest_checkpoint
-from loglinear.train.reporting import read_metrics
+from loglinear.train.reporting import Tokenizing, read_metrics
 from loglinear.train.schedule import learning_rate_factor
 from loglinear.train.trainer import build_model
 
@@ -244,8 +245,6 @@ def test_stop_and_resume_equals_train(settings, tmp_path, model, accumulation, l
 
 
 def test_resuming_from_an_older_checkpoint_writes_each_step_once(settings):
-    import shutil
-
     config = settings.replace(save_every=2)
     first = train(config)
     before = curve(first.output)
@@ -382,6 +381,22 @@ def test_recomputing_activations_changes_nothing(settings, tmp_path):
     recomputed = train(settings.replace(steps=3, recompute=True))
     for mine, theirs in zip(curve(plain.output), curve(recomputed.output), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler for the CPU")
+def test_compiled_is_the_same_run(settings, tmp_path):
+    config = settings.replace(steps=2, held_out_fraction=0, model_options={"num_hidden_layers": 1})
+    plain = train(config.replace(output=str(tmp_path / "plain")))
+    compiled = train(config.replace(compile=True))
+    for mine, theirs in zip(curve(plain.output), curve(compiled.output), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    assert weights(plain.checkpoint).keys() == weights(compiled.checkpoint).keys()
+
+
+def test_tokenizing_says_how_far_it_is(settings, tmp_path, capsys):
+    loud = Tokenizing(enabled=True, every_seconds=0)
+    load_corpora(settings.replace(cache=str(tmp_path / "new")), ByteTokenizer(), loud)
+    assert "tokenizing: 30 documents, " in capsys.readouterr().err
 
 
 def test_bf16_and_workers_and_no_held_out(settings):

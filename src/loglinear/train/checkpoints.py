@@ -3,6 +3,7 @@ from.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,7 +99,11 @@ def choose_device(device: str = "auto", precision: str = "auto") -> tuple[torch.
     return torch.device("cuda" if on_gpu else "cpu"), torch.bfloat16 if bf16 else torch.float32
 
 
-def load_corpora(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Corpus, Corpus | None]:
+def load_corpora(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[Corpus, Corpus | None]:
     """The training and the held-out corpus of a run; None where nothing is held out. Tokenizes what is not in
     the cache.
     """
@@ -109,7 +114,7 @@ def load_corpora(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tup
         hub_split=config.hub_split,
         limit=config.max_documents,
     )
-    corpus = Corpus.load(documents, tokenizer, config.cache)
+    corpus = Corpus.load(documents, tokenizer, config.cache, on_progress)
     if config.held_out_fraction == 0:
         return corpus, None
     return corpus.split(config.held_out_fraction, config.split_seed)

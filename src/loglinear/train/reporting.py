@@ -77,6 +77,21 @@ class Clock:
             self._paused += time.perf_counter() - begin
 
 
+class Tokenizing:
+    """Says every few seconds how far tokenizing is; given to `Corpus.load` as `on_progress`."""
+
+    def __init__(self, enabled: bool, every_seconds: float = 5.0):
+        self.console = Console(stderr=True, quiet=not enabled)
+        self.every_seconds = every_seconds
+        self._last = time.perf_counter()
+
+    def __call__(self, documents: int, tokens: int) -> None:
+        now = time.perf_counter()
+        if now - self._last >= self.every_seconds:
+            self._last = now
+            self.console.print(f"tokenizing: {documents:,} documents, {tokens:,} tokens", highlight=False)
+
+
 class Display:
     """The run on the terminal (stderr): a bar where it is one, a line per report where it is a file or a
     pipe.

@@ -30,7 +30,7 @@ from loglinear.data.packing import IGNORED_LABEL
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.train.checkpoints import POSITION_FILE, checkpoint_step, choose_device, load_corpora, newest_checkpoint
 from loglinear.train.config import CONFIG_FILE, TrainConfig, read_mapping
-from loglinear.train.reporting import Clock, Display, Metrics, duration, quiet_transformers, read_metrics
+from loglinear.train.reporting import Clock, Display, Metrics, Tokenizing, duration, quiet_transformers, read_metrics
 from loglinear.train.schedule import learning_rate_factor
 
 MODEL_FILE_SUFFIXES = (".json", ".yaml", ".yml", ".toml")
@@ -97,7 +97,7 @@ def train(config: TrainConfig, *, prepare: Callable[[LogLinearForCausalLM], None
         tokenizer = load_tokenizer(config.tokenizer)
         arguments = _training_arguments(config)
         with arguments.main_process_first(local=True, desc="tokenizing"):
-            training, held_out = load_corpora(config, tokenizer)
+            training, held_out = load_corpora(config, tokenizer, Tokenizing(config.progress and arguments.should_save))
         set_seed(config.seed)
         model = build_model(config, tokenizer)
         if prepare is not None:
