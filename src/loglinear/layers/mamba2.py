@@ -39,7 +39,7 @@ class Mamba2(RecurrentMixer):
             if inner % config.num_heads:
                 raise ValueError(f"num_heads {config.num_heads} does not divide expand x hidden_size = {inner:g}")
             head_dim = int(inner) // config.num_heads
-        elif config.expand is not None and head_dim * config.num_heads != inner:
+        elif config.expand is not None and head_dim * config.num_heads != round(inner):
             raise ValueError(
                 f"num_heads {config.num_heads} x head_dim {head_dim} contradicts expand x hidden_size = "
                 f"{inner:g}: give head_dim or expand"
