@@ -12,9 +12,10 @@ nor changes the caller's settings.
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -24,7 +25,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 10.0,
     "axes.titlesize": 11.0,
     "axes.titleweight": "bold",
@@ -109,9 +110,9 @@ def token_axis(axis: Axes, lengths: Sequence[float], label: str = "sequence leng
     axis.set_xlabel(label)
 
 
-def unit_axis(axis: Axes, formatter: object) -> None:
+def unit_axis(axis: Axes, formatter: Callable[[float], str]) -> None:
     """Labels the ticks of a logarithmic y axis with `formatter(value) -> str`."""
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: formatter(value)))  # type: ignore[operator]
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: formatter(value)))
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -147,7 +148,7 @@ def draw_series(axis: Axes, series: Sequence[Series]) -> None:
     """Draws each series with its own colour and marker; errors as bars, low and high ends as a band."""
     for index, line in enumerate(series):
         colour = PALETTE[(index if line.colour is None else line.colour) % len(PALETTE)]
-        appearance = {
+        appearance: dict[str, Any] = {
             "color": colour,
             "marker": MARKERS[(index if line.marker is None else line.marker) % len(MARKERS)],
             "linestyle": "--" if line.dashed else "-",

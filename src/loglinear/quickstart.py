@@ -217,7 +217,8 @@ def seconds_per_step(config: TrainConfig) -> float:
     with quiet_transformers():
         tokenizer = load_tokenizer(config.tokenizer)
         training, _ = load_corpora(config, tokenizer)
-        model = build_model(config, tokenizer).to(device).train()
+        model = build_model(config, tokenizer).train()
+    torch.nn.Module.to(model, device)  # in place
     rows = PackedRows(training, config.sequence_length, config.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     times = []

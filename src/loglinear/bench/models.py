@@ -41,7 +41,8 @@ def run_model_case(case: ModelCase) -> Iterator["Result"]:
     device = torch.device(case.device)
     torch.manual_seed(0)
     config = LogLinearConfig.preset(case.preset, max_position_embeddings=case.length)
-    model = LogLinearForCausalLM(config).to(device).train()
+    model = LogLinearForCausalLM(config).train()
+    torch.nn.Module.to(model, device)  # in place
     if case.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

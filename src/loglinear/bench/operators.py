@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loglinear import fenwick, log_linear_attention
 from loglinear.bench.inputs import Inputs
+from loglinear.ops.interface import Backend
 
 WINDOW = 1024  # tokens that sliding-window attention sees, its own included
 BLOCK = 128  # tokens per block of the sparse patterns
@@ -119,12 +120,15 @@ def _dense_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, pattern: Tensor) 
 #
 
 
-def _call_ours(inputs: Inputs, backend: str) -> Callable[[], Tensor]:
+def _call_ours(inputs: Inputs, backend: Backend) -> Callable[[], Tensor]:
+    q, k, v = inputs.q, inputs.k, inputs.v
+    assert q is not None and k is not None and v is not None
+
     def call() -> Tensor:
         output, _ = log_linear_attention(
-            inputs.q,
-            inputs.k,
-            inputs.v,
+            q,
+            k,
+            v,
             inputs.level_scales,
             log_decay=inputs.log_decay,
             beta=inputs.beta,
@@ -136,7 +140,7 @@ def _call_ours(inputs: Inputs, backend: str) -> Callable[[], Tensor]:
     return call
 
 
-def _ours(kind: str, backend: str) -> Operator:
+def _ours(kind: str, backend: Backend) -> Operator:
     def prepare(inputs: Inputs) -> Callable[[], Tensor]:
         return _call_ours(inputs, backend)
 
@@ -259,12 +263,13 @@ def _one_group_per_head(inputs: Inputs) -> Inputs:
     return inputs.map(repeat)
 
 
+_BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
 _QUADRATIC = {"cpu": 65_536, "cuda": 262_144}
 
 OPERATORS: dict[str, Operator] = {
     operator.name: operator
     for operator in (
-        *(_ours(kind, backend) for kind in ("log-linear", "linear") for backend in ("auto", "triton", "torch")),
+        *(_ours(kind, backend) for kind in ("log-linear", "linear") for backend in _BACKENDS),
         Operator(
             "softmax-math",
             "standard",

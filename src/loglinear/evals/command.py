@@ -143,13 +143,14 @@ def _inspect_level_scales(
     preset: bool,
     text: str | None,
     most_tokens: int | None,
-    device: torch.device | str,
+    device: str,
     output: Path,
 ) -> list[Path]:
     place = choose_device(device, "fp32")[0]
     if preset:
         torch.manual_seed(0)
-        model, tokenizer = LogLinearForCausalLM(config).to(place).eval(), ByteTokenizer()
+        model, tokenizer = LogLinearForCausalLM(config).eval(), ByteTokenizer()
+        torch.nn.Module.to(model, place)  # in place
         console.print("A preset has no trained weights: the level scales below are those of random ones.")
     else:
         model, tokenizer = load_checkpoint(target, device=place)

@@ -261,9 +261,9 @@ def summarize_level_scales(scales: dict[int, np.ndarray]) -> list[LevelScaleSumm
         for head in range(heads):
             for level in range(levels):
                 chosen = values[in_use[:, level], head, level]
-                numbers = (
-                    (float(chosen.mean()), float(chosen.min()), float(chosen.max())) if len(chosen) else (None,) * 3
-                )
+                numbers: tuple[float | None, float | None, float | None] = (None, None, None)
+                if len(chosen):
+                    numbers = (float(chosen.mean()), float(chosen.min()), float(chosen.max()))
                 rows.append(LevelScaleSummary(layer, head, level, *numbers, len(chosen)))
     return rows
 

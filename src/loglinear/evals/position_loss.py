@@ -445,10 +445,9 @@ def evaluate_checkpoints(
                 )
     names = list(labels) or labels_of(paths)
     models = {name: model for name, (model, _) in zip(names, loaded, strict=True)}
-    if length is None:
-        length = loaded[0][0].config.max_position_embeddings
-    documents = choose_documents(corpus, length, whole, maximum, seed)
-    return evaluate(models, documents, length, width, tokens_per_batch)
+    positions = int(loaded[0][0].config.max_position_embeddings) if length is None else length
+    documents = choose_documents(corpus, positions, whole, maximum, seed)
+    return evaluate(models, documents, positions, width, tokens_per_batch)
 
 
 def write_result(result: PositionLossResult, folder: str | Path, unit: str = "nats per token") -> list[Path]:
