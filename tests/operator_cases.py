@@ -109,9 +109,9 @@ def make_inputs(
 
 def poisoned(x: Tensor) -> Tensor:
     """The same values as a strided view into a buffer that is NaN all around them."""
-    buffer = x.new_full([2 * size + 3 if axis == x.ndim - 1 else size + 2 for axis, size in enumerate(x.shape)], torch.nan)
-    view = buffer[tuple(slice(1, 1 + size) for size in x.shape[:-1]) + (slice(1, 1 + 2 * x.shape[-1], 2),)]
-    return view.copy_(x)
+    *outer, last = x.shape
+    buffer = x.new_full([*(size + 2 for size in outer), 2 * last + 3], torch.nan)
+    return buffer[(*(slice(1, 1 + size) for size in outer), slice(1, 1 + 2 * last, 2))].copy_(x)
 
 
 def random_state(shape: Shape, positions: list[int], dtype=torch.float64, device="cpu") -> FenwickState:

@@ -62,7 +62,7 @@ def test_full_num_levels_refuses_no_tokens():
 
 @pytest.mark.parametrize("num_levels", [1, 2, 3, 4, 10])
 def test_occupied_buckets_and_carry_follow_the_tokens(num_levels):
-    """Inserts tokens one by one, and merges as `carry_level` says: the members are those of `level` at every position."""
+    """Tokens inserted one by one and merged as `carry_level` says are always where `level` sees them."""
     members = [set() for _ in range(num_levels)]
     for position in range(70):
         if position:

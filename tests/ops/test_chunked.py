@@ -1,9 +1,12 @@
-"""The tree algorithm against the recurrence: output, returned state and every gradient, on shapes chosen to break it."""
+"""The tree algorithm against the references: output, state and every gradient, on shapes chosen to break it."""
 
 import functools
 
 import pytest
 import torch
+
+from loglinear import FenwickState, fenwick, log_linear_attention
+from loglinear.ops import chunked, reference
 from operator_cases import (
     MIXERS,
     Inputs,
@@ -14,9 +17,6 @@ from operator_cases import (
     poisoned,
     random_state,
 )
-
-from loglinear import FenwickState, fenwick, log_linear_attention
-from loglinear.ops import chunked, reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -159,9 +159,8 @@ def test_any_subset_of_inputs_may_need_gradients(mixer):
     leaves = {name: x.detach().requires_grad_() for name, x in named.items()}
 
     def total(named):
-        o, after, _ = chunked.tree_attention(
-            *(named.get(name) for name in inputs.arguments()), 1.0, None, named["buckets"], state.positions, True, chunk=4
-        )
+        arguments = [named.get(name) for name in inputs.arguments()]
+        o, after, _ = chunked.tree_attention(*arguments, 1.0, None, named["buckets"], state.positions, True, chunk=4)
         return (o * o).sum() + (after * after).sum()
 
     together = dict(zip(leaves, torch.autograd.grad(total(leaves), list(leaves.values())), strict=True))
@@ -265,7 +264,8 @@ def test_twice_the_same_bits(mixer, device):
     for _ in range(2):
         leaves = inputs.leaves()
         outputs = operator(leaves, None)
-        runs.append([*outputs, *torch.autograd.grad([x.square().sum() for x in outputs], list(leaves.present().values()))])
+        found = torch.autograd.grad([x.square().sum() for x in outputs], list(leaves.present().values()))
+        runs.append([*outputs, *found])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

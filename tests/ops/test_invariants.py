@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from operator_cases import MIXERS, Shape, assert_close, make_inputs, random_state
 
 from loglinear import FenwickState, fenwick, log_linear_attention
+from operator_cases import MIXERS, Shape, assert_close, make_inputs, random_state
 
 each_mixer = pytest.mark.parametrize("mixer", MIXERS)
 each_backend = pytest.mark.parametrize("backend", ["torch", "reference"])

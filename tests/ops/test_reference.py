@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from operator_cases import MIXERS, Shape, assert_close, gradients, make_inputs
 
 from loglinear import log_linear_attention
 from loglinear.ops.reference import log_linear_attention_dense, recurrence
+from operator_cases import MIXERS, Shape, assert_close, gradients, make_inputs
 
 
 def test_by_hand():
@@ -19,7 +19,7 @@ def test_by_hand():
         2 * 100 + 5 * (1 + 10),
         2 * 1000 + 3 * 100 + 5 * (1 + 10),
     ]
-    assert buckets.flatten().tolist() == [0, 0, 1111]  # position 4 is 100 in binary; two levels above the first are kept
+    assert buckets.flatten().tolist() == [0, 0, 1111]  # four tokens: one full block
 
 
 @pytest.mark.parametrize("L", [None, 1, 3, 9])

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from operator_cases import MIXERS, TOLERANCES, Shape, assert_close, make_inputs, poisoned, random_state
 
 from loglinear import FenwickState, fenwick, log_linear_attention, log_linear_attention_step
+from operator_cases import MIXERS, TOLERANCES, Shape, assert_close, make_inputs, poisoned, random_state
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 each_mixer = pytest.mark.parametrize("mixer", MIXERS)

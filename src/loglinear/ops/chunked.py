@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from loglinear import fenwick
 from loglinear.fenwick import Index, Merge, Part, Plan, Reads
 from loglinear.ops.families import ChannelDecay, Factors, Matrix, Transition, factors, pick
-from loglinear.ops.packing import sequence_bounds
+from loglinear.ops.packing import sequence_bounds, start_positions
 
 
 def log_linear_attention_chunked(
@@ -55,8 +55,9 @@ def tree_attention(
         bounds = sequence_bounds(cu_seqlens, tokens)
         lengths = tuple(hi - lo for lo, hi in zip(bounds, bounds[1:], strict=False))
     num_levels = 1 if level_scales is None else level_scales.shape[-1]
-    chunk = chunk or fenwick.chunk_for(max(lengths))
-    plan = fenwick.plan(lengths, None if positions is None else positions.tolist(), chunk, num_levels, v.device)
+    chunk = chunk or fenwick.chunk_for(max(lengths, default=1))
+    starts = None if positions is None else start_positions(positions)
+    plan = fenwick.plan(lengths, starts, chunk, num_levels, v.device)
 
     # heads that share q and k are multiplied together where their decays are mere row weights
     groups = q.shape[2]
@@ -144,6 +145,7 @@ class _ScaleByLevel(torch.autograd.Function):
         return scores * level_scales.gather(-1, table.expand(scores.shape))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         scores, level_scales, table = ctx.saved_tensors
         by_level = F.one_hot(table, level_scales.shape[-1]).to(grad.dtype)  # what is not causal has a score of zero

@@ -26,7 +26,7 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from loglinear.fenwick import Index
 
@@ -203,6 +203,7 @@ class _DecayMatrix(torch.autograd.Function):
         return matrix
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (matrix,) = ctx.saved_tensors
         weighted = grad * matrix
@@ -215,20 +216,62 @@ def channel_scores(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
     By halves: the right half of a block sees the left one through the end of the left one, so that both exponents are
     ≤ 0 however strong the decay is; e^{-γ} would overflow.
     """
-    if torch.is_grad_enabled():  # the halves of every size are cheaper to make again than to keep
-        return checkpoint(_channel_scores, q, k, total, use_reentrant=False)
-    return _channel_scores(q, k, total)
+    return _ChannelScores.apply(q, k, total)
 
 
-def _channel_scores(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
-    scores = (q * k).sum(-1)[..., None, None]  # [A, N, blocks, size, size], blocks of one row
-    while scores.shape[2] > 1:
-        size = scores.shape[-1]
-        (_, q_right), (k_left, _), (left, right) = (x.unflatten(2, (-1, 2, size)).unbind(3) for x in (q, k, total))
-        middle = left[:, :, :, -1:]
-        across = (q_right * (right - middle).exp().to(q.dtype)) @ (
-            k_left * (middle - left).exp().to(q.dtype)
-        ).transpose(-1, -2)
-        upper = torch.cat([scores[:, :, 0::2], torch.zeros_like(across)], dim=-1)
-        scores = torch.cat([upper, torch.cat([across, scores[:, :, 1::2]], dim=-1)], dim=-2)
-    return scores[:, :, 0]
+class _ChannelScores(torch.autograd.Function):
+    """Its own rule: the halves of every size are cheaper to make again than to keep."""
+
+    @staticmethod
+    def forward(ctx, q, k, total):
+        ctx.save_for_backward(q, k, total)
+        scores = torch.diag_embed((q * k).sum(-1))
+        for size in _halves(q):
+            reads, writes, _, _ = _between_halves(q, k, total, size)
+            _left_of_blocks(scores, size).copy_((reads @ writes.mT).movedim(2, -1))
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, total = ctx.saved_tensors
+        diagonal = grad.diagonal(dim1=-2, dim2=-1)[..., None]
+        d_q, d_k, d_total = diagonal * k, diagonal * q, torch.zeros_like(total)
+        for size in _halves(q):
+            reads, writes, read_decay, write_decay = _between_halves(q, k, total, size)
+            d_scores = _left_of_blocks(grad, size).movedim(-1, 2)
+            d_reads, d_writes = d_scores @ writes, d_scores.mT @ reads
+            _half(d_q, size, 1).add_(d_reads * read_decay)
+            _half(d_k, size, 0).add_(d_writes * write_decay)
+            d_read_log, d_write_log = (d_reads * reads).to(total.dtype), (d_writes * writes).to(total.dtype)
+            _half(d_total, size, 1).add_(d_read_log)
+            _half(d_total, size, 0).sub_(d_write_log)
+            _half(d_total, size, 0)[..., -1, :].add_(d_write_log.sum(-2) - d_read_log.sum(-2))
+        return d_q, d_k, d_total
+
+
+def _halves(q: Tensor) -> list[int]:
+    """Lengths of the halves: 1, 2, 4 … up to half a chunk."""
+    sizes = [1]
+    while sizes[-1] < q.shape[2]:
+        sizes.append(2 * sizes[-1])
+    return sizes[:-1]
+
+
+def _half(x: Tensor, size: int, side: int) -> Tensor:
+    """Left (0) or right (1) halves [A, N, blocks, size, K] of the blocks of twice `size` rows, as a view."""
+    return x.unflatten(2, (-1, 2, size))[:, :, :, side]
+
+
+def _left_of_blocks(scores: Tensor, size: int) -> Tensor:
+    """Where right halves see left ones, [A, N, size, size, blocks], as a view of scores [A, N, C, C]."""
+    blocks = scores.unflatten(-1, (-1, 2, size)).unflatten(-4, (-1, 2, size))
+    return blocks[:, :, :, 1, :, :, 0].diagonal(dim1=2, dim2=4)
+
+
+def _between_halves(q: Tensor, k: Tensor, total: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries of right halves and keys of left ones as they meet at the end of the left one; and their decays."""
+    left, right = _half(total, size, 0), _half(total, size, 1)
+    middle = left[..., -1:, :]
+    read_decay, write_decay = (right - middle).exp().to(q.dtype), (middle - left).exp().to(q.dtype)
+    return _half(q, size, 1) * read_decay, _half(k, size, 0) * write_decay, read_decay, write_decay

@@ -95,6 +95,7 @@ def log_linear_attention(
     """
     q, k, v = _autocast(q, k, v)
     _check_tensors(q, k, v, level_scales, log_decay, beta, tokens="B, T, ")
+    _check_scale(scale)
     _check_packing(q, cu_seqlens)
     num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _check_state(q, v, level_scales, initial_state, num_sequences)
@@ -148,6 +149,7 @@ def log_linear_attention_step(
     """
     q, k, v = _autocast(q, k, v)
     _check_tensors(q, k, v, level_scales, log_decay, beta, tokens="B, ")
+    _check_scale(scale)
     _check_state(q, v, level_scales, state, q.shape[0], required=True)
     if torch.is_grad_enabled():
         arguments = (q, k, v, level_scales, log_decay, beta, state.buckets)
@@ -186,6 +188,11 @@ def _autocast(*tensors):
         dtype = torch.get_autocast_dtype(first.device.type)
         return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype != torch.float64 else x for x in tensors)
     return tensors
+
+
+def _check_scale(scale: float) -> None:
+    if not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
 
 
 def _shape(x: Tensor) -> str:
@@ -242,6 +249,8 @@ def _check_packing(q: Tensor, cu_seqlens: Tensor | None) -> None:
         raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, q on {q.device}: all arguments must be on one device")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens must be [number of sequences + 1], got shape {_shape(cu_seqlens)}")
     if q.shape[0] != 1:

@@ -1,4 +1,4 @@
-"""What packed sequences look like on the host."""
+"""Where sequences begin and end, read on the host and checked there."""
 
 from __future__ import annotations
 
@@ -16,3 +16,15 @@ def sequence_bounds(cu_seqlens: Tensor, tokens: int) -> list[int]:
         shown = bounds if len(bounds) <= 12 else [*bounds[:6], "…", *bounds[-5:]]
         raise ValueError(f"cu_seqlens must rise from 0 to the {tokens} tokens of q, got [{', '.join(map(str, shown))}]")
     return bounds
+
+
+def start_positions(positions: Tensor) -> list[int]:
+    """The positions of a state as ints, after checking that none is negative.
+
+    Raises:
+        ValueError: one is.
+    """
+    starts = positions.tolist()
+    if any(start < 0 for start in starts):
+        raise ValueError(f"the state's positions must be at least 0, got {starts}")
+    return starts

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loglinear import fenwick
-from loglinear.ops.packing import sequence_bounds
+from loglinear.ops.packing import sequence_bounds, start_positions
 
 
 def recurrence(
@@ -71,7 +71,7 @@ def log_linear_attention_recurrent(
         rows: list[Any] = [[None if x is None else x[0, lo:hi] for x in per_token] for lo, hi in bounds]
     else:
         rows = [[None if x is None else x[b] for x in per_token] for b in range(q.shape[0])]
-    positions = [0] * len(rows) if initial_state is None else initial_state.positions.tolist()
+    positions = [0] * len(rows) if initial_state is None else start_positions(initial_state.positions)
     outputs, states = [], []
     for index, row in enumerate(rows):
         buckets = None
@@ -81,9 +81,13 @@ def log_linear_attention_recurrent(
         o, final = recurrence(*row, scale=scale, buckets=buckets, position=positions[index])
         outputs.append(o)
         states.append(final)
-    o = torch.cat(outputs)[None] if cu_seqlens is not None else torch.stack(outputs)
     ends = [position + len(output) for position, output in zip(positions, outputs, strict=True)]
-    return o.to(dtype), torch.stack(states), torch.tensor(ends, device=v.device)
+    ends = torch.tensor(ends, dtype=torch.int64, device=v.device)
+    if not rows:
+        num_levels = 1 if level_scales is None else level_scales.shape[-1]
+        return v, v.new_zeros(0, num_levels, *v.shape[2:3], q.shape[3], v.shape[3], dtype=work), ends
+    o = torch.cat(outputs)[None] if cu_seqlens is not None else torch.stack(outputs)
+    return o.to(dtype), torch.stack(states), ends
 
 
 def log_linear_attention_dense(
