@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from loglinear.layers.packing import Documents, pack_padded, token_positions, token_rows
+from loglinear.layers.packing import PackedLayout, pack_padded, token_positions, token_rows
 
 
 def test_rows_and_positions_skip_empty_sequences():
@@ -37,10 +37,10 @@ def test_holes_are_refused():
 @pytest.mark.parametrize("lengths", [[1], [5, 3, 0, 9, 8, 1, 2], [16, 1, 1, 1]])
 def test_buckets_hold_every_token_once_and_waste_less_than_half(lengths):
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
-    documents = Documents(bounds)
-    held = torch.cat([block.indices[block.valid] for block in documents.buckets()])
+    layout = PackedLayout(bounds, sum(lengths))
+    held = torch.cat([block.indices[block.valid] for block in layout.buckets()])
     assert held.sort().values.tolist() == list(range(sum(lengths)))
-    for block in documents.buckets():
+    for block in layout.buckets():
         assert 2 * block.valid.sum(1).min() > block.valid.shape[1]
         for row, sequence in zip(block.indices.tolist(), block.sequences.tolist(), strict=True):
             begin, length = int(bounds[sequence]), lengths[sequence]
@@ -48,7 +48,24 @@ def test_buckets_hold_every_token_once_and_waste_less_than_half(lengths):
 
 
 def test_all_rows_keeps_the_order_and_empty_sequences():
-    rows = Documents(torch.tensor([0, 2, 2, 5])).all_rows()
+    rows = PackedLayout(torch.tensor([0, 2, 2, 5]), 5).all_rows()
     assert rows.sequences.tolist() == [0, 1, 2]
     assert rows.valid.tolist() == [[True, True, False], [False] * 3, [True] * 3]
     assert rows.indices[2].tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "error", "message"),
+    [
+        ([0, 5], TypeError, "int32 or int64 tensor, got list"),
+        (torch.tensor([0.0, 5.0]), TypeError, "got torch.float32"),
+        (torch.tensor([5]), ValueError, r"\[number of sequences \+ 1\], got shape \[1\]"),
+        (torch.tensor([1, 5]), ValueError, r"from 0 to the number of tokens, 5, got \[1, 5\]"),
+        (torch.tensor([0, 4]), ValueError, "got .0, 4."),
+        (torch.tensor([0, 3, 2, 5]), ValueError, "got .0, 3, 2, 5."),
+    ],
+    ids=["list", "float", "one", "start", "end", "falling"],
+)
+def test_wrong_bounds_are_refused(bounds, error, message):
+    with pytest.raises(error, match=message):
+        PackedLayout(bounds, 5)

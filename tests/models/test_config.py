@@ -58,7 +58,8 @@ def test_hybrids_derive_their_attention():
         ({"mixer": "attention", "attention_head_dim": 5}, "attention_head_dim must be even"),
         ({"num_attention_heads": 2}, "num_attention_heads is a size of .*, but attention_layers is empty"),
         ({"pad_token_id": 32_000}, "pad_token_id must be in .0, vocab_size = 32000., got 32000"),
-        ({"num_heads": 100}, "comes out as 0: num_heads 100 is too large"),
+        ({"num_heads": 5}, "num_heads 5 does not divide the 48 key channels of mixer"),
+        ({"state_size": 3, "expand_v": 1.5}, "expand_v x state_size = 4.5 must be a whole number"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from small_models import small_model, tokens
 from transformers import DynamicCache, StaticCache
 
 from loglinear.layers import MIXERS
+from small_models import small_model, tokens
 
 pytestmark = pytest.mark.gpu
 KINDS = [*MIXERS, "hybrid"]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loglinear.layers.packing import DocumentRows, Documents, token_positions, token_rows
+from loglinear.layers.packing import PackedLayout, SequenceRows, token_positions, token_rows
 from loglinear.layers.rotary import rotate
 from loglinear.layers.state import AttentionState
 
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         return_state: bool = False,
-        documents: Documents | None = None,
+        layout: PackedLayout | None = None,
     ) -> tuple[Tensor, AttentionState | None]:
         """Attends from each token of `x [B, T, M]` to its own sequence up to itself.
 
@@ -71,7 +71,7 @@ class Attention(nn.Module):
             cu_seqlens: `[S+1]` bounds of packed sequences. No token attends across a bound, and rotations
                 restart at it.
             return_state: whether the state after the last token is wanted.
-            documents: the host-side plan of `cu_seqlens`, if the caller has it already; making it reads
+            layout: the host-side plan of `cu_seqlens`, if the caller has it already; making it reads
                 `cu_seqlens` back once.
 
         Returns:
@@ -83,20 +83,20 @@ class Attention(nn.Module):
         start = None if state is None else state.positions
         positions = token_positions(batch, length, start, cu_seqlens, x.device)
         q, k = rotate(q, positions, self.rope_theta), rotate(k, positions, self.rope_theta)
-        if cu_seqlens is not None and documents is None:
-            documents = Documents(cu_seqlens)
+        if cu_seqlens is not None and layout is None:
+            layout = PackedLayout(cu_seqlens, length)
         past = state is not None and state.columns > 0
         if state is None and return_state:
-            rows = batch if documents is None else len(documents.lengths)
+            rows = batch if layout is None else len(layout.lengths)
             state = self.zero_state(rows, k.dtype, k.device)
         if state is not None:
-            self._store(state, k, v, positions, cu_seqlens, documents)
+            self._store(state, k, v, positions, cu_seqlens, layout)
         if state is not None and past:
-            o = self._over_cache(q, state, positions, documents)
-        elif documents is None:
+            o = self._over_cache(q, state, positions, layout)
+        elif layout is None:
             o = self._attend(q, k, v)
         else:
-            o = self._over_documents(q, k, v, documents)
+            o = self._over_sequences(q, k, v, layout)
         return self.out_proj(o.flatten(-2)), state if return_state else None
 
     def _store(
@@ -106,16 +106,16 @@ class Attention(nn.Module):
         v: Tensor,
         positions: Tensor,
         cu_seqlens: Tensor | None,
-        documents: Documents | None,
+        layout: PackedLayout | None,
     ) -> None:
         """Appends the new keys and values to `state` and moves its positions on."""
         batch, length = positions.shape
-        if documents is None or cu_seqlens is None:
+        if layout is None or cu_seqlens is None:
             state.reserve(length)
             rows = torch.arange(batch, device=k.device)[:, None]
             counts = length
         else:
-            state.reserve(max(documents.lengths, default=0))
+            state.reserve(max(layout.lengths, default=0))
             rows = token_rows(cu_seqlens, length)[None]
             counts = cu_seqlens.diff().to(torch.int64)
         state.store(k, v, rows, positions)
@@ -133,22 +133,22 @@ class Attention(nn.Module):
         )
         return o.transpose(1, 2)
 
-    def _over_documents(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    def _over_sequences(self, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
         """Causal attention inside each packed sequence, in blocks of sequences of similar length."""
         outputs, tokens = [], []
-        for block in documents.buckets():
+        for block in layout.buckets():
             gathered = (part[0][block.indices] for part in (q, k, v))
             outputs.append(self._attend(*gathered)[block.valid])
             tokens.append(block.indices[block.valid])
         return torch.zeros_like(q[0]).index_copy(0, torch.cat(tokens), torch.cat(outputs))[None]
 
-    def _over_cache(self, q: Tensor, state: AttentionState, positions: Tensor, documents: Documents | None) -> Tensor:
+    def _over_cache(self, q: Tensor, state: AttentionState, positions: Tensor, layout: PackedLayout | None) -> Tensor:
         """Attention of the newest tokens to everything in the cache up to themselves, each row by its own
         positions."""
-        block: DocumentRows | None = None
+        block: SequenceRows | None = None
         rows_q, rows_positions = q, positions
-        if documents is not None:
-            block = documents.all_rows()
+        if layout is not None:
+            block = layout.all_rows()
             rows_q = q[0][block.indices]
             rows_positions = torch.where(block.valid, positions[0][block.indices], 0)
         keys, values = state.keys[:, : state.columns], state.values[:, : state.columns]

@@ -99,7 +99,7 @@ def pack_padded(attention_mask: Tensor) -> PaddedBatch | None:
     return PaddedBatch(cu_seqlens, token_indices, source)
 
 
-class DocumentRows(NamedTuple):
+class SequenceRows(NamedTuple):
     """Some of the sequences of a packed batch, laid out as rows of one length.
 
     Attributes:
@@ -113,33 +113,48 @@ class DocumentRows(NamedTuple):
     valid: Tensor
 
 
-class Documents:
+class PackedLayout:
     """A host-side plan for operators that know no packing (softmax attention): the sequences of a packed
     batch as padded rows.
 
     Reads `cu_seqlens` back to the host once; make it once for all layers of a forward pass.
+
+    Args:
+        cu_seqlens: `[S+1]` int32 or int64, from 0 up to `num_tokens`, never falling.
+        num_tokens: N.
+
+    Raises:
+        TypeError, ValueError: `cu_seqlens` is not that.
     """
 
-    def __init__(self, cu_seqlens: Tensor) -> None:
+    def __init__(self, cu_seqlens: Tensor, num_tokens: int) -> None:
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+            raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {got}")
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+            raise ValueError(f"cu_seqlens must be [number of sequences + 1], got shape {list(cu_seqlens.shape)}")
         self.device = cu_seqlens.device
         self.bounds: list[int] = cu_seqlens.tolist()
         self.lengths = [end - begin for begin, end in zip(self.bounds, self.bounds[1:], strict=False)]
-        self._buckets: list[DocumentRows] | None = None
+        if self.bounds[0] != 0 or self.bounds[-1] != num_tokens or min(self.lengths) < 0:
+            shown = self.bounds if len(self.bounds) < 10 else [*self.bounds[:4], "...", *self.bounds[-4:]]
+            raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {num_tokens}, got {shown}")
+        self._buckets: list[SequenceRows] | None = None
 
-    def _rows(self, sequences: list[int]) -> DocumentRows:
+    def _rows(self, sequences: list[int]) -> SequenceRows:
         begins = torch.tensor([self.bounds[s] for s in sequences])
         lengths = torch.tensor([self.lengths[s] for s in sequences])
         offsets = torch.arange(int(lengths.max()))
         valid = offsets < lengths[:, None]
         indices = torch.where(valid, begins[:, None] + offsets, 0)
-        rows = DocumentRows(torch.tensor(sequences), indices, valid)
-        return DocumentRows(*(part.to(self.device) for part in rows))
+        rows = SequenceRows(torch.tensor(sequences), indices, valid)
+        return SequenceRows(*(part.to(self.device) for part in rows))
 
-    def all_rows(self) -> DocumentRows:
+    def all_rows(self) -> SequenceRows:
         """Every sequence, in order, as one block of rows as long as the longest."""
         return self._rows(list(range(len(self.lengths))))
 
-    def buckets(self) -> list[DocumentRows]:
+    def buckets(self) -> list[SequenceRows]:
         """The non-empty sequences in blocks of similar lengths (within a factor of two), so that padding at
         most doubles the work and the number of blocks grows with the logarithm of the longest."""
         if self._buckets is None:

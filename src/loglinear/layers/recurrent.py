@@ -144,12 +144,19 @@ class RecurrentMixer(nn.Module):
         groups = config.num_heads if config.num_groups is None else config.num_groups
         key_width = config.state_size
         if key_width is None:
-            key_width = round(cls.key_ratio * config.hidden_size / config.num_heads)
-            if key_width < 1:
-                raise ValueError(f"state_size comes out as 0: num_heads {config.num_heads} is too large")
+            keys = cls.key_ratio * config.hidden_size
+            if keys % config.num_heads:
+                raise ValueError(
+                    f"num_heads {config.num_heads} does not divide the {keys:g} key channels of mixer {config.mixer!r} "
+                    f"at hidden_size {config.hidden_size}: give state_size"
+                )
+            key_width = int(keys) // config.num_heads
         value_width = config.head_dim
         if value_width is None:
-            value_width = round((cls.value_ratio if config.expand_v is None else config.expand_v) * key_width)
+            exact = (cls.value_ratio if config.expand_v is None else config.expand_v) * key_width
+            value_width = round(exact)
+            if not math.isclose(exact, value_width, rel_tol=1e-6):
+                raise ValueError(f"expand_v x state_size = {exact:g} must be a whole number: give head_dim")
         elif config.expand_v is not None and round(config.expand_v * key_width) != value_width:
             raise ValueError(
                 f"head_dim {value_width} contradicts expand_v {config.expand_v} x state_size {key_width}: "

@@ -63,6 +63,8 @@ class MixerCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             return None
         if self.state.batch_size != batch:
             raise ValueError(f"past_key_values holds {self.state.batch_size} rows, but the batch has {batch}")
+        if self.state.positions.device != x.device:
+            self.state = self.state.to(x.device)
         return self.state
 
     def record(self, state: MixerState, columns: int) -> None:

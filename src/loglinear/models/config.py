@@ -247,9 +247,6 @@ class LogLinearConfig(PreTrainedConfig):
             raise ValueError(f"num_groups {self.num_groups} does not divide num_heads {self.num_heads}")
         for name, value in mixer.sizes(self).items():
             setattr(self, name, value)
-        for name in ("head_dim", "state_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} comes out as {getattr(self, name)}: num_heads {self.num_heads} is too large")
         if self.num_levels is None:
             self.num_levels = full_num_levels(self.max_position_embeddings)
 

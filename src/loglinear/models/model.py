@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from loglinear.layers import MIXERS, Attention, RMSNorm
-from loglinear.layers.packing import Documents, PaddedBatch, pack_padded, token_positions
+from loglinear.layers.packing import PackedLayout, PaddedBatch, pack_padded, token_positions
 from loglinear.models.cache import MixerCacheLayer, cache_layers, new_cache
 from loglinear.models.config import LogLinearConfig
 from loglinear.models.cost import Cost
@@ -59,7 +59,7 @@ class LogLinearBlock(GradientCheckpointingLayer):
         self,
         x: Tensor,
         cu_seqlens: Tensor | None = None,
-        documents: Documents | None = None,
+        layout: PackedLayout | None = None,
         past_key_values: MixerCacheLayer | None = None,
         columns: int = 0,
     ) -> Tensor:
@@ -67,7 +67,7 @@ class LogLinearBlock(GradientCheckpointingLayer):
         `columns` columns of the batch."""
         state, extra = None, {}
         if isinstance(self.mixer, Attention):
-            extra["documents"] = documents
+            extra["layout"] = layout
         if past_key_values is not None:
             rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             state = past_key_values.starting_state(self.mixer, rows, x)
@@ -145,8 +145,8 @@ class LogLinearModel(LogLinearPreTrainedModel):
             inputs_embeds: see input_ids.
             use_cache: whether to return a state when none was given. Default: `config.use_cache`, but never
                 in training.
-            cu_seqlens: `[S+1]` integer bounds of sequences packed into one row (then B is 1): each is read on
-                its own. In models with attention layers it is read back to the host once per call.
+            cu_seqlens: `[S+1]` int32 or int64 bounds of sequences packed into one row (then B is 1): each is
+                read on its own. It is read back to the host.
             output_hidden_states: whether to return the input of every block and the final output.
             return_dict: False for a tuple.
 
@@ -173,9 +173,10 @@ class LogLinearModel(LogLinearPreTrainedModel):
         padded = self._padding(attention_mask, cu_seqlens, batch, columns)
         if padded is not None:
             cu_seqlens, x = padded.cu_seqlens, padded.pack(x)
-        documents = None
-        if cu_seqlens is not None and any(isinstance(block.mixer, Attention) for block in self.layers):
-            documents = Documents(cu_seqlens)
+        layout = None
+        attends = any(isinstance(block.mixer, Attention) for block in self.layers)
+        if cu_seqlens is not None and (attends or not torch.compiler.is_compiling()):
+            layout = PackedLayout(cu_seqlens, x.shape[1])  # also checks it
         collected: list[Tensor] = []
         for index, block in enumerate(self.layers):
             if output_hidden_states:
@@ -185,7 +186,7 @@ class LogLinearModel(LogLinearPreTrainedModel):
                 if cache_layer is not None:
                     cache_layer.advance(columns)
                 continue
-            x = block(x, cu_seqlens=cu_seqlens, documents=documents, past_key_values=cache_layer, columns=columns)
+            x = block(x, cu_seqlens=cu_seqlens, layout=layout, past_key_values=cache_layer, columns=columns)
         x = self.norm(x)
         collected.append(x)
         if padded is not None:
