@@ -28,18 +28,83 @@ from loglinear.ops.triton.common import (
     is_right_half,
     load_column,
     load_rows,
-    lowest_bit,
 )
 from loglinear.ops.triton.nodes import SUBTREE_HEIGHT
 from loglinear.ops.triton.read import largest_divisor
 
 
+@triton.jit(do_not_specialize=["T", "N", "L"])
+def _inside_kernel(q, k, v, scales, grad_o, gamma, dq, dscales, grad_scores, row_mass, tokens, rows_of, T, N, H, G,
+                   scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s, stride_sh, stride_g,
+                   stride_gh, K, V, L, C: tl.constexpr, HEIGHT: tl.constexpr, HEADS: tl.constexpr, BK: tl.constexpr,
+                   BV: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """What the rows of a chunk read of each other: gradients of its scores (summed over HEADS heads), of q and of λ."""
+    slot, part = tl.program_id(1), tl.program_id(0)
+    rows = tl.load(rows_of + slot)
+    if rows == 0:
+        return
+    first_head = part * HEADS
+    group = first_head // (H // G)
+    token = tl.load(tokens + slot)
+    dtype = v.dtype.element_ty
+    queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK)
+    keys = load_rows(k + group * stride_kg, token, rows, stride_k, 0, C, K, BK)
+    row = tl.arange(0, C)
+    total = tl.zeros((C, C), tl.float32)
+    for step in range(HEADS):
+        head = first_head + step
+        sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
+        values = load_rows(v + head * stride_vh, token, rows, stride_v, 0, C, V, BV)
+        grad = load_rows(grad_o + head * stride_gh, token, rows, stride_g, 0, C, V, BV)
+        decay = tl.exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0))
+        decay = tl.where(row[:, None] >= row[None, :], decay, 0.0)
+        decay *= tl.dot(grad, tl.trans(values), input_precision=PRECISION)
+        product = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * decay  # of a pair, before scale and λ
+        mass = tl.zeros((C,), tl.float32)
+        if SCALED:
+            lam, dlam = scales + head * stride_sh, dscales + (token + row).to(tl.int64) * H * L + head * L
+            within = tl.zeros((C,), tl.float32)
+            last = tl.zeros((C,), tl.float32)
+            factor = tl.zeros((C, C), tl.float32)
+            for level in tl.static_range(HEIGHT + 1):
+                near = load_column(lam + tl.minimum(level, L - 1), token, rows, stride_s, 0, C)
+                # rows of the same block of 2^level, of which those of half the size are done
+                same = in_same_block(row[:, None], row[None, :], level)
+                upto = tl.sum(tl.where(same, product, 0.0), 1)
+                found = (upto - within) * scale
+                within = upto
+                mass += near * found
+                if level < L - 1:
+                    tl.store(dlam + level, found.to(dscales.dtype.element_ty), mask=row < rows)
+                else:
+                    last += found
+            for down in tl.static_range(HEIGHT + 1):
+                near = load_column(lam + tl.minimum(HEIGHT - down, L - 1), token, rows, stride_s, 0, C)
+                same = in_same_block(row[:, None], row[None, :], HEIGHT - down)
+                factor = tl.where(same, near[:, None], factor)
+            if L - 1 <= HEIGHT:
+                tl.store(dlam + L - 1, last.to(dscales.dtype.element_ty), mask=row < rows)
+            total += decay * factor
+        else:
+            mass += tl.sum(product, 1) * scale
+            total += decay
+        tl.store(row_mass + (head.to(tl.int64) * N + slot) * C + row, mass)
+    total *= scale
+    at = (part.to(tl.int64) * N + slot) * C * C + row[:, None] * C + row[None, :]
+    tl.store(grad_scores + at, total.to(dtype))
+    grad_q = tl.dot(total.to(dtype), keys, input_precision=PRECISION)
+    key = tl.arange(0, BK)
+    parts = H // G // HEADS  # programs that share a group, each with sums of its own
+    at = ((part % parts).to(tl.int64) * T + token + row)[:, None] * (G * K) + group * K + key[None, :]
+    tl.store(dq + at, grad_q, mask=(row < rows)[:, None] & (key < K)[None, :])
+
+
 @triton.jit(do_not_specialize=["T", "N", "L", "J"])
-def _queries_kernel(q, k, v, scales, grad_o, nodes, gamma, offsets, dq, dscales, row_mass, read_mass, tokens, rows_of,
-                    blocks, heights, reads, T, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v,
-                    stride_vh, stride_s, stride_sh, stride_g, stride_gh, K, V, L, J, C: tl.constexpr,
-                    HEIGHT: tl.constexpr, HEADS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                    SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _queries_kernel(q, scales, grad_o, nodes, gamma, offsets, dq, dscales, row_mass, read_mass, tokens, rows_of,
+                    blocks, heights, reads, T, N, H, G, scale, stride_q, stride_qg, stride_s, stride_sh, stride_g,
+                    stride_gh, K, V, L, J, C: tl.constexpr, HEIGHT: tl.constexpr, HEADS: tl.constexpr,
+                    BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """What chunks read of the nodes on their left: gradients of q and of λ."""
     slot, part = tl.program_id(1), tl.program_id(0)
     rows = tl.load(rows_of + slot)
     if rows == 0:
@@ -47,59 +112,29 @@ def _queries_kernel(q, k, v, scales, grad_o, nodes, gamma, offsets, dq, dscales,
     first_head = part * HEADS
     group = first_head // (H // G)
     token, block, count = tl.load(tokens + slot), tl.load(blocks + slot), tl.load(reads + slot)
-    dtype = v.dtype.element_ty
+    dtype = grad_o.dtype.element_ty
     queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK)
-    keys = load_rows(k + group * stride_kg, token, rows, stride_k, 0, C, K, BK)
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
     key, column, row = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, C)
     tile = key[:, None] * V + column[None, :]
     in_tile = (key < K)[:, None] & (column < V)[None, :]
-    grad_scores = tl.zeros((C, C), tl.float32)
     grad_q = tl.zeros((C, BK), tl.float32)
     for step in range(HEADS):
         head = first_head + step
         lam, dlam = scales + head * stride_sh, dscales + (token + row).to(tl.int64) * H * L + head * L
         sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
         here = tl.load(offsets + head.to(tl.int64) * (N + 1) + slot)
-        values = load_rows(v + head * stride_vh, token, rows, stride_v, 0, C, V, BV)
         grad = load_rows(grad_o + head * stride_gh, token, rows, stride_g, 0, C, V, BV)
-
-        # the rows of the chunk
-        decay = tl.exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0))
-        decay = tl.where(row[:, None] >= row[None, :], decay, 0.0)
-        decay *= tl.dot(grad, tl.trans(values), input_precision=PRECISION)
-        unscaled = scores * decay
         mass = tl.zeros((C,), tl.float32)
         last = tl.zeros((C,), tl.float32)
-        if SCALED:
-            factor = tl.zeros((C, C), tl.float32)
-            for level in tl.static_range(HEIGHT + 1):
-                near = load_column(lam + tl.minimum(level, L - 1), token, rows, stride_s, 0, C)
-                here_only = in_same_block(row[:, None], row[None, :], level)
-                if level > 0:
-                    here_only = here_only & (in_same_block(row[:, None], row[None, :], level - 1) == 0)
-                factor = tl.where(here_only, near[:, None], factor)
-                found = tl.sum(tl.where(here_only, unscaled, 0.0), 1)
-                mass += near * found
-                if level < L - 1:
-                    tl.store(dlam + level, found.to(dscales.dtype.element_ty), mask=row < rows)
-                else:
-                    last += found
-            grad_scores += decay * factor
-        else:
-            mass += tl.sum(unscaled, 1)
-            grad_scores += decay
-
-        # the nodes on its left
         rest = block
         for _ in range(count):
             node = slot - block + rest - 1
             state = tl.load(nodes + (node.to(tl.int64) * H + head) * K * V + tile, mask=in_tile, other=0.0).to(dtype)
             between = (here - tl.load(offsets + head.to(tl.int64) * (N + 1) + node + 1)).to(tl.float32)
             weight = tl.exp2(sums + between) * scale
-            product = tl.dot(grad, tl.trans(state), input_precision=PRECISION)
-            found = tl.sum(queries.to(tl.float32) * product, 1) * weight
             height = tl.load(heights + node)
+            read = tl.dot(queries, state, input_precision=PRECISION)
+            found = tl.sum(grad.to(tl.float32) * read, 1) * weight
             scaled = found
             if SCALED:
                 level = tl.minimum(HEIGHT + 1 + height, L - 1)
@@ -110,15 +145,18 @@ def _queries_kernel(q, k, v, scales, grad_o, nodes, gamma, offsets, dq, dscales,
                     tl.store(dlam + level, found.to(dscales.dtype.element_ty), mask=row < rows)
                 else:
                     last += found
-            grad_q += weight[:, None] * product
+            weighted = (grad.to(tl.float32) * weight[:, None]).to(dtype)
+            grad_q = tl.dot(weighted, tl.trans(state), grad_q, input_precision=PRECISION)
             mass += scaled
             tl.store(read_mass + (slot.to(tl.int64) * H + head) * J + height, tl.sum(scaled, 0))
             rest = drop_lowest_bit(rest)
         if SCALED:
+            if L - 1 <= HEIGHT:
+                last += tl.load(dlam + L - 1, mask=row < rows, other=0.0).to(tl.float32)
             tl.store(dlam + L - 1, last.to(dscales.dtype.element_ty), mask=row < rows)
-        tl.store(row_mass + (head.to(tl.int64) * N + slot) * C + row, mass)
-    grad_q += tl.dot((grad_scores * scale).to(dtype), keys, input_precision=PRECISION)
-    parts = H // G // HEADS  # programs that share a group, each with sums of its own
+        mass_at = row_mass + (head.to(tl.int64) * N + slot) * C + row
+        tl.store(mass_at, tl.load(mass_at) + mass)
+    parts = H // G // HEADS
     at = ((part % parts).to(tl.int64) * T + token + row)[:, None] * (G * K) + group * K + key[None, :]
     tl.store(dq + at, grad_q, mask=(row < rows)[:, None] & (key < K)[None, :])
 
@@ -187,53 +225,68 @@ def _walk_back_kernel(nodes, grad_nodes, offsets, inherited_mass, heights, bases
         tl.debug_barrier()
 
 
+@triton.jit(do_not_specialize=["N"])
+def _settle_kernel(nodes, grad_nodes, offsets, inherited_mass, blocks, lefts, N, H, size, LOW: tl.constexpr,
+                   SUB: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """The same for the slots within a subtree, from its end on; LOW is its height."""
+    head, slot, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    left = tl.load(lefts + slot)
+    if (left == 0) | (tl.load(blocks + slot) % SUB != 0):
+        return
+    offset = tile * BLOCK + tl.arange(0, BLOCK)
+    mask = offset < size
+    span = SUB // 2
+    for _ in range(LOW):
+        for first in range(span - 1, SUB - 1, 2 * span):
+            if first + span < left:
+                place = (slot + first).to(tl.int64) * H + head
+                grad = tl.load(grad_nodes + place * size + offset, mask=mask, other=0.0).to(tl.float32)
+                above = tl.load(grad_nodes + (place + span * H) * size + offset, mask=mask, other=0.0)
+                at = offsets + head.to(tl.int64) * (N + 1) + slot + first + 1
+                inherited = tl.exp2((tl.load(at + span) - tl.load(at)).to(tl.float32)) * above.to(tl.float32)
+                state = tl.load(nodes + place * size + offset, mask=mask, other=0.0).to(tl.float32)
+                through = inherited_mass + (tile.to(tl.int64) * H + head) * N + slot + first
+                tl.store(through, tl.sum(inherited * state, 0))
+                grad = (grad + inherited).to(grad_nodes.dtype.element_ty)
+                tl.store(grad_nodes + place * size + offset, grad, mask=mask)
+        span //= 2
+        tl.debug_barrier()
+
+
 @triton.jit(do_not_specialize=["T", "N", "L"])
-def _keys_kernel(q, k, v, scales, grad_o, nodes, grad_nodes, gamma, offsets, dk, dv, row_mass, written_mass,
-                 inherited_mass, tokens, rows_of, blocks, lefts, T, N, H, G, scale, stride_q, stride_qg, stride_k,
-                 stride_kg, stride_v, stride_vh, stride_s, stride_sh, stride_g, stride_gh, K, V, L, C: tl.constexpr,
-                 HEIGHT: tl.constexpr, SUB: tl.constexpr, HEADS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                 SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Gradients of k and v. row_mass [H, N, C] -= v·dv: afterwards the gradient of gamma."""
+def _keys_kernel(q, k, v, scales, grad_o, grad_nodes, grad_scores, gamma, dk, dv, row_mass, written_mass, tokens,
+                 rows_of, T, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s,
+                 stride_sh, stride_g, stride_gh, K, V, L, C: tl.constexpr, HEIGHT: tl.constexpr, HEADS: tl.constexpr,
+                 BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Gradients of k and v. row_mass [H, N, C] -= v·dv: afterwards the gradient of gamma.
+
+    Scores are made anew as [source, target]: a product cast to 16 bits is not transposed (wrong on Hopper before
+    Triton 3.7.1), nor are the gradients of the scores, which are read transposed from memory.
+    """
     slot, part = tl.program_id(1), tl.program_id(0)
     rows = tl.load(rows_of + slot)
     if rows == 0:
         return
     first_head = part * HEADS
     group = first_head // (H // G)
-    token, block, left = tl.load(tokens + slot), tl.load(blocks + slot), tl.load(lefts + slot)
+    token = tl.load(tokens + slot)
     dtype = v.dtype.element_ty
     queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK)
     keys = load_rows(k + group * stride_kg, token, rows, stride_k, 0, C, K, BK)
-    scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale  # [source, target]
     key, column, row = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, C)
     tile = key[:, None] * V + column[None, :]
     in_tile = (key < K)[:, None] & (column < V)[None, :]
-    grad_scores = tl.zeros((C, C), tl.float32)
-    grad_k = tl.zeros((C, BK), tl.float32)
+    turned = grad_scores + (part.to(tl.int64) * N + slot) * C * C + row[:, None] + row[None, :] * C
+    grad_k = tl.dot(tl.load(turned), queries, input_precision=PRECISION)
     for step in range(HEADS):
         head = first_head + step
         sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
         values = load_rows(v + head * stride_vh, token, rows, stride_v, 0, C, V, BV)
         grad = load_rows(grad_o + head * stride_gh, token, rows, stride_g, 0, C, V, BV)
-
-        # the gradient of what the chunk wrote: its own slot, and what that owes to the ancestors
-        at = offsets + head.to(tl.int64) * (N + 1) + slot + 1
-        end = tl.load(at)
-        number = block + 1
-        inherited = tl.zeros((BK, BV), tl.float32)
-        while (number % SUB != 0) & (number + lowest_bit(number) <= block + left):
-            number += lowest_bit(number)
-            place = (slot + number - block - 1).to(tl.int64) * H + head
-            decay = tl.exp2((tl.load(at + number - block - 1) - end).to(tl.float32))
-            inherited += decay * tl.load(grad_nodes + place * K * V + tile, mask=in_tile, other=0.0).to(tl.float32)
         place = (slot.to(tl.int64) * H + head) * K * V + tile
-        if (block + 1) % SUB != 0:
-            state = tl.load(nodes + place, mask=in_tile, other=0.0).to(tl.float32)
-            through = tl.sum(tl.sum(inherited * state, 1), 0)
-            tl.store(inherited_mass + head.to(tl.int64) * N + slot, through)
-        grad_state = (inherited + tl.load(grad_nodes + place, mask=in_tile, other=0.0).to(tl.float32)).to(dtype)
+        grad_state = tl.load(grad_nodes + place, mask=in_tile, other=0.0).to(dtype)
 
-        mask = tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0))
+        mask = tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0)) * scale
         if SCALED:
             lam = scales + head * stride_sh
             factor = load_column(lam + tl.minimum(HEIGHT, L - 1), token, rows, stride_s, 0, C)[None, :]
@@ -244,19 +297,18 @@ def _keys_kernel(q, k, v, scales, grad_o, nodes, grad_nodes, gamma, offsets, dk,
                 factor = tl.where(in_same_block(row[:, None], row[None, :], level), near, factor)
             mask *= factor
         mask = tl.where(row[None, :] >= row[:, None], mask, 0.0)
+        scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * mask  # [source, target]
         after = tl.exp2(tl.sum(tl.where(row == C - 1, sums, 0.0), 0) - sums)  # decay from a row to the chunk's end
         written = tl.dot(keys, grad_state, input_precision=PRECISION) * after[:, None]
-        grad_v = written + tl.dot((scores * mask).to(dtype), grad, input_precision=PRECISION)
-        grad_k += after[:, None] * tl.dot(values, tl.trans(grad_state), input_precision=PRECISION)
-        grad_scores += mask * tl.dot(values, tl.trans(grad), input_precision=PRECISION)
-
         wide = values.to(tl.float32)
+        tl.store(written_mass + head.to(tl.int64) * N + slot, tl.sum(tl.sum(wide * written, 1), 0))
+        grad_v = tl.dot(scores.to(dtype), grad, written, input_precision=PRECISION)
         mass_at = row_mass + (head.to(tl.int64) * N + slot) * C + row
         tl.store(mass_at, tl.load(mass_at) - tl.sum(wide * grad_v, 1))
-        tl.store(written_mass + head.to(tl.int64) * N + slot, tl.sum(tl.sum(wide * written, 1), 0))
         where = (token + row).to(tl.int64)[:, None] * H * V + head * V + column[None, :]
         tl.store(dv + where, grad_v.to(dv.dtype.element_ty), mask=(row < rows)[:, None] & (column < V)[None, :])
-    grad_k += tl.dot((grad_scores * scale).to(dtype), queries, input_precision=PRECISION)
+        weighted = (wide * after[:, None]).to(dtype)
+        grad_k = tl.dot(weighted, tl.trans(grad_state), grad_k, input_precision=PRECISION)
     parts = H // G // HEADS
     where = ((part % parts).to(tl.int64) * T + token + row)[:, None] * (G * K) + group * K + key[None, :]
     tl.store(dk + where, grad_k, mask=(row < rows)[:, None] & (key < K)[None, :])
@@ -312,10 +364,12 @@ def gradients(q, k, v, scales, log_decay, grad_o, nodes, gamma, slots: Slots, ch
     torch.cumsum(gamma[..., -1], 1, dtype=torch.float64, out=offsets[:, 1:])
     together = largest_divisor(heads // groups, 16)
     parts = heads // groups // together
-    dq, dk = torch.empty(2, parts, *q.shape, **float32)
+    dq = torch.empty(2 * parts, *q.shape, **float32)
+    dk = torch.empty(parts, *k.shape, **float32)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     dscales = torch.zeros(scales.shape, dtype=scales.dtype, device=v.device) if scaled else dq
     dlog_decay = torch.empty(log_decay.shape, dtype=log_decay.dtype, device=v.device)
+    grad_scores = torch.empty(heads // together, num_slots, chunk, chunk, dtype=v.dtype, device=v.device)
     grad_nodes = torch.empty_like(nodes)
     row_mass = torch.empty_like(gamma)
     written_mass = torch.empty(heads, num_slots, **float32)
@@ -324,31 +378,40 @@ def gradients(q, k, v, scales, log_decay, grad_o, nodes, gamma, slots: Slots, ch
     walk = min(1024, triton.next_power_of_2(size))
     tiles = triton.cdiv(size, walk)
     inherited_mass = torch.zeros(tiles, heads, num_slots, **float32)
-    subtree = 2 ** min(slots.cap, SUBTREE_HEIGHT)
+    low = min(slots.cap, SUBTREE_HEIGHT)
 
-    strides = (q.stride(0), q.stride(1))
-    of_keys = (k.stride(0), k.stride(1), v.stride(0), v.stride(1))
+    of_q, of_kv = (q.stride(0), q.stride(1)), (k.stride(0), k.stride(1), v.stride(0), v.stride(1))
     of_rows = (lam.stride(0), lam.stride(1), grad_o.stride(0), grad_o.stride(1))
+    sizes = (num_slots, heads, groups, scale)
+    widths = (key_dim, value_dim, num_levels)
     blocks = {"BK": max(16, triton.next_power_of_2(key_dim)), "BV": max(16, triton.next_power_of_2(value_dim))}
     options = {"C": chunk, "HEIGHT": height, "SCALED": scaled, "PRECISION": precision, **blocks}
-    _queries_kernel[(heads // together, num_slots)](
-        q, k, v, lam, grad_o, nodes, gamma, offsets, dq, dscales, row_mass, read_mass, slots.token, slots.rows,
-        slots.block, slots.height, slots.reads, tokens, num_slots, heads, groups, scale, *strides, *of_keys, *of_rows,
-        key_dim, value_dim, num_levels, heights, HEADS=together, num_warps=8, num_stages=2, **options,
+    by_part = (heads // together, num_slots)
+    _inside_kernel[by_part](
+        q, k, v, lam, grad_o, gamma, dq, dscales, grad_scores, row_mass, slots.token, slots.rows, tokens, *sizes, *of_q,
+        *of_kv, *of_rows, *widths, HEADS=together, num_warps=4, num_stages=1, **options,
+    )  # fmt: skip
+    _queries_kernel[by_part](
+        q, lam, grad_o, nodes, gamma, offsets, dq[parts:], dscales, row_mass, read_mass, slots.token, slots.rows,
+        slots.block, slots.height, slots.reads, tokens, *sizes, *of_q, *of_rows, *widths, heights, HEADS=together,
+        num_warps=4, num_stages=2, **options,
     )  # fmt: skip
     _gather_kernel[(heads, num_slots)](
         q, lam, grad_o, grad_nodes, gamma, offsets, slots.token, slots.rows, slots.height, slots.left, slots.order,
-        num_slots, heads, groups, scale, *strides, *of_rows, key_dim, value_dim, num_levels, num_warps=4,
-        num_stages=3, **options,
+        *sizes, *of_q, *of_rows, *widths, num_warps=4, num_stages=3, **options,
     )  # fmt: skip
     _walk_back_kernel[(heads, len(slots.base), tiles)](
         nodes, grad_nodes, offsets, inherited_mass, slots.height, slots.base, slots.count, num_slots, heads, size,
-        SUB=subtree, BLOCK=walk, num_warps=4, num_stages=1,
+        SUB=2**low, BLOCK=walk, num_warps=4, num_stages=1,
     )  # fmt: skip
-    _keys_kernel[(heads // together, num_slots)](
-        q, k, v, lam, grad_o, nodes, grad_nodes, gamma, offsets, dk, dv, row_mass, written_mass, inherited_mass,
-        slots.token, slots.rows, slots.block, slots.left, tokens, num_slots, heads, groups, scale, *strides, *of_keys,
-        *of_rows, key_dim, value_dim, num_levels, SUB=subtree, HEADS=together, num_warps=8, num_stages=1, **options,
+    if low:
+        _settle_kernel[(heads, num_slots, tiles)](
+            nodes, grad_nodes, offsets, inherited_mass, slots.block, slots.left, num_slots, heads, size,
+            LOW=low, SUB=2**low, BLOCK=walk, num_warps=4, num_stages=1,
+        )  # fmt: skip
+    _keys_kernel[by_part](
+        q, k, v, lam, grad_o, grad_nodes, grad_scores, gamma, dk, dv, row_mass, written_mass, slots.token, slots.rows,
+        tokens, *sizes, *of_q, *of_kv, *of_rows, *widths, HEADS=together, num_warps=4, num_stages=1, **options,
     )  # fmt: skip
     passed = read_mass.double()
     passed = passed.sum(-1, keepdim=True) - passed.cumsum(-1)  # read above each height
@@ -357,5 +420,4 @@ def gradients(q, k, v, scales, log_decay, grad_o, nodes, gamma, slots: Slots, ch
         row_mass, written_mass, inherited_mass, passed, dlog_decay, slots.token, slots.rows, slots.block, slots.left,
         num_slots, heads, slots.cap, tiles, C=chunk, num_warps=1,
     )  # fmt: skip
-    dq, dk = (x[0] if parts == 1 else x.sum(0) for x in (dq, dk))
-    return dq.to(q.dtype), dk.to(k.dtype), dv, dscales if scaled else None, dlog_decay
+    return dq.sum(0).to(q.dtype), dk.sum(0).to(k.dtype), dv, dscales if scaled else None, dlog_decay
