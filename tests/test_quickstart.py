@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from loglinear import quickstart
+from loglinear.cli import main
 from loglinear.evals.position_loss import LossDifference
 from loglinear.models import LogLinearForCausalLM
 from loglinear.train import TrainConfig
@@ -112,6 +113,32 @@ def test_the_time_of_a_step_is_measured(tmp_path):
     )  # fmt: skip
     assert 0 < quickstart.seconds_per_step(quickstart._train_config(config, "log-linear", 1)) < 60
     assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_from_quickstart_to_inspect(tmp_path, capsys):
+    """Each command once, on what the one before it left."""
+
+    def command(*arguments):
+        with pytest.raises(SystemExit) as exit_code:
+            main([str(argument) for argument in arguments])
+        assert not exit_code.value.code
+        return capsys.readouterr().out
+
+    (tmp_path / "text").mkdir()
+    for number in range(8):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"words of document {number}. " * 20)
+    run = tmp_path / "run"
+    shown = command(
+        "quickstart", "--preset", "tiny-gated-deltanet", "--steps", 1, "--data", tmp_path / "text", "--output", run,
+        "--sequence-length", 32, "--rows", 1, "--sample-tokens", 4, "--device", "cpu",
+    )  # fmt: skip
+    assert "report.md" in shown and (run / "report.md").is_file()
+    evaluated = tmp_path / "evaluated"
+    shown = command("eval", "position-loss", run / "linear", run / "log-linear", "--length", 64, "-o", evaluated)
+    assert "log-linear" in shown and (evaluated / "position_loss.csv").is_file()
+    inspected = tmp_path / "inspected"
+    shown = command("inspect", run / "log-linear", "--text", "a text to look at", "--lengths", "1K,2K", "-o", inspected)
+    assert "2K" in shown and (inspected / "level_scales.png").is_file()
 
 
 def test_an_earlier_quickstart_is_not_overwritten(tmp_path):

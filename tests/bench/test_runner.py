@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from loglinear.bench import worker as worker_module
-from loglinear.bench.command import parse_lengths, run
+from loglinear.bench.command import only_models, parse_lengths
 from loglinear.bench.measure import PeakMemory, summarize, time_call
+from loglinear.bench.models import ModelCase, run_model_case
 from loglinear.bench.operators import OPERATORS, NotSupported
 from loglinear.bench.rows import read_rows
-from loglinear.bench.runner import Worker, cpu_suite, gpu_suite, operator_cases, run_operators
+from loglinear.bench.runner import Worker, cpu_suite, gpu_suite, operator_cases, run_models, run_operators
 from loglinear.bench.worker import BOTH, FORWARD, Case, Result, check_operator, guarded, run_case
+from loglinear.cli import main
 
 
 def tiny(**changes):
@@ -111,26 +113,56 @@ def test_a_broken_device_ends_the_process():
         list(guarded(results()))
 
 
-def test_rows_come_from_worker_processes_and_are_kept(tmp_path):
-    """One real run, through processes, files and all: softmax runs, a GPU operator says that it cannot."""
-    suite = tiny(operators=("softmax-flash", "sliding-window"))
-    rows = run(suite, tmp_path, name="small")
+def test_the_command_runs_cases_in_worker_processes_and_keeps_rows(tmp_path, capsys):
+    """One real run, through the command line, processes and files: softmax runs, a GPU operator says that it
+    cannot.
+    """
+    arguments = ["bench", "--cpu", "--lengths", "64", "--shape", "cpu-mamba2", "--budget", "0.01", "--name", "small"]
+    with pytest.raises(SystemExit) as exit_code:
+        main([*arguments, "-o", "softmax-flash", "-o", "sliding-window", "--output", str(tmp_path)])
+    assert not exit_code.value.code
+    rows = read_rows(tmp_path / "small.csv")
     assert [(row.operator, row.direction, row.status) for row in rows] == [
         ("softmax-flash", FORWARD, "ok"),
         ("softmax-flash", BOTH, "ok"),
         ("sliding-window", FORWARD, "not supported: runs on cuda only"),
         ("sliding-window", BOTH, "not supported: runs on cuda only"),
     ]
-    assert rows[0].error is not None and rows[0].error < rows[0].tolerance
+    assert rows[0].error is not None and rows[0].tolerance is not None and rows[0].error < rows[0].tolerance
     assert (rows[0].heads, rows[0].value_dim, rows[0].levels, rows[0].dtype) == (2, 64, None, "float32")
-    kept = read_rows(tmp_path / "small.csv")
-    assert [row.key for row in kept] == [row.key for row in rows]
     assert {path.name for path in tmp_path.iterdir()} == {
         "small.csv",
         "small.md",
         "small-cpu-mamba2-forward-one.png",
         "small-cpu-mamba2-backward-one.png",
     }
+    assert "softmax-flash" in capsys.readouterr().out
+
+
+def test_the_command_lists_what_can_be_measured(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--list"])
+    shown = capsys.readouterr().out
+    assert "log-linear" in shown and "cpu-gated-delt" in shown
+
+
+def test_training_steps_of_a_preset_are_measured():
+    results = list(run_model_case(ModelCase("tiny-gated-deltanet", 64, 128, "cpu", 0.01)))
+    assert [(result.direction, result.status, result.batch) for result in results] == [("training step", "ok", 2)]
+    assert results[0].time_ms and results[0].repeats
+
+
+def test_a_preset_becomes_a_row_with_its_speed(monkeypatch):
+    monkeypatch.setattr(Worker, "run", lambda self, request, cap_s: [Result("training step", "ok", 500.0, batch=1)])
+    suite = only_models(tiny(), ["tiny-mamba2"], [64])
+    (row,) = run_models(suite)
+    assert (row.suite, row.operator, row.batch, row.length, row.tokens_per_second) == (
+        "models",
+        "tiny-mamba2",
+        1,
+        64,
+        128.0,
+    )
 
 
 def test_a_case_that_takes_too_long_is_given_up_and_longer_ones_are_skipped(monkeypatch):

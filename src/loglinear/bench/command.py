@@ -111,7 +111,17 @@ def show(rows: Sequence[Row], console: Console) -> None:
     """Prints the comparison of each shape and direction, and the model table."""
     for (shape, direction, kind), group in report.groups_of(rows).items():
         title = report.describe_group(shape, direction, kind)
-        _print_table(console, title, *report.comparison_table(group))
+        header, lines = report.comparison_table(group)
+        lengths = (len(header) - 4) // 2
+        # The operator names its mechanism; time and memory side by side would not fit into a terminal.
+        for name, growth, first in (("time", 2, 4), ("memory", 3, 4 + lengths)):
+            columns = [1, growth, *range(first, first + lengths)]
+            _print_table(
+                console,
+                f"{title}: {name}",
+                [header[column].removesuffix(f" {name}") for column in columns],
+                [[line[column] for column in columns] for line in lines],
+            )
         ratios = report.ratio_table(group)
         if ratios is not None:
             _print_table(console, "", *ratios)
@@ -128,7 +138,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
 def _print_table(console: Console, title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     table = Table(title=title, title_justify="left", title_style="bold")
     for number, column in enumerate(header):
-        table.add_column(column, justify="left" if number < 2 else "right")
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
     for line in lines:
         table.add_row(*line)
     console.print(table)

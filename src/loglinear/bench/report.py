@@ -89,7 +89,9 @@ def comparison_table(
 ) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the table people compare mechanisms by; times and memory are per sequence."""
     present = {row.length for rows in group.values() for row in rows}
-    shown = [length for length in lengths if length in present] or sorted(present)[-4:]
+    shown = [length for length in lengths if length in present]
+    others = sorted(present.difference(shown))
+    shown = sorted([*shown, *others[max(0, len(others) - (4 - len(shown))) :]])
     header = ["mechanism", "operator", "time grows", "memory grows"]
     header += [f"{plots.format_tokens(length)} time" for length in shown]
     header += [f"{plots.format_tokens(length)} memory" for length in shown]
