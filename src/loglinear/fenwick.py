@@ -119,7 +119,7 @@ def chunk_for(length: int, largest: int = 64) -> int:
 Index = slice | torch.Tensor  # where the entries are evenly spaced a slice is kept: it takes a view, not a copy
 
 GROUP = 8  # at most so many neighbouring chunks that read the same node are multiplied with it together
-PART = 64  # chunks that read at a time, at least: see `Part`
+PART, PARTS = 64, 8  # see `Part`: at least so many chunks in each, and so many of them once there are enough chunks
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,8 @@ class Part:
     """Some neighbouring chunks, and what they read: at every height, then on the last level if there is one.
 
     What the chunks of a part read is kept for its gradient only while that part is at work. With as many parts as
-    heights (once there are enough chunks) this takes O(T) memory, although there are O(T log T) reads.
+    heights (once there are enough chunks) this takes O(T) memory, although there are O(T log T) reads; and more than a
+    few parts keep temporaries small, which on a CPU is faster.
     """
 
     chunks: slice
@@ -270,7 +271,7 @@ class _Planner:
     def parts(self, stages: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[Part, ...]:
         """Stages list all reads of a height (or of the last level): chunks, nodes, and the height."""
         total = len(self.block)
-        count = max(1, min(len(stages), total // PART))
+        count = max(1, min(max(len(stages), PARTS), total // PART))
         size = max(1, -(-total // count // GROUP) * GROUP)  # rounded up to whole groups
         parts = []
         for start in range(0, total, size):

@@ -209,8 +209,28 @@ def across_chunks(
 
 def merged(states: Tensor, transition: Transition, merge: Merge) -> tuple[Tensor, Transition]:
     """The nodes of the next height: the right half's map after the left half's."""
-    right = transition.at(merge.right)
-    return right.act(pick(states, merge.left)) + pick(states, merge.right), right.after(transition.at(merge.left))
+    (left, added), right = _Pair.apply(states, merge.left, merge.right), transition.at(merge.right)
+    return right.act(left) + added, right.after(transition.at(merge.left))
+
+
+class _Pair(torch.autograd.Function):
+    """Entries of x at two indices, whose gradients are put into one buffer."""
+
+    @staticmethod
+    def forward(ctx, x, first, second):
+        ctx.indices, ctx.shape = (first, second), x.shape
+        return pick(x, first), pick(x, second)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        total = grads[0].new_zeros(ctx.shape)
+        for index, grad in zip(ctx.indices, grads, strict=True):
+            if isinstance(index, slice):
+                total[:, index].add_(grad)
+            else:
+                sum_at(index, grad, total)
+        return total, None, None
 
 
 def descend(
@@ -401,7 +421,7 @@ def scan(firsts: Tensor, states: Tensor, transition: Transition, plan: Plan) -> 
         levels.append((states, transition))
     entering = firsts
     for step, (states, transition) in zip(plan.scan_steps, reversed(levels), strict=False):
-        even, odd = entering.index_select(1, step.even_parent), entering.index_select(1, step.odd_parent)
+        even, odd = _Pair.apply(entering, step.even_parent, step.odd_parent)
         left = transition.at(step.odd_left)
         entering = torch.cat([firsts, even, left.act(odd) + states.index_select(1, step.odd_left)], dim=1)
     return entering

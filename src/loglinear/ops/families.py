@@ -194,11 +194,19 @@ def decay_matrix(total: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _DecayMatrix(torch.autograd.Function):
-    """Its own rule so that the float64 differences are not kept for the backward."""
+    """Its own rule: nothing but the result is kept for the backward.
+
+    The differences are exact enough as those of two float32 numbers for each sum, and twice as fast as in float64.
+    """
 
     @staticmethod
     def forward(ctx, total, dtype):
-        matrix = (total[..., :, None] - total[..., None, :]).clamp_(max=0).to(dtype).exp_().tril_()
+        high = total.to(dtype)
+        matrix = high[..., :, None] - high[..., None, :]
+        if dtype != total.dtype:
+            low = (total - high).to(dtype)
+            matrix.add_(low[..., :, None]).sub_(low[..., None, :])
+        matrix.clamp_(max=0).exp_().tril_()
         ctx.save_for_backward(matrix)
         return matrix
 
