@@ -116,9 +116,14 @@ def unit_axis(axis: Axes, formatter: Callable[[float], str]) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-def legend_outside(axis: Axes, title: str | None = None) -> None:
+def plain_axis(axis: Axes) -> None:
+    """Labels the ticks of a linear y axis with whole numbers and thousands apart: 250,000."""
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def legend_outside(axis: Axes) -> None:
     """Puts the legend to the right of the axes, where it covers nothing."""
-    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title=title, borderaxespad=0.0)
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), borderaxespad=0.0)
 
 
 def legend_below(figure: Figure, axis: Axes) -> None:

@@ -69,7 +69,7 @@ def test_sparse_blocks_are_few_whole_and_spread_out(block):
 
 
 def test_the_level_scales_of_the_inputs_are_a_full_partition():
-    inputs = make_inputs(SHAPES["cpu-mamba2"], "log-linear", 1, 1024, torch.float32, "cpu")
+    inputs = make_inputs(SHAPES["mamba2-2-heads"], "log-linear", 1, 1024, torch.float32, "cpu")
     assert inputs.level_scales is not None and inputs.level_scales.shape == (1, 1024, 2, 11)
     assert set(inputs.tensors()) == {"q", "k", "v", "level_scales", "log_decay"}
 

@@ -18,7 +18,7 @@ from loglinear.cli import main
 
 def tiny(**changes):
     values = {
-        "shapes": ("cpu-mamba2",),
+        "shapes": ("mamba2-2-heads",),
         "operators": ("log-linear-torch", "softmax-flash"),
         "lengths": (64,),
         "budget_s": 0.01,
@@ -27,7 +27,7 @@ def tiny(**changes):
 
 
 def case_of(operator: str, **changes) -> Case:
-    case = Case(operator, "cpu-gated-deltanet", 1, 96, "float32", (FORWARD, BOTH), "cpu", 0.01)
+    case = Case(operator, "gated-deltanet-2-heads", 1, 96, "float32", (FORWARD, BOTH), "cpu", 0.01)
     return replace(case, **changes)
 
 
@@ -58,7 +58,7 @@ def test_a_case_yields_times_and_memory_for_each_direction(name):
 
 
 def test_a_check_passes_for_a_right_operator_and_fails_for_a_wrong_one(monkeypatch):
-    shape = worker_module.SHAPES["cpu-mamba2"]
+    shape = worker_module.SHAPES["mamba2-2-heads"]
     right = check_operator(OPERATORS["softmax-flash"], shape, "float32", "cpu")
     assert right.status == "ok" and right.error is not None and right.error < 1e-4
     wrong = replace(
@@ -117,7 +117,18 @@ def test_the_command_runs_cases_in_worker_processes_and_keeps_rows(tmp_path, cap
     """One real run, through the command line, processes and files: softmax runs, a GPU operator says that it
     cannot.
     """
-    arguments = ["bench", "--cpu", "--lengths", "64", "--shape", "cpu-mamba2", "--budget", "0.01", "--name", "small"]
+    arguments = [
+        "bench",
+        "--cpu",
+        "--lengths",
+        "64",
+        "--shape",
+        "mamba2-2-heads",
+        "--budget",
+        "0.01",
+        "--name",
+        "small",
+    ]
     with pytest.raises(SystemExit) as exit_code:
         main([*arguments, "-o", "softmax-flash", "-o", "sliding-window", "--output", str(tmp_path)])
     assert not exit_code.value.code
@@ -133,8 +144,8 @@ def test_the_command_runs_cases_in_worker_processes_and_keeps_rows(tmp_path, cap
     assert {path.name for path in tmp_path.iterdir()} == {
         "small.csv",
         "small.md",
-        "small-cpu-mamba2-forward-one.png",
-        "small-cpu-mamba2-backward-one.png",
+        "small-mamba2-2-heads-forward-one.png",
+        "small-mamba2-2-heads-backward-one.png",
     }
     assert "softmax-flash" in capsys.readouterr().out
 
@@ -143,7 +154,7 @@ def test_the_command_lists_what_can_be_measured(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "--list"])
     shown = capsys.readouterr().out
-    assert "log-linear" in shown and "cpu-gated-delt" in shown
+    assert "log-linear" in shown and "sliding-window" in shown
 
 
 def test_training_steps_of_a_preset_are_measured():
@@ -206,12 +217,14 @@ def test_attention_of_the_same_heads_is_measured_once(monkeypatch):
         return [Result("" if request["check"] else FORWARD, "ok", 1.0)]
 
     monkeypatch.setattr(Worker, "run", answer)
-    suite = tiny(shapes=("cpu-mamba2", "cpu-gated-deltanet"), operators=("softmax-flash",), directions=(FORWARD,))
+    suite = tiny(
+        shapes=("mamba2-2-heads", "gated-deltanet-2-heads"), operators=("softmax-flash",), directions=(FORWARD,)
+    )
     assert [(row.shape, row.status) for row in run_operators(suite)] == [
-        ("cpu-mamba2", "ok"),
-        ("cpu-gated-deltanet", "ok"),
+        ("mamba2-2-heads", "ok"),
+        ("gated-deltanet-2-heads", "ok"),
     ]
-    assert asked == [("cpu-mamba2", 0), ("cpu-mamba2", 64)]
+    assert asked == [("mamba2-2-heads", 0), ("mamba2-2-heads", 64)]
 
 
 def test_the_worker_is_stopped_at_its_cap():

@@ -39,9 +39,9 @@ SHAPES = {
         Shape("mamba2-8-heads", "scalar", 8, 1, 128, 64, 8, 64, "the same with 8 heads, for a million tokens"),
         Shape("gated-deltanet", "delta", 6, 6, 192, 384, 24, 64, "the log-linear paper's Gated DeltaNet, 793M"),
         Shape("gated-deltanet-128", "delta", 32, 32, 128, 128, 32, 128, "Gated DeltaNet of current large models"),
-        Shape("cpu-mamba2", "scalar", 2, 1, 128, 64, 2, 64, "two heads of Mamba-2, for a processor"),
+        Shape("mamba2-2-heads", "scalar", 2, 1, 128, 64, 2, 64, "two heads of Mamba-2, for a processor"),
         Shape(
-            "cpu-gated-deltanet",
+            "gated-deltanet-2-heads",
             "delta",
             2,
             2,

@@ -190,10 +190,12 @@ def _in_sparse_blocks(queries: Tensor, keys: Tensor) -> Tensor:
     return torch.logical_or(evenly_spaced, query_block - key_block < 2)
 
 
-@functools.cache
 def _compiled_flex_attention() -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
+    # Every length is compiled on its own. Past a handful of lengths the compiler would give up and run the
+    # uncompiled form, which stores T x T scores; so it starts afresh each time.
+    torch.compiler.reset()
     return torch.compile(flex_attention, dynamic=False)
 
 

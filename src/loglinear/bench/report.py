@@ -258,6 +258,7 @@ def plot_models(rows: Sequence[Row]) -> Figure:
                 lines.append(plots.Series(preset, [length for length, _ in points], [speed for _, speed in points]))
         plots.draw_series(axis, lines)
         plots.token_axis(axis, [x for line in lines for x in line.x], "training length (tokens)")
+        plots.plain_axis(axis)
         axis.set_ylabel("training speed (tokens per second)")
         axis.set_ylim(bottom=0)
         axis.set_title(f"Training on {rows[0].device}")

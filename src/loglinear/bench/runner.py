@@ -74,7 +74,7 @@ def cpu_suite(**changes) -> Suite:
     """
     suite = Suite(
         device="cpu",
-        shapes=("cpu-mamba2", "cpu-gated-deltanet"),
+        shapes=("mamba2-2-heads", "gated-deltanet-2-heads"),
         operators=("log-linear-torch", "linear-torch", "softmax-flash", "softmax-math"),
         lengths=tuple(K * scale for scale in (1, 2, 4, 8, 16, 32, 64)),
         dtype="float32",
