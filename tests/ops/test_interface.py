@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loglinear import FenwickState, fenwick, log_linear_attention
 from loglinear.ops import chunked
@@ -265,6 +266,25 @@ def test_plan_made_in_inference_mode_serves_training():
     again, _ = log_linear_attention(**leaves.arguments(), cu_seqlens=cu_seqlens)
     assert torch.equal(again, first)
     again.sum().backward()
+
+
+def test_fake_tensors_have_shapes_and_leave_no_trace():
+    """In a mode of fake tensors only shapes are worked out, and a later call finds no fake plan in the cache."""
+    shape = Shape(B=1, T=91, G=1, H=2, K=2, V=3, L=8)  # a length that no other test uses
+    with FakeTensorMode() as mode:
+        fake = make_inputs("mamba2", shape).map(mode.from_tensor)
+        o, state = log_linear_attention(**fake.arguments(), return_state=True, backend="torch")
+        assert o.shape == (1, 91, 2, 3)
+        assert state is not None and state.buckets.shape == (1, 8, 2, 2, 3)
+    o, _ = log_linear_attention(**make_inputs("mamba2", shape).arguments(), backend="torch")
+    assert o.isfinite().all()
+
+
+def test_meta_tensors_have_shapes():
+    inputs = make_inputs("kda", SHAPE, device="meta")
+    o, state = log_linear_attention(**inputs.arguments(), return_state=True)
+    assert o.is_meta and o.shape == (2, 6, 4, 5)
+    assert state is not None and state.buckets.shape == (2, 4, 4, 3, 5)
 
 
 def test_function_transforms_are_refused():

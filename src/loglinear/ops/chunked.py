@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from loglinear import fenwick
@@ -37,7 +38,9 @@ def log_linear_attention_chunked(
     `cu_seqlens` or the state's positions live there. Under `torch.compile` the call is one opaque operator.
     """
     buckets, positions = (None, None) if initial_state is None else initial_state
-    run = tree_attention_opaque if torch.compiler.is_compiling() else tree_attention
+    # where shapes are all there is: no plan is needed, and none may be cached that is made of such tensors
+    opaque = torch.compiler.is_compiling() or isinstance(v, FakeTensor) or v.is_meta
+    run = tree_attention_opaque if opaque else tree_attention
     return run(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, buckets, positions, return_state)
 
 

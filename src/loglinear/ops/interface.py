@@ -8,6 +8,7 @@ Legend
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -100,7 +101,7 @@ def log_linear_attention(
     num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _check_state(q, v, level_scales, initial_state, num_sequences)
     run = _choose(backend, q)
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q):
         o, buckets, positions = run(
             q, k, v, level_scales, log_decay=log_decay, beta=beta, scale=float(scale), cu_seqlens=cu_seqlens,
             initial_state=initial_state, return_state=return_state,
@@ -158,7 +159,7 @@ def log_linear_attention_step(
                 "log_linear_attention_step updates its state in place and has no gradient, but an argument requires "
                 "one; wrap the call in torch.no_grad(), or call log_linear_attention on one token"
             )
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+    with torch.no_grad(), _no_autocast(q):
         return step.step(q, k, v, level_scales, state, log_decay, beta, float(scale))
 
 
@@ -184,10 +185,14 @@ def _choose(backend: str, q: Tensor):
 
 def _autocast(*tensors):
     first = tensors[0]
-    if isinstance(first, Tensor) and torch.is_autocast_enabled(first.device.type):
+    if isinstance(first, Tensor) and not first.is_meta and torch.is_autocast_enabled(first.device.type):
         dtype = torch.get_autocast_dtype(first.device.type)
         return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype != torch.float64 else x for x in tensors)
     return tensors
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager:
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # meta tensors know none
 
 
 def _check_scale(scale: float) -> None:
