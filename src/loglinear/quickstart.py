@@ -7,6 +7,7 @@ this machine. Everything that comes out is in one folder, with a `report.md` tha
 """
 
 import json
+import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from loglinear.train.trainer import build_model
 
 LINEAR, LOG_LINEAR = "linear", "log-linear"
 PROMPT = "import os\n\n\ndef read_lines(path):\n"
-_CALIBRATION_STEPS = 4
+_CALIBRATION_STEPS = 6
 
 
 @dataclass(frozen=True)
@@ -236,8 +237,8 @@ def seconds_per_step(config: TrainConfig) -> float:
         optimizer.zero_grad()
         float(loss.detach())
         times.append(time.perf_counter() - began)
-    # The first step also starts threads and fills caches.
-    return sum(times[1:]) / len(times[1:])
+    # The first step also starts threads and fills caches; a median is not fooled by one interruption.
+    return statistics.median(times[1:])
 
 
 def _initial_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
