@@ -30,7 +30,7 @@ import torch
 
 def in_same_block(t, s, height):
     """Whether positions `t` and `s` lie in the same aligned block of 2^height tokens."""
-    return (t >> height) == (s >> height)
+    return ((t ^ s) >> height) == 0
 
 
 def is_right_half(block, height):

@@ -24,10 +24,13 @@ from loglinear.fenwick import Slots
 from loglinear.ops.triton.common import (
     block_end,
     drop_lowest_bit,
+    fresh_rows,
     in_same_block,
     is_right_half,
     load_column,
     load_rows,
+    load_state,
+    store_rows,
 )
 from loglinear.ops.triton.nodes import SUBTREE_HEIGHT
 from loglinear.ops.triton.read import largest_divisor
@@ -36,7 +39,7 @@ from loglinear.ops.triton.read import largest_divisor
 @triton.jit(do_not_specialize=["T", "N", "L"])
 def _inside_kernel(q, k, v, scales, grad_o, gamma, dq, dscales, grad_scores, row_mass, tokens, rows_of, T, N, H, G,
                    scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s, stride_sh, stride_g,
-                   stride_gh, K, V, L, C: tl.constexpr, HEIGHT: tl.constexpr, HEADS: tl.constexpr, BK: tl.constexpr,
+                   stride_gh, K: tl.constexpr, V: tl.constexpr, L, C: tl.constexpr, HEIGHT: tl.constexpr, HEADS: tl.constexpr, BK: tl.constexpr,
                    BV: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """What the rows of a chunk read of each other: gradients of its scores (summed over HEADS heads), of q and of λ."""
     slot, part = tl.program_id(1), tl.program_id(0)
@@ -47,15 +50,15 @@ def _inside_kernel(q, k, v, scales, grad_o, gamma, dq, dscales, grad_scores, row
     group = first_head // (H // G)
     token = tl.load(tokens + slot)
     dtype = v.dtype.element_ty
-    queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK)
-    keys = load_rows(k + group * stride_kg, token, rows, stride_k, 0, C, K, BK)
-    row = tl.arange(0, C)
+    queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
+    keys = load_rows(k + group * stride_kg, token, rows, stride_k, 0, C, K, BK, K == BK)
     total = tl.zeros((C, C), tl.float32)
     for step in range(HEADS):
         head = first_head + step
+        row = fresh_rows(rows_of, slot, rows, C)
         sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
-        values = load_rows(v + head * stride_vh, token, rows, stride_v, 0, C, V, BV)
-        grad = load_rows(grad_o + head * stride_gh, token, rows, stride_g, 0, C, V, BV)
+        values = load_rows(v + head * stride_vh, token, rows, stride_v, 0, C, V, BV, V == BV)
+        grad = load_rows(grad_o + head * stride_gh, token, rows, stride_g, 0, C, V, BV, V == BV)
         decay = tl.exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0))
         decay = tl.where(row[:, None] >= row[None, :], decay, 0.0)
         decay *= tl.dot(grad, tl.trans(values), input_precision=PRECISION)
@@ -90,19 +93,18 @@ def _inside_kernel(q, k, v, scales, grad_o, gamma, dq, dscales, grad_scores, row
             total += decay
         tl.store(row_mass + (head.to(tl.int64) * N + slot) * C + row, mass)
     total *= scale
+    row = tl.arange(0, C)
     at = (part.to(tl.int64) * N + slot) * C * C + row[:, None] * C + row[None, :]
     tl.store(grad_scores + at, total.to(dtype))
     grad_q = tl.dot(total.to(dtype), keys, input_precision=PRECISION)
-    key = tl.arange(0, BK)
-    parts = H // G // HEADS  # programs that share a group, each with sums of its own
-    at = ((part % parts).to(tl.int64) * T + token + row)[:, None] * (G * K) + group * K + key[None, :]
-    tl.store(dq + at, grad_q, mask=(row < rows)[:, None] & (key < K)[None, :])
+    share = (part % (H // G // HEADS)).to(tl.int64) * T * G * K + group * K  # programs of a group have sums of their own
+    store_rows(dq + share, grad_q, token, rows, G * K, C, K, BK, K == BK)
 
 
 @triton.jit(do_not_specialize=["T", "N", "L", "J"])
 def _queries_kernel(q, scales, grad_o, nodes, gamma, offsets, dq, dscales, row_mass, read_mass, tokens, rows_of,
                     blocks, heights, reads, T, N, H, G, scale, stride_q, stride_qg, stride_s, stride_sh, stride_g,
-                    stride_gh, K, V, L, J, C: tl.constexpr, HEIGHT: tl.constexpr, HEADS: tl.constexpr,
+                    stride_gh, K: tl.constexpr, V: tl.constexpr, L, J, C: tl.constexpr, HEIGHT: tl.constexpr, HEADS: tl.constexpr,
                     BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """What chunks read of the nodes on their left: gradients of q and of λ."""
     slot, part = tl.program_id(1), tl.program_id(0)
@@ -113,23 +115,21 @@ def _queries_kernel(q, scales, grad_o, nodes, gamma, offsets, dq, dscales, row_m
     group = first_head // (H // G)
     token, block, count = tl.load(tokens + slot), tl.load(blocks + slot), tl.load(reads + slot)
     dtype = grad_o.dtype.element_ty
-    queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK)
-    key, column, row = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, C)
-    tile = key[:, None] * V + column[None, :]
-    in_tile = (key < K)[:, None] & (column < V)[None, :]
+    queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
     grad_q = tl.zeros((C, BK), tl.float32)
     for step in range(HEADS):
         head = first_head + step
+        row = fresh_rows(rows_of, slot, rows, C)
         lam, dlam = scales + head * stride_sh, dscales + (token + row).to(tl.int64) * H * L + head * L
         sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
         here = tl.load(offsets + head.to(tl.int64) * (N + 1) + slot)
-        grad = load_rows(grad_o + head * stride_gh, token, rows, stride_g, 0, C, V, BV)
+        grad = load_rows(grad_o + head * stride_gh, token, rows, stride_g, 0, C, V, BV, V == BV)
         mass = tl.zeros((C,), tl.float32)
         last = tl.zeros((C,), tl.float32)
         rest = block
         for _ in range(count):
             node = slot - block + rest - 1
-            state = tl.load(nodes + (node.to(tl.int64) * H + head) * K * V + tile, mask=in_tile, other=0.0).to(dtype)
+            state = load_state(nodes + (node.to(tl.int64) * H + head) * K * V, K, V, BK, BV).to(dtype)
             between = (here - tl.load(offsets + head.to(tl.int64) * (N + 1) + node + 1)).to(tl.float32)
             weight = tl.exp2(sums + between) * scale
             height = tl.load(heights + node)
@@ -148,7 +148,7 @@ def _queries_kernel(q, scales, grad_o, nodes, gamma, offsets, dq, dscales, row_m
             weighted = (grad.to(tl.float32) * weight[:, None]).to(dtype)
             grad_q = tl.dot(weighted, tl.trans(state), grad_q, input_precision=PRECISION)
             mass += scaled
-            tl.store(read_mass + (slot.to(tl.int64) * H + head) * J + height, tl.sum(scaled, 0))
+            tl.store(read_mass + (head * J + height).to(tl.int64) * N + slot, tl.sum(scaled, 0))
             rest = drop_lowest_bit(rest)
         if SCALED:
             if L - 1 <= HEIGHT:
@@ -156,14 +156,13 @@ def _queries_kernel(q, scales, grad_o, nodes, gamma, offsets, dq, dscales, row_m
             tl.store(dlam + L - 1, last.to(dscales.dtype.element_ty), mask=row < rows)
         mass_at = row_mass + (head.to(tl.int64) * N + slot) * C + row
         tl.store(mass_at, tl.load(mass_at) + mass)
-    parts = H // G // HEADS
-    at = ((part % parts).to(tl.int64) * T + token + row)[:, None] * (G * K) + group * K + key[None, :]
-    tl.store(dq + at, grad_q, mask=(row < rows)[:, None] & (key < K)[None, :])
+    share = (part % (H // G // HEADS)).to(tl.int64) * T * G * K + group * K
+    store_rows(dq + share, grad_q, token, rows, G * K, C, K, BK, K == BK)
 
 
 @triton.jit(do_not_specialize=["N", "L"])
 def _gather_kernel(q, scales, grad_o, grad_nodes, gamma, offsets, tokens, rows_of, heights, lefts, order, N, H, G,
-                   scale, stride_q, stride_qg, stride_s, stride_sh, stride_g, stride_gh, K, V, L, C: tl.constexpr,
+                   scale, stride_q, stride_qg, stride_s, stride_sh, stride_g, stride_gh, K: tl.constexpr, V: tl.constexpr, L, C: tl.constexpr,
                    HEIGHT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr,
                    PRECISION: tl.constexpr):  # fmt: skip
     """Gradient of one node: from all the chunks of the block on its right. The highest nodes come first."""
@@ -188,8 +187,8 @@ def _gather_kernel(q, scales, grad_o, grad_nodes, gamma, offsets, tokens, rows_o
         weight = tl.exp2(sums + between) * scale
         if SCALED:
             weight *= load_column(lam, token + (step + 1) * C, rows, stride_s, 0, C)
-        queries = load_rows(q, token + (step + 1) * C, rows, stride_q, 0, C, K, BK)
-        grad = load_rows(grad_o + head * stride_gh, token + (step + 1) * C, rows, stride_g, 0, C, V, BV)
+        queries = load_rows(q, token + (step + 1) * C, rows, stride_q, 0, C, K, BK, K == BK)
+        grad = load_rows(grad_o + head * stride_gh, token + (step + 1) * C, rows, stride_g, 0, C, V, BV, V == BV)
         total = tl.dot(tl.trans(queries), (grad * weight[:, None]).to(dtype), total, input_precision=PRECISION)
     tile = key[:, None] * V + column[None, :]
     tl.store(grad_nodes + (slot.to(tl.int64) * H + head) * K * V + tile, total.to(grad_nodes.dtype.element_ty),
@@ -256,7 +255,7 @@ def _settle_kernel(nodes, grad_nodes, offsets, inherited_mass, blocks, lefts, N,
 @triton.jit(do_not_specialize=["T", "N", "L"])
 def _keys_kernel(q, k, v, scales, grad_o, grad_nodes, grad_scores, gamma, dk, dv, row_mass, written_mass, tokens,
                  rows_of, T, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s,
-                 stride_sh, stride_g, stride_gh, K, V, L, C: tl.constexpr, HEIGHT: tl.constexpr, HEADS: tl.constexpr,
+                 stride_sh, stride_g, stride_gh, K: tl.constexpr, V: tl.constexpr, L, C: tl.constexpr, HEIGHT: tl.constexpr, HEADS: tl.constexpr,
                  BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Gradients of k and v. row_mass [H, N, C] -= v·dv: afterwards the gradient of gamma.
 
@@ -271,20 +270,25 @@ def _keys_kernel(q, k, v, scales, grad_o, grad_nodes, grad_scores, gamma, dk, dv
     group = first_head // (H // G)
     token = tl.load(tokens + slot)
     dtype = v.dtype.element_ty
-    queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK)
-    keys = load_rows(k + group * stride_kg, token, rows, stride_k, 0, C, K, BK)
-    key, column, row = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, C)
-    tile = key[:, None] * V + column[None, :]
-    in_tile = (key < K)[:, None] & (column < V)[None, :]
+    queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
+    keys = load_rows(k + group * stride_kg, token, rows, stride_k, 0, C, K, BK, K == BK)
+    row = tl.arange(0, C)
     turned = grad_scores + (part.to(tl.int64) * N + slot) * C * C + row[:, None] + row[None, :] * C
     grad_k = tl.dot(tl.load(turned), queries, input_precision=PRECISION)
     for step in range(HEADS):
         head = first_head + step
+        row = fresh_rows(rows_of, slot, rows, C)
         sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
-        values = load_rows(v + head * stride_vh, token, rows, stride_v, 0, C, V, BV)
-        grad = load_rows(grad_o + head * stride_gh, token, rows, stride_g, 0, C, V, BV)
-        place = (slot.to(tl.int64) * H + head) * K * V + tile
-        grad_state = tl.load(grad_nodes + place, mask=in_tile, other=0.0).to(dtype)
+        values = load_rows(v + head * stride_vh, token, rows, stride_v, 0, C, V, BV, V == BV)
+        grad = load_rows(grad_o + head * stride_gh, token, rows, stride_g, 0, C, V, BV, V == BV)
+        grad_state = load_state(grad_nodes + (slot.to(tl.int64) * H + head) * K * V, K, V, BK, BV).to(dtype)
+
+        after = tl.exp2(tl.sum(tl.where(row == C - 1, sums, 0.0), 0) - sums)  # decay from a row to the chunk's end
+        written = tl.dot(keys, grad_state, input_precision=PRECISION) * after[:, None]
+        wide = values.to(tl.float32)
+        tl.store(written_mass + head.to(tl.int64) * N + slot, tl.sum(tl.sum(wide * written, 1), 0))
+        weighted = (wide * after[:, None]).to(dtype)
+        grad_k = tl.dot(weighted, tl.trans(grad_state), grad_k, input_precision=PRECISION)
 
         mask = tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0)) * scale
         if SCALED:
@@ -298,20 +302,12 @@ def _keys_kernel(q, k, v, scales, grad_o, grad_nodes, grad_scores, gamma, dk, dv
             mask *= factor
         mask = tl.where(row[None, :] >= row[:, None], mask, 0.0)
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * mask  # [source, target]
-        after = tl.exp2(tl.sum(tl.where(row == C - 1, sums, 0.0), 0) - sums)  # decay from a row to the chunk's end
-        written = tl.dot(keys, grad_state, input_precision=PRECISION) * after[:, None]
-        wide = values.to(tl.float32)
-        tl.store(written_mass + head.to(tl.int64) * N + slot, tl.sum(tl.sum(wide * written, 1), 0))
         grad_v = tl.dot(scores.to(dtype), grad, written, input_precision=PRECISION)
         mass_at = row_mass + (head.to(tl.int64) * N + slot) * C + row
-        tl.store(mass_at, tl.load(mass_at) - tl.sum(wide * grad_v, 1))
-        where = (token + row).to(tl.int64)[:, None] * H * V + head * V + column[None, :]
-        tl.store(dv + where, grad_v.to(dv.dtype.element_ty), mask=(row < rows)[:, None] & (column < V)[None, :])
-        weighted = (wide * after[:, None]).to(dtype)
-        grad_k = tl.dot(weighted, tl.trans(grad_state), grad_k, input_precision=PRECISION)
-    parts = H // G // HEADS
-    where = ((part % parts).to(tl.int64) * T + token + row)[:, None] * (G * K) + group * K + key[None, :]
-    tl.store(dk + where, grad_k, mask=(row < rows)[:, None] & (key < K)[None, :])
+        tl.store(mass_at, tl.load(mass_at) - tl.sum(values.to(tl.float32) * grad_v, 1))
+        store_rows(dv + head * V, grad_v, token, rows, H * V, C, V, BV, V == BV)
+    share = (part % (H // G // HEADS)).to(tl.int64) * T * G * K + group * K
+    store_rows(dk + share, grad_k, token, rows, G * K, C, K, BK, K == BK)
 
 
 @triton.jit(do_not_specialize=["N", "cap", "tiles"])
@@ -319,7 +315,7 @@ def _decay_kernel(row_mass, written_mass, inherited_mass, passed_mass, dlog_deca
                   cap, tiles, C: tl.constexpr):  # fmt: skip
     """Gradient of the log decays [T, H] from the sums over pairs of tokens.
 
-    passed_mass [N + 1, H, cap + 1] float64: sum, over the chunks before, of what they read above a height.
+    passed_mass [H, cap + 1, N + 1] float64: sum, over the chunks before, of what they read above a height.
     """
     head, slot = tl.program_id(0), tl.program_id(1)
     rows = tl.load(rows_of + slot)
@@ -341,9 +337,8 @@ def _decay_kernel(row_mass, written_mass, inherited_mass, passed_mass, dlog_deca
             first = slot - block + end + 1
             last = tl.minimum(first + size, slot + left)
             if first < last:
-                at = passed_mass + head * (cap + 1) + height
-                after = tl.load(at + last.to(tl.int64) * H * (cap + 1))
-                spanning += (after - tl.load(at + first.to(tl.int64) * H * (cap + 1))).to(tl.float32)
+                at = passed_mass + (head * (cap + 1) + height).to(tl.int64) * (N + 1)
+                spanning += (tl.load(at + last) - tl.load(at + first)).to(tl.float32)
     row = tl.arange(0, C)
     mass = tl.load(row_mass + (head.to(tl.int64) * N + slot) * C + row)
     grad = tl.sum(mass, 0) - tl.cumsum(mass, 0) + mass + spanning
@@ -373,7 +368,7 @@ def gradients(q, k, v, scales, log_decay, grad_o, nodes, gamma, slots: Slots, ch
     grad_nodes = torch.empty_like(nodes)
     row_mass = torch.empty_like(gamma)
     written_mass = torch.empty(heads, num_slots, **float32)
-    read_mass = torch.zeros(num_slots, heads, heights, **float32)
+    read_mass = torch.zeros(heads, heights, num_slots, **float32)
     size = key_dim * value_dim
     walk = min(1024, triton.next_power_of_2(size))
     tiles = triton.cdiv(size, walk)
@@ -413,9 +408,9 @@ def gradients(q, k, v, scales, log_decay, grad_o, nodes, gamma, slots: Slots, ch
         q, k, v, lam, grad_o, grad_nodes, grad_scores, gamma, dk, dv, row_mass, written_mass, slots.token, slots.rows,
         tokens, *sizes, *of_q, *of_kv, *of_rows, *widths, HEADS=together, num_warps=4, num_stages=1, **options,
     )  # fmt: skip
-    passed = read_mass.double()
-    passed = passed.sum(-1, keepdim=True) - passed.cumsum(-1)  # read above each height
-    passed = torch.cat([passed.new_zeros(1, *passed.shape[1:]), passed.cumsum(0)])
+    above = read_mass.flip(1).cumsum(1).flip(1) - read_mass  # read above each height
+    passed = torch.zeros(heads, heights, num_slots + 1, dtype=torch.float64, device=v.device)
+    torch.cumsum(above, 2, dtype=torch.float64, out=passed[..., 1:])
     _decay_kernel[(heads, num_slots)](
         row_mass, written_mass, inherited_mass, passed, dlog_decay, slots.token, slots.rows, slots.block, slots.left,
         num_slots, heads, slots.cap, tiles, C=chunk, num_warps=1,

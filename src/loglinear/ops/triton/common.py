@@ -29,16 +29,58 @@ drop_lowest_bit = _on_device(fenwick.drop_lowest_bit)
 
 
 @triton.jit
-def load_rows(pointer, token, rows, stride, first, ROWS: tl.constexpr, width, WIDTH: tl.constexpr):
-    """Rows first … first + ROWS of a chunk that starts at row `token` and has `rows` rows: [ROWS, WIDTH], else zero."""
+def fresh_rows(rows_of, slot, rows, C: tl.constexpr):
+    """0 … C - 1, in a way that the compiler cannot move out of a loop over heads.
+
+    Whatever depends on row numbers alone (masks, addresses) would be made once before the loop and fill the registers
+    throughout; to make it again costs less. `rows` is what is loaded here once more.
+    """
+    return tl.arange(0, C) + (tl.load(rows_of + slot, volatile=True) - rows)
+
+
+@triton.jit
+def load_rows(pointer, token, rows, stride, first, ROWS: tl.constexpr, width, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """Rows first … first + ROWS of a chunk that starts at row `token` and has `rows` rows: [ROWS, WIDTH], else zero.
+
+    EVEN: no column is beyond `width`. Within a chunk offsets fit in 32 bits; where it starts takes 64.
+    """
     row = first + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
-    at = (token + row).to(tl.int64)[:, None] * stride + column[None, :]
-    return tl.load(pointer + at, mask=(row < rows)[:, None] & (column < width)[None, :], other=0.0)
+    at = pointer + token.to(tl.int64) * stride + (row[:, None] * stride + column[None, :])
+    if EVEN:
+        return tl.load(at, mask=(row < rows)[:, None], other=0.0)
+    else:
+        return tl.load(at, mask=(row < rows)[:, None] & (column < width)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(pointer, values, token, rows, stride, ROWS: tl.constexpr, width, WIDTH: tl.constexpr,
+               EVEN: tl.constexpr):  # fmt: skip
+    """[ROWS, WIDTH] to the rows of a chunk, as `load_rows` reads them."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    at = pointer + token.to(tl.int64) * stride + (row[:, None] * stride + column[None, :])
+    if EVEN:
+        tl.store(at, values.to(pointer.dtype.element_ty), mask=(row < rows)[:, None])
+    else:
+        mask = (row < rows)[:, None] & (column < width)[None, :]
+        tl.store(at, values.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def load_column(pointer, token, rows, stride, first, ROWS: tl.constexpr):
     """One number per row of a chunk, as float32: [ROWS], zero where there is no row."""
     row = first + tl.arange(0, ROWS)
-    return tl.load(pointer + (token + row).to(tl.int64) * stride, mask=row < rows, other=0.0).to(tl.float32)
+    at = pointer + token.to(tl.int64) * stride + row * stride
+    return tl.load(at, mask=row < rows, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_state(pointer, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """A state [K, V], in a tile [BK, BV] padded with zeros."""
+    key, column = tl.arange(0, BK), tl.arange(0, BV)
+    at = pointer + (key[:, None] * V + column[None, :])
+    if (BK == K) & (BV == V):
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(key < K)[:, None] & (column < V)[None, :], other=0.0)

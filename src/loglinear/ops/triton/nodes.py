@@ -20,7 +20,7 @@ from torch import Tensor
 from loglinear.fenwick import Slots
 from loglinear.ops.triton.common import load_column, load_rows
 
-SUBTREE_HEIGHT = 3  # of the subtrees whose nodes are made in registers
+SUBTREE_HEIGHT = 2  # of the subtrees whose nodes are made in registers
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -34,8 +34,8 @@ def _leaf(k, v, log_decay, gamma, token, rows, present, slot, head, N, stride_k,
     if write_gamma:
         row = tl.arange(0, C)
         tl.store(gamma + (head.to(tl.int64) * N + slot) * C + row, sums, mask=row < tl.where(present, C, 0))
-    keys = load_rows(k, token, rows, stride_k, 0, C, K, BK)
-    values = load_rows(v, token, rows, stride_v, 0, C, V, BV)
+    keys = load_rows(k, token, rows, stride_k, 0, C, K, BK, False)
+    values = load_rows(v, token, rows, stride_v, 0, C, V, BV, False)
     weighted = (values * tl.exp2(total - sums)[:, None]).to(values.dtype)
     return tl.dot(tl.trans(keys), weighted, input_precision=PRECISION), total
 
@@ -137,13 +137,13 @@ def make_nodes(k: Tensor, v: Tensor, log_decay: Tensor, slots: Slots, chunk: int
     tops = torch.empty_like(logs)
     gamma = v.new_empty(heads, num_slots, chunk, dtype=torch.float32)
     low = min(slots.cap, SUBTREE_HEIGHT)
-    block_k, block_v = min(128, triton.next_power_of_2(key_dim)), min(64, triton.next_power_of_2(value_dim))
+    block_k, block_v = min(64, triton.next_power_of_2(key_dim)), min(64, triton.next_power_of_2(value_dim))
     block_k, block_v = max(16, block_k), max(16, block_v)
     tiles = triton.cdiv(key_dim, block_k) * triton.cdiv(value_dim, block_v)
     _subtrees_kernel[(heads, num_slots, tiles)](
         k, v, log_decay, gamma, nodes, logs, tops, slots.token, slots.rows, slots.block, slots.left,
         num_slots, heads, groups, k.stride(0), k.stride(1), v.stride(0), v.stride(1), log_decay.stride(0),
-        key_dim, value_dim, C=chunk, SUB=2**low, BK=block_k, BV=block_v, PRECISION=precision, num_warps=8,
+        key_dim, value_dim, C=chunk, SUB=2**low, BK=block_k, BV=block_v, PRECISION=precision, num_warps=4, num_stages=1,
     )  # fmt: skip
     size = key_dim * value_dim
     block = min(1024, triton.next_power_of_2(size))
