@@ -52,7 +52,7 @@ def _store(nodes, logs, state, log, slot, head, present, offset, mask, H, size, 
 
 @triton.jit
 def _subtree(k, v, log_decay, gamma, nodes, logs, rows, token, slot, left, head, N, H, stride_k, stride_v, stride_d,
-             K, V, offset, mask, write, FIRST: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+             K, V, size, offset, mask, write, FIRST: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
              BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """State and log decay of the SIZE chunks from FIRST on, after storing the left siblings among them."""
     if SIZE == 1:
@@ -63,12 +63,12 @@ def _subtree(k, v, log_decay, gamma, nodes, logs, rows, token, slot, left, head,
     else:
         HALF: tl.constexpr = SIZE // 2
         before, before_log = _subtree(k, v, log_decay, gamma, nodes, logs, rows, token, slot, left, head, N, H,
-                                      stride_k, stride_v, stride_d, K, V, offset, mask, write, FIRST, HALF, C, BK, BV,
+                                      stride_k, stride_v, stride_d, K, V, size, offset, mask, write, FIRST, HALF, C, BK, BV,
                                       PRECISION)  # fmt: skip
         end = FIRST + HALF - 1
-        _store(nodes, logs, before, before_log, slot + end, head, left > end, offset, mask, H, K * V, write)
+        _store(nodes, logs, before, before_log, slot + end, head, left > end, offset, mask, H, size, write)
         after, after_log = _subtree(k, v, log_decay, gamma, nodes, logs, rows, token, slot, left, head, N, H,
-                                    stride_k, stride_v, stride_d, K, V, offset, mask, write, FIRST + HALF, HALF, C, BK,
+                                    stride_k, stride_v, stride_d, K, V, size, offset, mask, write, FIRST + HALF, HALF, C, BK,
                                     BV, PRECISION)  # fmt: skip
         return before * tl.exp2(after_log) + after, before_log + after_log
 
@@ -89,7 +89,7 @@ def _subtrees_kernel(k, v, log_decay, gamma, nodes, logs, tops, tokens, rows, bl
     offset = (first_k + row) * V + first_v + column
     mask = (first_k + row < K) & (first_v + column < V)
     state, log = _subtree(k, v, log_decay, gamma, nodes, logs, rows, tl.load(tokens + slot), slot, left, head, N, H,
-                          stride_k, stride_v, stride_d, K - first_k, V - first_v, offset, mask, tile == 0,
+                          stride_k, stride_v, stride_d, K - first_k, V - first_v, K * V, offset, mask, tile == 0,
                           0, SUB, C, BK, BV, PRECISION)  # fmt: skip
     _store(nodes, tops, state, log, slot + SUB - 1, head, left >= SUB, offset, mask, H, K * V, tile == 0)
 
