@@ -14,6 +14,9 @@ import numpy
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run through Triton's interpreter; read when they are defined
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

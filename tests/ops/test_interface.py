@@ -2,6 +2,8 @@
 
 import itertools
 
+import importlib.util
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -132,7 +134,8 @@ def test_packing_refused(cu_seqlens, error, message, backend):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_triton_without_a_gpu_is_refused(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if importlib.util.find_spec("triton") is not None:
+        monkeypatch.setattr("loglinear.ops.triton.scalar.INTERPRETED", False)
     with pytest.raises((RuntimeError, ValueError), match="backend='triton'"):
         log_linear_attention(**make_inputs("mamba2", SHAPE, torch.float32).arguments(), backend="triton")
 

@@ -7,6 +7,8 @@ Legend
 
 from __future__ import annotations
 
+import functools
+import importlib
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
@@ -72,7 +74,9 @@ def log_linear_attention(
             buckets. Buckets that are not occupied at the row's position are not read.
         return_state: whether to return the state after the last token.
         backend: "reference" (recurrence over tokens, a specification), "torch" (the tree algorithm in O(T log T) time
-            and O(T) memory, on any device), "triton" (CUDA kernels), or "auto" (the fastest that covers the call).
+            and O(T) memory, on any device), "triton" (kernels for CUDA devices), or "auto" (the fastest that is
+            available). What no kernel covers yet (the delta rule, a decay per channel, states carried in or out,
+            float64, widths above 128) goes to the torch backend by itself; the log says so at debug level.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the new state (None unless `return_state`).
@@ -100,7 +104,7 @@ def log_linear_attention(
     _check_packing(q, cu_seqlens)
     num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _check_state(q, v, level_scales, initial_state, num_sequences)
-    run = _choose(backend, q)
+    run = _choose(backend, q, v, log_decay, beta, initial_state, return_state)
     with _no_autocast(q):
         o, buckets, positions = run(
             q, k, v, level_scales, log_decay=log_decay, beta=beta, scale=float(scale), cu_seqlens=cu_seqlens,
@@ -168,14 +172,40 @@ def log_linear_attention_step(
 # ----------------------------------------------------------------------------------------------------
 
 
-def _choose(backend: str, q: Tensor):
+def _choose(backend: str, q, v, log_decay, beta, initial_state, return_state: bool):
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "reference":
         return reference.log_linear_attention_recurrent
-    if backend == "triton":
-        raise RuntimeError("backend='triton': this version has no Triton kernels; use backend='auto' or 'torch'")
-    return chunked.log_linear_attention_chunked
+    if backend == "torch" or (backend == "auto" and q.device.type != "cuda"):
+        return chunked.log_linear_attention_chunked
+    scalar = _kernels()
+    if scalar is None or (q.device.type != "cuda" and not scalar.INTERPRETED):
+        if backend == "auto":
+            return chunked.log_linear_attention_chunked
+        why = "triton is not installed" if scalar is None else f"the tensors are on {q.device}"
+        raise RuntimeError(f"backend='triton' needs CUDA tensors and Triton, but {why}; use backend='auto' or 'torch'")
+    missing = scalar.unsupported(q, v, log_decay, beta, initial_state, return_state)
+    if missing is not None:
+        logger.debug("no Triton kernel for %s: the torch backend takes this call", missing)
+        return chunked.log_linear_attention_chunked
+    return _run_scalar
+
+
+def _run_scalar(q, k, v, level_scales, *, log_decay, beta, scale, cu_seqlens, initial_state, return_state):
+    o = _kernels().log_linear_attention_scalar(q, k, v, level_scales, log_decay=log_decay, scale=scale, cu_seqlens=cu_seqlens)
+    return o, None, None
+
+
+@functools.cache
+def _kernels():
+    """The module of the Triton kernels, or None where Triton is not installed."""
+    try:
+        return importlib.import_module("loglinear.ops.triton.scalar")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "triton":
+            raise
+        return None
 
 
 # ----------------------------------------------------------------------------------------------------

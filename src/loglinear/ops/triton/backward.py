@@ -24,7 +24,6 @@ from loglinear.fenwick import Slots
 from loglinear.ops.triton.common import (
     block_end,
     drop_lowest_bit,
-    fresh_rows,
     in_same_block,
     is_right_half,
     load_column,
@@ -32,11 +31,11 @@ from loglinear.ops.triton.common import (
     load_state,
     store_rows,
 )
-from loglinear.ops.triton.nodes import SUBTREE_HEIGHT
+from loglinear.ops.triton.nodes import SUBTREE_HEIGHT, make_nodes
 from loglinear.ops.triton.read import largest_divisor
 
 
-@triton.jit(do_not_specialize=["T", "N", "L"])
+@triton.jit(do_not_specialize=["T", "N", "L", "stride_s", "stride_sh"])
 def _inside_kernel(q, k, v, scales, grad_o, gamma, dq, dscales, grad_scores, row_mass, tokens, rows_of, T, N, H, G,
                    scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s, stride_sh, stride_g,
                    stride_gh, K: tl.constexpr, V: tl.constexpr, L, C: tl.constexpr, HEIGHT: tl.constexpr, HEADS: tl.constexpr, BK: tl.constexpr,
@@ -52,10 +51,10 @@ def _inside_kernel(q, k, v, scales, grad_o, gamma, dq, dscales, grad_scores, row
     dtype = v.dtype.element_ty
     queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
     keys = load_rows(k + group * stride_kg, token, rows, stride_k, 0, C, K, BK, K == BK)
+    row = tl.arange(0, C)
     total = tl.zeros((C, C), tl.float32)
     for step in range(HEADS):
         head = first_head + step
-        row = fresh_rows(rows_of, slot, rows, C)
         sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
         values = load_rows(v + head * stride_vh, token, rows, stride_v, 0, C, V, BV, V == BV)
         grad = load_rows(grad_o + head * stride_gh, token, rows, stride_g, 0, C, V, BV, V == BV)
@@ -93,7 +92,6 @@ def _inside_kernel(q, k, v, scales, grad_o, gamma, dq, dscales, grad_scores, row
             total += decay
         tl.store(row_mass + (head.to(tl.int64) * N + slot) * C + row, mass)
     total *= scale
-    row = tl.arange(0, C)
     at = (part.to(tl.int64) * N + slot) * C * C + row[:, None] * C + row[None, :]
     tl.store(grad_scores + at, total.to(dtype))
     grad_q = tl.dot(total.to(dtype), keys, input_precision=PRECISION)
@@ -101,7 +99,7 @@ def _inside_kernel(q, k, v, scales, grad_o, gamma, dq, dscales, grad_scores, row
     store_rows(dq + share, grad_q, token, rows, G * K, C, K, BK, K == BK)
 
 
-@triton.jit(do_not_specialize=["T", "N", "L", "J"])
+@triton.jit(do_not_specialize=["T", "N", "L", "J", "stride_s", "stride_sh"])
 def _queries_kernel(q, scales, grad_o, nodes, gamma, offsets, dq, dscales, row_mass, read_mass, tokens, rows_of,
                     blocks, heights, reads, T, N, H, G, scale, stride_q, stride_qg, stride_s, stride_sh, stride_g,
                     stride_gh, K: tl.constexpr, V: tl.constexpr, L, J, C: tl.constexpr, HEIGHT: tl.constexpr, HEADS: tl.constexpr,
@@ -116,10 +114,10 @@ def _queries_kernel(q, scales, grad_o, nodes, gamma, offsets, dq, dscales, row_m
     token, block, count = tl.load(tokens + slot), tl.load(blocks + slot), tl.load(reads + slot)
     dtype = grad_o.dtype.element_ty
     queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
+    row = tl.arange(0, C)
     grad_q = tl.zeros((C, BK), tl.float32)
     for step in range(HEADS):
         head = first_head + step
-        row = fresh_rows(rows_of, slot, rows, C)
         lam, dlam = scales + head * stride_sh, dscales + (token + row).to(tl.int64) * H * L + head * L
         sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
         here = tl.load(offsets + head.to(tl.int64) * (N + 1) + slot)
@@ -160,7 +158,7 @@ def _queries_kernel(q, scales, grad_o, nodes, gamma, offsets, dq, dscales, row_m
     store_rows(dq + share, grad_q, token, rows, G * K, C, K, BK, K == BK)
 
 
-@triton.jit(do_not_specialize=["N", "L"])
+@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
 def _gather_kernel(q, scales, grad_o, grad_nodes, gamma, offsets, tokens, rows_of, heights, lefts, order, N, H, G,
                    scale, stride_q, stride_qg, stride_s, stride_sh, stride_g, stride_gh, K: tl.constexpr, V: tl.constexpr, L, C: tl.constexpr,
                    HEIGHT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr,
@@ -252,7 +250,7 @@ def _settle_kernel(nodes, grad_nodes, offsets, inherited_mass, blocks, lefts, N,
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["T", "N", "L"])
+@triton.jit(do_not_specialize=["T", "N", "L", "stride_s", "stride_sh"])
 def _keys_kernel(q, k, v, scales, grad_o, grad_nodes, grad_scores, gamma, dk, dv, row_mass, written_mass, tokens,
                  rows_of, T, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s,
                  stride_sh, stride_g, stride_gh, K: tl.constexpr, V: tl.constexpr, L, C: tl.constexpr, HEIGHT: tl.constexpr, HEADS: tl.constexpr,
@@ -277,7 +275,6 @@ def _keys_kernel(q, k, v, scales, grad_o, grad_nodes, grad_scores, gamma, dk, dv
     grad_k = tl.dot(tl.load(turned), queries, input_precision=PRECISION)
     for step in range(HEADS):
         head = first_head + step
-        row = fresh_rows(rows_of, slot, rows, C)
         sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
         values = load_rows(v + head * stride_vh, token, rows, stride_v, 0, C, V, BV, V == BV)
         grad = load_rows(grad_o + head * stride_gh, token, rows, stride_g, 0, C, V, BV, V == BV)
@@ -346,9 +343,10 @@ def _decay_kernel(row_mass, written_mass, inherited_mass, passed_mass, dlog_deca
     tl.store(at, grad.to(dlog_decay.dtype.element_ty), mask=row < rows)
 
 
-def gradients(q, k, v, scales, log_decay, grad_o, nodes, gamma, slots: Slots, chunk: int, height: int, scale: float,
+def gradients(q, k, v, scales, log_decay, grad_o, slots: Slots, chunk: int, height: int, scale: float,
               precision: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, the level scales and the log decays, given what `make_nodes` returned for them."""
+    """Gradients of q, k, v, the level scales and the log decays; shapes as in `read`."""
+    nodes, _, gamma = make_nodes(k, v, log_decay, slots, chunk, precision)
     (tokens, groups, key_dim), (_, heads, value_dim) = q.shape, v.shape
     num_slots, heights = len(slots.token), slots.cap + 1
     scaled = scales is not None
@@ -361,7 +359,6 @@ def gradients(q, k, v, scales, log_decay, grad_o, nodes, gamma, slots: Slots, ch
     parts = heads // groups // together
     dq = torch.empty(2 * parts, *q.shape, **float32)
     dk = torch.empty(parts, *k.shape, **float32)
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     dscales = torch.zeros(scales.shape, dtype=scales.dtype, device=v.device) if scaled else dq
     dlog_decay = torch.empty(log_decay.shape, dtype=log_decay.dtype, device=v.device)
     grad_scores = torch.empty(heads // together, num_slots, chunk, chunk, dtype=v.dtype, device=v.device)
@@ -404,9 +401,11 @@ def gradients(q, k, v, scales, log_decay, grad_o, nodes, gamma, slots: Slots, ch
             nodes, grad_nodes, offsets, inherited_mass, slots.block, slots.left, num_slots, heads, size,
             LOW=low, SUB=2**low, BLOCK=walk, num_warps=4, num_stages=1,
         )  # fmt: skip
+    del nodes  # a gigabyte at a time: the gradient of v takes their place
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     _keys_kernel[by_part](
         q, k, v, lam, grad_o, grad_nodes, grad_scores, gamma, dk, dv, row_mass, written_mass, slots.token, slots.rows,
-        tokens, *sizes, *of_q, *of_kv, *of_rows, *widths, HEADS=together, num_warps=4, num_stages=1, **options,
+        tokens, *sizes, *of_q, *of_kv, *of_rows, *widths, HEADS=together, num_warps=4, num_stages=2, **options,
     )  # fmt: skip
     above = read_mass.flip(1).cumsum(1).flip(1) - read_mass  # read above each height
     passed = torch.zeros(heads, heights, num_slots + 1, dtype=torch.float64, device=v.device)

@@ -29,16 +29,6 @@ drop_lowest_bit = _on_device(fenwick.drop_lowest_bit)
 
 
 @triton.jit
-def fresh_rows(rows_of, slot, rows, C: tl.constexpr):
-    """0 … C - 1, in a way that the compiler cannot move out of a loop over heads.
-
-    Whatever depends on row numbers alone (masks, addresses) would be made once before the loop and fill the registers
-    throughout; to make it again costs less. `rows` is what is loaded here once more.
-    """
-    return tl.arange(0, C) + (tl.load(rows_of + slot, volatile=True) - rows)
-
-
-@triton.jit
 def load_rows(pointer, token, rows, stride, first, ROWS: tl.constexpr, width, WIDTH: tl.constexpr, EVEN: tl.constexpr):
     """Rows first … first + ROWS of a chunk that starts at row `token` and has `rows` rows: [ROWS, WIDTH], else zero.
 
