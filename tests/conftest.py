@@ -15,7 +15,8 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run through Triton's interpreter; read when they are defined
+    # Kernels run through Triton's interpreter; it is chosen when they are defined.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -1,8 +1,7 @@
 """The door: what is refused and how, dtypes, autocast, compilation, unusual but valid inputs."""
 
-import itertools
-
 import importlib.util
+import itertools
 
 import pytest
 import torch

@@ -7,8 +7,6 @@ Legend
 
 from __future__ import annotations
 
-import functools
-import importlib
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
@@ -19,6 +17,13 @@ from torch import Tensor
 
 from loglinear.ops import chunked, reference, step
 from loglinear.state import FenwickState
+
+try:
+    from loglinear.ops.triton import scalar
+except ModuleNotFoundError as missing:
+    if missing.name is None or missing.name.split(".")[0] != "triton":
+        raise
+    scalar = None  # Triton is not installed
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +184,6 @@ def _choose(backend: str, q, v, log_decay, beta, initial_state, return_state: bo
         return reference.log_linear_attention_recurrent
     if backend == "torch" or (backend == "auto" and q.device.type != "cuda"):
         return chunked.log_linear_attention_chunked
-    scalar = _kernels()
     if scalar is None or (q.device.type != "cuda" and not scalar.INTERPRETED):
         if backend == "auto":
             return chunked.log_linear_attention_chunked
@@ -193,19 +197,11 @@ def _choose(backend: str, q, v, log_decay, beta, initial_state, return_state: bo
 
 
 def _run_scalar(q, k, v, level_scales, *, log_decay, beta, scale, cu_seqlens, initial_state, return_state):
-    o = _kernels().log_linear_attention_scalar(q, k, v, level_scales, log_decay=log_decay, scale=scale, cu_seqlens=cu_seqlens)
+    assert scalar is not None
+    o = scalar.log_linear_attention_scalar(
+        q, k, v, level_scales, log_decay=log_decay, scale=scale, cu_seqlens=cu_seqlens
+    )
     return o, None, None
-
-
-@functools.cache
-def _kernels():
-    """The module of the Triton kernels, or None where Triton is not installed."""
-    try:
-        return importlib.import_module("loglinear.ops.triton.scalar")
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != "triton":
-            raise
-        return None
 
 
 # ----------------------------------------------------------------------------------------------------

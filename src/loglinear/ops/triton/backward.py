@@ -1,12 +1,14 @@
 """Gradients: the reads of `read.py` and the tree of `nodes.py`, run backwards.
 
-Four kernels. From the side of the queries: gradients of q and of the level scales. For every node: the gradient of its
-state, from all chunks that read it. Back over the tree: what a node owes to its ancestors, added to it; afterwards a
-chunk finds the gradient of what it wrote in a few slots. From the side of the keys: gradients of k and v.
+In this order. Inside the chunks, and from chunks to the nodes they read: gradients of q and of the level scales. For
+every node: the gradient of its state, from all chunks that read it. Back over the tree: what a node owes to its
+ancestors, added to it, until every slot holds the gradient of what its chunk wrote. From there: gradients of v and k.
 
 The decay gradient needs no products of its own. A pair of tokens (s, t) contributes x to Σ dO·o at t, and x to
 Σ v·dv at s, and every decay between s and t has the gradient x: it is the sum of x over the pairs that span it.
-Within a chunk that is a difference of sums over rows; for pairs that span a whole chunk it is summed over nodes.
+Within a chunk that is a difference of sums over rows and columns of the same products; for pairs that span a whole
+chunk it is summed over nodes. (The same difference of sums over the whole sequence is shorter, and wrong in 16 bits:
+both sums carry their own rounding, which adds up over the tokens while the gradient stays local.)
 
 Legend
     N chunks (slots), C rows of a chunk, H heads, G groups, K key width, V value width, L levels, J tree heights
@@ -38,7 +40,8 @@ from loglinear.ops.triton.read import largest_divisor
 @triton.jit(do_not_specialize=["T", "N", "L", "stride_s", "stride_sh"])
 def _inside_kernel(q, k, v, scales, grad_o, gamma, dq, dscales, grad_scores, row_mass, tokens, rows_of, T, N, H, G,
                    scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s, stride_sh, stride_g,
-                   stride_gh, K: tl.constexpr, V: tl.constexpr, L, C: tl.constexpr, HEIGHT: tl.constexpr, HEADS: tl.constexpr, BK: tl.constexpr,
+                   stride_gh, K: tl.constexpr, V: tl.constexpr, L, C: tl.constexpr, HEIGHT: tl.constexpr,
+                   HEADS: tl.constexpr, BK: tl.constexpr,
                    BV: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """What the rows of a chunk read of each other: gradients of its scores (summed over HEADS heads), of q and of λ."""
     slot, part = tl.program_id(1), tl.program_id(0)
@@ -87,22 +90,26 @@ def _inside_kernel(q, k, v, scales, grad_o, gamma, dq, dscales, grad_scores, row
             if L - 1 <= HEIGHT:
                 tl.store(dlam + L - 1, last.to(dscales.dtype.element_ty), mask=row < rows)
             total += decay * factor
+            product *= factor
         else:
             mass += tl.sum(product, 1) * scale
             total += decay
+        mass -= tl.sum(product, 0) * scale  # of the same products, so that what cancels cancels exactly
         tl.store(row_mass + (head.to(tl.int64) * N + slot) * C + row, mass)
     total *= scale
     at = (part.to(tl.int64) * N + slot) * C * C + row[:, None] * C + row[None, :]
     tl.store(grad_scores + at, total.to(dtype))
     grad_q = tl.dot(total.to(dtype), keys, input_precision=PRECISION)
-    share = (part % (H // G // HEADS)).to(tl.int64) * T * G * K + group * K  # programs of a group have sums of their own
+    # the programs that share a group have sums of their own
+    share = (part % (H // G // HEADS)).to(tl.int64) * T * G * K + group * K
     store_rows(dq + share, grad_q, token, rows, G * K, C, K, BK, K == BK)
 
 
 @triton.jit(do_not_specialize=["T", "N", "L", "J", "stride_s", "stride_sh"])
 def _queries_kernel(q, scales, grad_o, nodes, gamma, offsets, dq, dscales, row_mass, read_mass, tokens, rows_of,
                     blocks, heights, reads, T, N, H, G, scale, stride_q, stride_qg, stride_s, stride_sh, stride_g,
-                    stride_gh, K: tl.constexpr, V: tl.constexpr, L, J, C: tl.constexpr, HEIGHT: tl.constexpr, HEADS: tl.constexpr,
+                    stride_gh, K: tl.constexpr, V: tl.constexpr, L, J, C: tl.constexpr, HEIGHT: tl.constexpr,
+                    HEADS: tl.constexpr,
                     BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """What chunks read of the nodes on their left: gradients of q and of λ."""
     slot, part = tl.program_id(1), tl.program_id(0)
@@ -160,7 +167,8 @@ def _queries_kernel(q, scales, grad_o, nodes, gamma, offsets, dq, dscales, row_m
 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
 def _gather_kernel(q, scales, grad_o, grad_nodes, gamma, offsets, tokens, rows_of, heights, lefts, order, N, H, G,
-                   scale, stride_q, stride_qg, stride_s, stride_sh, stride_g, stride_gh, K: tl.constexpr, V: tl.constexpr, L, C: tl.constexpr,
+                   scale, stride_q, stride_qg, stride_s, stride_sh, stride_g, stride_gh, K: tl.constexpr, V: tl.constexpr, L,
+                   C: tl.constexpr,
                    HEIGHT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr,
                    PRECISION: tl.constexpr):  # fmt: skip
     """Gradient of one node: from all the chunks of the block on its right. The highest nodes come first."""
@@ -250,16 +258,58 @@ def _settle_kernel(nodes, grad_nodes, offsets, inherited_mass, blocks, lefts, N,
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["T", "N", "L", "stride_s", "stride_sh"])
-def _keys_kernel(q, k, v, scales, grad_o, grad_nodes, grad_scores, gamma, dk, dv, row_mass, written_mass, tokens,
-                 rows_of, T, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s,
-                 stride_sh, stride_g, stride_gh, K: tl.constexpr, V: tl.constexpr, L, C: tl.constexpr, HEIGHT: tl.constexpr, HEADS: tl.constexpr,
-                 BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Gradients of k and v. row_mass [H, N, C] -= v·dv: afterwards the gradient of gamma.
+@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
+def _values_kernel(q, k, v, scales, grad_o, grad_nodes, gamma, dv, row_mass, written_mass, tokens, rows_of, N, H, G,
+                   scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s, stride_sh, stride_g,
+                   stride_gh, K: tl.constexpr, V: tl.constexpr, L, C: tl.constexpr, HEIGHT: tl.constexpr,
+                   BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Gradient of v. row_mass [H, N, C] loses what was written for later chunks: it is then the gradient of gamma.
 
-    Scores are made anew as [source, target]: a product cast to 16 bits is not transposed (wrong on Hopper before
-    Triton 3.7.1), nor are the gradients of the scores, which are read transposed from memory.
+    Scores are made anew as [source, target]: a product cast to 16 bits must not be transposed, which is silently wrong
+    on Hopper before Triton 3.7.1.
     """
+    head, slot = tl.program_id(0), tl.program_id(1)
+    rows = tl.load(rows_of + slot)
+    if rows == 0:
+        return
+    group = head // (H // G)
+    token = tl.load(tokens + slot)
+    dtype = v.dtype.element_ty
+    row = tl.arange(0, C)
+    queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
+    keys = load_rows(k + group * stride_kg, token, rows, stride_k, 0, C, K, BK, K == BK)
+    grad = load_rows(grad_o + head * stride_gh, token, rows, stride_g, 0, C, V, BV, V == BV)
+    grad_state = load_state(grad_nodes + (slot.to(tl.int64) * H + head) * K * V, K, V, BK, BV).to(dtype)
+    sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
+
+    mask = tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0)) * scale
+    if SCALED:
+        lam = scales + head * stride_sh
+        factor = load_column(lam + tl.minimum(HEIGHT, L - 1), token, rows, stride_s, 0, C)[None, :]
+        factor = tl.broadcast_to(factor, (C, C))
+        for down in tl.static_range(HEIGHT):
+            near = load_column(lam + tl.minimum(HEIGHT - 1 - down, L - 1), token, rows, stride_s, 0, C)
+            same = in_same_block(row[:, None], row[None, :], HEIGHT - 1 - down)
+            factor = tl.where(same, near[None, :], factor)
+        mask *= factor
+    mask = tl.where(row[None, :] >= row[:, None], mask, 0.0)
+    scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * mask
+    after = tl.exp2(tl.sum(tl.where(row == C - 1, sums, 0.0), 0) - sums)  # decay from a row to the chunk's end
+    written = tl.dot(keys, grad_state, input_precision=PRECISION) * after[:, None]
+    values = load_rows(v + head * stride_vh, token, rows, stride_v, 0, C, V, BV, V == BV)
+    mass = tl.sum(values.to(tl.float32) * written, 1)
+    mass_at = row_mass + (head.to(tl.int64) * N + slot) * C + row
+    tl.store(mass_at, tl.load(mass_at) - mass)
+    tl.store(written_mass + head.to(tl.int64) * N + slot, tl.sum(mass, 0))
+    grad_v = tl.dot(scores.to(dtype), grad, written, input_precision=PRECISION)
+    store_rows(dv + head * V, grad_v, token, rows, H * V, C, V, BV, V == BV)
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def _keys_kernel(q, v, grad_nodes, grad_scores, gamma, dk, tokens, rows_of, T, N, H, G, stride_q, stride_qg, stride_v,
+                 stride_vh, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, HEADS: tl.constexpr, BK: tl.constexpr,
+                 BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Gradient of k: from the scores within the chunk, read transposed from memory, and from what it wrote."""
     slot, part = tl.program_id(1), tl.program_id(0)
     rows = tl.load(rows_of + slot)
     if rows == 0:
@@ -268,41 +318,18 @@ def _keys_kernel(q, k, v, scales, grad_o, grad_nodes, grad_scores, gamma, dk, dv
     group = first_head // (H // G)
     token = tl.load(tokens + slot)
     dtype = v.dtype.element_ty
-    queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
-    keys = load_rows(k + group * stride_kg, token, rows, stride_k, 0, C, K, BK, K == BK)
     row = tl.arange(0, C)
+    queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
     turned = grad_scores + (part.to(tl.int64) * N + slot) * C * C + row[:, None] + row[None, :] * C
     grad_k = tl.dot(tl.load(turned), queries, input_precision=PRECISION)
     for step in range(HEADS):
         head = first_head + step
         sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
+        end = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1)
         values = load_rows(v + head * stride_vh, token, rows, stride_v, 0, C, V, BV, V == BV)
-        grad = load_rows(grad_o + head * stride_gh, token, rows, stride_g, 0, C, V, BV, V == BV)
         grad_state = load_state(grad_nodes + (slot.to(tl.int64) * H + head) * K * V, K, V, BK, BV).to(dtype)
-
-        after = tl.exp2(tl.sum(tl.where(row == C - 1, sums, 0.0), 0) - sums)  # decay from a row to the chunk's end
-        written = tl.dot(keys, grad_state, input_precision=PRECISION) * after[:, None]
-        wide = values.to(tl.float32)
-        tl.store(written_mass + head.to(tl.int64) * N + slot, tl.sum(tl.sum(wide * written, 1), 0))
-        weighted = (wide * after[:, None]).to(dtype)
+        weighted = (values.to(tl.float32) * tl.exp2(end - sums)[:, None]).to(dtype)
         grad_k = tl.dot(weighted, tl.trans(grad_state), grad_k, input_precision=PRECISION)
-
-        mask = tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0)) * scale
-        if SCALED:
-            lam = scales + head * stride_sh
-            factor = load_column(lam + tl.minimum(HEIGHT, L - 1), token, rows, stride_s, 0, C)[None, :]
-            factor = tl.broadcast_to(factor, (C, C))
-            for down in tl.static_range(HEIGHT):
-                level = HEIGHT - 1 - down
-                near = load_column(lam + tl.minimum(level, L - 1), token, rows, stride_s, 0, C)[None, :]
-                factor = tl.where(in_same_block(row[:, None], row[None, :], level), near, factor)
-            mask *= factor
-        mask = tl.where(row[None, :] >= row[:, None], mask, 0.0)
-        scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * mask  # [source, target]
-        grad_v = tl.dot(scores.to(dtype), grad, written, input_precision=PRECISION)
-        mass_at = row_mass + (head.to(tl.int64) * N + slot) * C + row
-        tl.store(mass_at, tl.load(mass_at) - tl.sum(values.to(tl.float32) * grad_v, 1))
-        store_rows(dv + head * V, grad_v, token, rows, H * V, C, V, BV, V == BV)
     share = (part % (H // G // HEADS)).to(tl.int64) * T * G * K + group * K
     store_rows(dk + share, grad_k, token, rows, G * K, C, K, BK, K == BK)
 
@@ -381,12 +408,12 @@ def gradients(q, k, v, scales, log_decay, grad_o, slots: Slots, chunk: int, heig
     by_part = (heads // together, num_slots)
     _inside_kernel[by_part](
         q, k, v, lam, grad_o, gamma, dq, dscales, grad_scores, row_mass, slots.token, slots.rows, tokens, *sizes, *of_q,
-        *of_kv, *of_rows, *widths, HEADS=together, num_warps=4, num_stages=1, **options,
+        *of_kv, *of_rows, *widths, HEADS=together, num_warps=4, num_stages=2, **options,
     )  # fmt: skip
     _queries_kernel[by_part](
         q, lam, grad_o, nodes, gamma, offsets, dq[parts:], dscales, row_mass, read_mass, slots.token, slots.rows,
         slots.block, slots.height, slots.reads, tokens, *sizes, *of_q, *of_rows, *widths, heights, HEADS=together,
-        num_warps=4, num_stages=2, **options,
+        num_warps=4, num_stages=3, **options,
     )  # fmt: skip
     _gather_kernel[(heads, num_slots)](
         q, lam, grad_o, grad_nodes, gamma, offsets, slots.token, slots.rows, slots.height, slots.left, slots.order,
@@ -403,9 +430,14 @@ def gradients(q, k, v, scales, log_decay, grad_o, slots: Slots, chunk: int, heig
         )  # fmt: skip
     del nodes  # a gigabyte at a time: the gradient of v takes their place
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    _values_kernel[(heads, num_slots)](
+        q, k, v, lam, grad_o, grad_nodes, gamma, dv, row_mass, written_mass, slots.token, slots.rows, *sizes, *of_q,
+        *of_kv, *of_rows, *widths, num_warps=4, num_stages=1, **options,
+    )  # fmt: skip
     _keys_kernel[by_part](
-        q, k, v, lam, grad_o, grad_nodes, grad_scores, gamma, dk, dv, row_mass, written_mass, slots.token, slots.rows,
-        tokens, *sizes, *of_q, *of_kv, *of_rows, *widths, HEADS=together, num_warps=4, num_stages=2, **options,
+        q, v, grad_nodes, grad_scores, gamma, dk, slots.token, slots.rows, tokens, num_slots, heads, groups, *of_q,
+        v.stride(0), v.stride(1), key_dim, value_dim, C=chunk, HEADS=together, PRECISION=precision, num_warps=4,
+        num_stages=3, **blocks,
     )  # fmt: skip
     above = read_mass.flip(1).cumsum(1).flip(1) - read_mass  # read above each height
     passed = torch.zeros(heads, heights, num_slots + 1, dtype=torch.float64, device=v.device)

@@ -14,7 +14,6 @@ import triton.language as tl
 from loglinear import fenwick
 
 
-
 def _on_device(function):
     """A function of operators as a device function; the interpreter wants `tl` among its globals, so it gets ours."""
     return triton.jit(types.FunctionType(function.__code__, globals(), function.__name__))

@@ -52,8 +52,8 @@ def _store(nodes, logs, state, log, slot, head, present, offset, mask, H, size, 
 
 @triton.jit
 def _subtree(k, v, log_decay, gamma, nodes, logs, rows, token, slot, left, head, N, H, stride_k, stride_v, stride_d,
-             K, V, size, offset, mask, write, FIRST: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-             BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+             K, V, size, offset, mask, write, FIRST: tl.constexpr, SIZE: tl.constexpr, C: tl.constexpr,
+             BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """State and log decay of the SIZE chunks from FIRST on, after storing the left siblings among them."""
     if SIZE == 1:
         present = left > FIRST
@@ -63,13 +63,13 @@ def _subtree(k, v, log_decay, gamma, nodes, logs, rows, token, slot, left, head,
     else:
         HALF: tl.constexpr = SIZE // 2
         before, before_log = _subtree(k, v, log_decay, gamma, nodes, logs, rows, token, slot, left, head, N, H,
-                                      stride_k, stride_v, stride_d, K, V, size, offset, mask, write, FIRST, HALF, C, BK, BV,
-                                      PRECISION)  # fmt: skip
+                                      stride_k, stride_v, stride_d, K, V, size, offset, mask, write, FIRST, HALF, C, BK,
+                                      BV, PRECISION)  # fmt: skip
         end = FIRST + HALF - 1
         _store(nodes, logs, before, before_log, slot + end, head, left > end, offset, mask, H, size, write)
         after, after_log = _subtree(k, v, log_decay, gamma, nodes, logs, rows, token, slot, left, head, N, H,
-                                    stride_k, stride_v, stride_d, K, V, size, offset, mask, write, FIRST + HALF, HALF, C, BK,
-                                    BV, PRECISION)  # fmt: skip
+                                    stride_k, stride_v, stride_d, K, V, size, offset, mask, write, FIRST + HALF,
+                                    HALF, C, BK, BV, PRECISION)  # fmt: skip
         return before * tl.exp2(after_log) + after, before_log + after_log
 
 
@@ -77,7 +77,8 @@ def _subtree(k, v, log_decay, gamma, nodes, logs, rows, token, slot, left, head,
 def _subtrees_kernel(k, v, log_decay, gamma, nodes, logs, tops, tokens, rows, blocks, lefts, N, H, G,
                      stride_k, stride_kg, stride_v, stride_vh, stride_d, K, V, C: tl.constexpr, SUB: tl.constexpr,
                      BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    head, slot, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tiles = tl.cdiv(K, BK) * tl.cdiv(V, BV)
+    head, tile, slot = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
     left = tl.load(lefts + slot)
     if (left == 0) | (tl.load(blocks + slot) % SUB != 0):
         return
@@ -140,7 +141,8 @@ def make_nodes(k: Tensor, v: Tensor, log_decay: Tensor, slots: Slots, chunk: int
     block_k, block_v = min(64, triton.next_power_of_2(key_dim)), min(64, triton.next_power_of_2(value_dim))
     block_k, block_v = max(16, block_k), max(16, block_v)
     tiles = triton.cdiv(key_dim, block_k) * triton.cdiv(value_dim, block_v)
-    _subtrees_kernel[(heads, num_slots, tiles)](
+    _subtrees_kernel[(heads * tiles, num_slots)](  # the tiles of a head side by side: they share v in the cache
+       
         k, v, log_decay, gamma, nodes, logs, tops, slots.token, slots.rows, slots.block, slots.left,
         num_slots, heads, groups, k.stride(0), k.stride(1), v.stride(0), v.stride(1), log_decay.stride(0),
         key_dim, value_dim, C=chunk, SUB=2**low, BK=block_k, BV=block_v, PRECISION=precision, num_warps=4, num_stages=1,

@@ -33,6 +33,8 @@ def unsupported(q: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | N
         return "float64"
     if max(q.shape[-1], v.shape[-1]) > LARGEST_WIDTH:
         return f"a key or value width above {LARGEST_WIDTH}"
+    if q.dtype != torch.bfloat16 and v.shape[-1] > LARGEST_WIDTH // 2:  # computed in float32: twice the shared memory
+        return f"a value width above {LARGEST_WIDTH // 2} in {q.dtype}"
     if initial_state is not None or return_state:
         return "a state carried in or out"
     if q.numel() == 0 or v.numel() == 0:
