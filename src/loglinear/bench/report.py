@@ -273,8 +273,8 @@ def write_report(rows: Sequence[Row], folder: str | Path, name: str) -> list[Pat
     written = [folder / f"{name}.md"]
     written[0].write_text(to_markdown(rows))
     for (shape, direction, kind), group in groups_of(rows).items():
-        if not any(row.status == OK for group_rows in group.values() for row in group_rows):
-            continue
+        if len({row.length for group_rows in group.values() for row in group_rows if row.status == OK}) < 2:
+            continue  # one length makes no curve
         short = {FORWARD: "forward", BOTH: "backward"}[direction]
         device = next(iter(group.values()))[0].device
         figure = plot_group(group, describe_group(shape, direction, kind), device)

@@ -168,8 +168,8 @@ def _queries_kernel(q, scales, grad_o, nodes, gamma, offsets, dq, dscales, row_m
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
 def _gather_kernel(q, scales, grad_o, grad_nodes, gamma, offsets, tokens, rows_of, heights, lefts, order, N, H, G,
                    scale, stride_q, stride_qg, stride_s, stride_sh, stride_g, stride_gh, K: tl.constexpr,
-                   V: tl.constexpr, L, C: tl.constexpr, HEIGHT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr,
-                   PRECISION: tl.constexpr):  # fmt: skip
+                   V: tl.constexpr, L, C: tl.constexpr, HEIGHT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                   SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Gradient of one node: from all the chunks of the block on its right. The highest nodes come first."""
     head = tl.program_id(0)
     slot = tl.load(order + tl.program_id(1))
@@ -266,7 +266,7 @@ def _values_kernel(q, k, v, scales, grad_o, grad_nodes, gamma, dv, row_mass, wri
 
     Made as [V, source rows]. The other way round scores would be the transpose of a product cast to 16 bits (silently
     wrong on Hopper before Triton 3.7.1), or be made as [source, target], where level scales vary along the columns and
-    every thread loads many of them (1.9 ms instead of 0.7).
+    every thread loads many of them (1.9 ms instead of 1.0).
     """
     head, slot = tl.program_id(0), tl.program_id(1)
     rows = tl.load(rows_of + slot)
