@@ -137,7 +137,7 @@ def run(config: QuickstartConfig, console: Console | None = None) -> QuickstartR
         raise FileExistsError(f"the folder {folder} is not empty: name another one with --output, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     configs = {name: _train_config(config, name, config.steps or 1) for name in (LINEAR, LOG_LINEAR)}
-    console.print(f"Reading {_corpus_name(config)} …", highlight=False)
+    console.print(f"Reading {_corpus_name(config)} …", highlight=False, soft_wrap=True)
     steps = config.steps
     if steps is None:
         speeds = {name: seconds_per_step(configs[name]) for name in configs}
@@ -450,4 +450,5 @@ def _show(result: QuickstartResult, console: Console) -> None:
         console.rule(f"sample of the {name} model")
         console.print(PROMPT + sample.text, markup=False, highlight=False)
     console.rule()
-    console.print(f"{result.seconds:.0f} s in all. Everything is in {result.files['report']}", highlight=False)
+    where = f"{result.seconds:.0f} s in all. Everything is in {result.files['report']}"
+    console.print(where, highlight=False, soft_wrap=True)  # a path that is wrapped cannot be copied

@@ -179,3 +179,10 @@ def test_what_no_kernel_covers_goes_to_torch(caplog):
         o, _ = log_linear_attention(**inputs.arguments(), backend="triton")
     assert "delta rule" in caplog.text
     assert torch.equal(o, log_linear_attention(**inputs.arguments(), backend="torch")[0])
+
+
+@pytest.mark.parametrize("tokens", [65_535 * CHUNK, 65_535 * CHUNK + 1])
+def test_calls_too_long_for_a_launch_are_left_to_torch(tokens):
+    q, v = torch.empty(1, tokens, 1, 16, device="meta"), torch.empty(1, tokens, 2, 16, device="meta")
+    reason = scalar.unsupported(q, v, None, None, None, None, False)
+    assert (reason is None) == (tokens == 65_535 * CHUNK)

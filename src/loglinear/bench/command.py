@@ -103,7 +103,7 @@ def run(suite: Suite, output: str | Path, name: str | None = None, console: Cons
     same_machine = [row for row in merge_rows(old, rows) if row.device == rows[0].device]
     show(rows, console)
     for file in (path, *report.write_report(same_machine, output, name)):
-        console.print(f"wrote {file}", highlight=False)
+        console.print(f"wrote {file}", highlight=False, soft_wrap=True)
     return rows
 
 

@@ -50,7 +50,7 @@ def run_position_loss(
     print_table(console, f"Loss by position ({unit})", *position_loss.table_text(result))
     console.print(position_loss.TABLE_NOTE, highlight=False)
     for path in position_loss.write_result(result, output, unit):
-        console.print(f"wrote {path}", highlight=False)
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return result
 
 
@@ -101,7 +101,7 @@ def run_inspect(
     if levels > 1 and (text is not None or not preset):
         written += _inspect_level_scales(console, target, config, preset, text, most_tokens, device, output)
     for path in written:
-        console.print(f"wrote {path}", highlight=False)
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return written
 
 

@@ -81,7 +81,8 @@ def log_linear_attention(
         backend: "reference" (recurrence over tokens, a specification), "torch" (the tree algorithm in O(T log T) time
             and O(T) memory, on any device), "triton" (kernels for CUDA devices), or "auto" (the fastest that is
             available). What no kernel covers yet (the delta rule, a decay per channel, states carried in or out,
-            float64, widths above 128) goes to the torch backend by itself; the log says so at debug level.
+            float64, widths above 128, V above 64 in float32 and float16, more than four million tokens in a call)
+            goes to the torch backend by itself; the log says so at debug level.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the new state (None unless `return_state`).
@@ -109,7 +110,7 @@ def log_linear_attention(
     _check_packing(q, cu_seqlens)
     num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _check_state(q, v, level_scales, initial_state, num_sequences)
-    run = _choose(backend, q, v, log_decay, beta, initial_state, return_state)
+    run = _choose(backend, q, v, log_decay, beta, cu_seqlens, initial_state, return_state)
     with _no_autocast(q):
         o, buckets, positions = run(
             q, k, v, level_scales, log_decay=log_decay, beta=beta, scale=float(scale), cu_seqlens=cu_seqlens,
@@ -177,7 +178,7 @@ def log_linear_attention_step(
 # ----------------------------------------------------------------------------------------------------
 
 
-def _choose(backend: str, q, v, log_decay, beta, initial_state, return_state: bool):
+def _choose(backend: str, q, v, log_decay, beta, cu_seqlens, initial_state, return_state: bool):
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "reference":
@@ -189,7 +190,7 @@ def _choose(backend: str, q, v, log_decay, beta, initial_state, return_state: bo
             return chunked.log_linear_attention_chunked
         why = "triton is not installed" if scalar is None else f"the tensors are on {q.device}"
         raise RuntimeError(f"backend='triton' needs CUDA tensors and Triton, but {why}; use backend='auto' or 'torch'")
-    missing = scalar.unsupported(q, v, log_decay, beta, initial_state, return_state)
+    missing = scalar.unsupported(q, v, log_decay, beta, cu_seqlens, initial_state, return_state)
     if missing is not None:
         logger.debug("no Triton kernel for %s: the torch backend takes this call", missing)
         return chunked.log_linear_attention_chunked

@@ -29,7 +29,7 @@ def recurrence(
     buckets: Tensor | None,
     position: int,
 ) -> tuple[Tensor, Tensor]:
-    """One sequence, token by token (arXiv 2506.04761, section 3; DESIGN: the table of transitions).
+    """One sequence, token by token (arXiv 2506.04761, section 3; transitions: the table in `log_linear_attention`).
 
     Args: q, k [T, G, K]; v [T, H, V]; level_scales [T, H, L] or None; log_decay [T, H] or [T, H, K]; beta [T, H];
         buckets [L, H, K, V] at `position`, or None for an empty state.

@@ -28,6 +28,7 @@ from loglinear.ops.triton.common import (
     drop_lowest_bit,
     in_same_block,
     is_right_half,
+    level_mask,
     load_column,
     load_rows,
     load_state,
@@ -282,17 +283,8 @@ def _values_kernel(q, k, v, scales, grad_o, grad_nodes, gamma, dv, row_mass, wri
     grad_state = load_state(grad_nodes + (slot.to(tl.int64) * H + head) * K * V, K, V, BK, BV).to(dtype)
     sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
 
-    mask = tl.exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0)) * scale
-    if SCALED:
-        lam = scales + head * stride_sh
-        factor = load_column(lam + tl.minimum(HEIGHT, L - 1), token, rows, stride_s, 0, C)[:, None]
-        factor = tl.broadcast_to(factor, (C, C))
-        for down in tl.static_range(HEIGHT):
-            near = load_column(lam + tl.minimum(HEIGHT - 1 - down, L - 1), token, rows, stride_s, 0, C)
-            same = in_same_block(row[:, None], row[None, :], HEIGHT - 1 - down)
-            factor = tl.where(same, near[:, None], factor)
-        mask *= factor
-    mask = tl.where(row[:, None] >= row[None, :], mask, 0.0)
+    lam = scales + head * stride_sh
+    mask = level_mask(lam, token, rows, stride_s, sums, L, C, HEIGHT, SCALED) * scale
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * mask
     after = tl.exp2(tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1) - sums)  # from a row to the chunk's end
     written = tl.dot(tl.trans(grad_state), tl.trans(keys), input_precision=PRECISION) * after[None, :]

@@ -73,3 +73,23 @@ def load_state(pointer, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: 
         return tl.load(at)
     else:
         return tl.load(at, mask=(key < K)[:, None] & (column < V)[None, :], other=0.0)
+
+
+@triton.jit
+def level_mask(scales, token, rows, stride, sums, L, C: tl.constexpr, HEIGHT: tl.constexpr, SCALED: tl.constexpr):
+    """Decay times level scale from source rows (columns) to target rows of one chunk, causal: [C, C].
+
+    sums [C]: the inclusive sum of the log2 decays. The level of two rows is that of the smallest block that holds both:
+    from the whole chunk (2^HEIGHT rows) down, smaller blocks overwrite.
+    """
+    row = tl.arange(0, C)
+    mask = tl.exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0))
+    if SCALED:
+        factor = load_column(scales + tl.minimum(HEIGHT, L - 1), token, rows, stride, 0, C)[:, None]
+        factor = tl.broadcast_to(factor, (C, C))
+        for down in tl.static_range(HEIGHT):
+            near = load_column(scales + tl.minimum(HEIGHT - 1 - down, L - 1), token, rows, stride, 0, C)
+            same = in_same_block(row[:, None], row[None, :], HEIGHT - 1 - down)
+            factor = tl.where(same, near[:, None], factor)
+        mask *= factor
+    return tl.where(row[:, None] >= row[None, :], mask, 0.0)

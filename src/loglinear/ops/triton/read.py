@@ -1,6 +1,7 @@
 """Down the tree: every chunk reads its own rows, and the nodes on its left, each on its level.
 
-A program takes one chunk, some of the heads of a group, and a tile of the values.
+A program takes one chunk and one head. Taking several heads of a group would save products and loads of q and k, but
+was slower: what is kept from head to head fills the registers, and fewer programs share a multiprocessor (docs/log.md).
 
 Legend
     N chunks (slots), C rows of a chunk, H heads, G groups, K key width, V value width, L levels
@@ -15,59 +16,47 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.fenwick import Slots
-from loglinear.ops.triton.common import drop_lowest_bit, in_same_block, load_column, load_rows, load_state, store_rows
+from loglinear.ops.triton.common import drop_lowest_bit, level_mask, load_column, load_rows, load_state, store_rows
 
 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
 def _read_kernel(q, k, v, scales, o, nodes, logs, gamma, tokens, rows_of, blocks, heights, reads, N, H, G, scale,
                  stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s, stride_sh,
-                 K: tl.constexpr, V: tl.constexpr, L, C: tl.constexpr, HEIGHT: tl.constexpr, HEADS: tl.constexpr,
-                 BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    slot = tl.program_id(1)
+                 K: tl.constexpr, V: tl.constexpr, L, C: tl.constexpr, HEIGHT: tl.constexpr, BK: tl.constexpr,
+                 BV: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    head, slot = tl.program_id(0), tl.program_id(1)
     rows = tl.load(rows_of + slot)
     if rows == 0:
         return
-    first_head = tl.program_id(0) * HEADS
-    group = first_head // (H // G)
+    group = head // (H // G)
     token, block, count = tl.load(tokens + slot), tl.load(blocks + slot), tl.load(reads + slot)
     dtype = v.dtype.element_ty
     queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
     keys = load_rows(k + group * stride_kg, token, rows, stride_k, 0, C, K, BK, K == BK)
     row = tl.arange(0, C)
-    for step in range(HEADS):
-        head = first_head + step
-        lam = scales + head * stride_sh
-        sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
-        values = load_rows(v + head * stride_vh, token, rows, stride_v, 0, C, V, BV, V == BV)
+    lam = scales + head * stride_sh
+    sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
+    values = load_rows(v + head * stride_vh, token, rows, stride_v, 0, C, V, BV, V == BV)
 
-        # the rows of the chunk
-        mask = tl.exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0)) * scale
+    # the rows of the chunk
+    mask = level_mask(lam, token, rows, stride_s, sums, L, C, HEIGHT, SCALED) * scale
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * mask
+    out = tl.dot(scores.to(dtype), values, input_precision=PRECISION)
+
+    # the nodes on its left, the nearest first
+    rest, log = block, 0.0
+    for _ in range(count):
+        node = slot - block + rest - 1
+        place = node.to(tl.int64) * H + head
+        state = load_state(nodes + place * K * V, K, V, BK, BV).to(dtype)
+        weight = tl.exp2(sums + log) * scale
         if SCALED:
-            factor = load_column(lam + tl.minimum(HEIGHT, L - 1), token, rows, stride_s, 0, C)[:, None]
-            factor = tl.broadcast_to(factor, (C, C))
-            for down in tl.static_range(HEIGHT):
-                near = load_column(lam + tl.minimum(HEIGHT - 1 - down, L - 1), token, rows, stride_s, 0, C)
-                same = in_same_block(row[:, None], row[None, :], HEIGHT - 1 - down)
-                factor = tl.where(same, near[:, None], factor)
-            mask *= factor
-        mask = tl.where(row[:, None] >= row[None, :], mask, 0.0)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * mask
-        out = tl.dot(scores.to(dtype), values, input_precision=PRECISION)
-
-        # the nodes on its left, the nearest first
-        rest, log = block, 0.0
-        for _ in range(count):
-            node = slot - block + rest - 1
-            place = node.to(tl.int64) * H + head
-            state = load_state(nodes + place * K * V, K, V, BK, BV).to(dtype)
-            weight = tl.exp2(sums + log) * scale
-            if SCALED:
-                level = tl.minimum(HEIGHT + 1 + tl.load(heights + node), L - 1)
-                weight *= load_column(lam + level, token, rows, stride_s, 0, C)
-            out += weight[:, None] * tl.dot(queries, state, input_precision=PRECISION)
-            log += tl.load(logs + place)
-            rest = drop_lowest_bit(rest)
-        store_rows(o + head * V, out, token, rows, H * V, C, V, BV, V == BV)
+            level = tl.minimum(HEIGHT + 1 + tl.load(heights + node), L - 1)
+            weight *= load_column(lam + level, token, rows, stride_s, 0, C)
+        out += weight[:, None] * tl.dot(queries, state, input_precision=PRECISION)
+        log += tl.load(logs + place)
+        rest = drop_lowest_bit(rest)
+    store_rows(o + head * V, out, token, rows, H * V, C, V, BV, V == BV)
 
 
 def read(q, k, v, scales, nodes, logs, gamma, slots: Slots, chunk: int, height: int, scale: float,
@@ -75,14 +64,13 @@ def read(q, k, v, scales, nodes, logs, gamma, slots: Slots, chunk: int, height: 
     """o [T, H, V] for q, k [T, G, K], v [T, H, V] and level scales [T, H, L] (None: 1)."""
     (_, groups, key_dim), (_, heads, value_dim) = q.shape, v.shape
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    together = 1  # more would save loads of q and k, and fill the registers: 1.4 ms instead of 1.0
     scaled = scales is not None
     lam = scales if scaled else v
-    _read_kernel[(heads // together, len(slots.token))](
+    _read_kernel[(heads, len(slots.token))](
         q, k, v, lam, o, nodes, logs, gamma, slots.token, slots.rows, slots.block, slots.height, slots.reads,
         len(slots.token), heads, groups, scale, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
         v.stride(1), lam.stride(0), lam.stride(1), key_dim, value_dim, lam.shape[-1] if scaled else 1,
-        C=chunk, HEIGHT=height, HEADS=together, BK=max(16, triton.next_power_of_2(key_dim)),
+        C=chunk, HEIGHT=height, BK=max(16, triton.next_power_of_2(key_dim)),
         BV=max(16, triton.next_power_of_2(value_dim)), SCALED=scaled, PRECISION=precision, num_warps=4, num_stages=2,
     )  # fmt: skip
     return o

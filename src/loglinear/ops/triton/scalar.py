@@ -21,10 +21,22 @@ from loglinear.ops.triton.read import read
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CHUNK = 16 if INTERPRETED else 64  # the interpreter pays by the product, and small chunks make more of a tree
 LARGEST_WIDTH = 128
+LARGEST_GRID = 65_535  # programs along the second dimension of a launch
 
 
-def unsupported(q: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, initial_state, return_state: bool):
+def num_slots(v: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Slots of a call: exact for a batch, enough for packed sequences, whose lengths the host does not know."""
+    batch, tokens = v.shape[:2]
+    return batch * -(-tokens // CHUNK) if cu_seqlens is None else tokens // CHUNK + len(cu_seqlens) - 1
+
+
+def unsupported(
+    q: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, cu_seqlens: Tensor | None, initial_state,
+    return_state: bool,
+) -> str | None:  # fmt: skip
     """Why these kernels do not cover a call, or None."""
+    if num_slots(v, cu_seqlens) > LARGEST_GRID:
+        return f"more than {LARGEST_GRID} chunks of {CHUNK} tokens in a call"
     if beta is not None:
         return "the delta rule (beta)"
     if log_decay is not None and log_decay.ndim == 4:
@@ -60,7 +72,7 @@ def _prepare(q, k, v, level_scales, log_decay, cu_seqlens):
         slots = fenwick.uniform_slots(batch, tokens, CHUNK, num_levels, v.device)
     else:
         _assert_bounds(cu_seqlens, tokens)
-        slots = fenwick.slots(cu_seqlens, tokens // CHUNK + len(cu_seqlens) - 1, CHUNK, num_levels)
+        slots = fenwick.slots(cu_seqlens, num_slots(v, cu_seqlens), CHUNK, num_levels)
     exact = v.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
     return rows, slots, "ieee" if exact else "tf32"
 
