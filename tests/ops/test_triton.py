@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from loglinear import fenwick, log_linear_attention
+from loglinear.ops import reference
 from operator_cases import TOLERANCES, Shape, assert_close, compare, make_inputs, poisoned
 
 pytest.importorskip("triton")
@@ -66,6 +67,22 @@ def test_interpreted_strong_decay():
     shape = Shape(B=1, T=70, G=1, H=2, K=16, V=16, L=8)
     inputs = make_inputs("mamba2", shape, torch.float32, decay=200 / CHUNK)
     compare(kernels(), tree(), inputs, returns_state=False)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("reset", [-1e4, -1e30, -torch.inf])
+def test_interpreted_reset(reset):
+    """A decay of zero in the middle of a chunk forgets everything before it, and nothing after it."""
+    inputs = make_inputs("mamba2", Shape(B=1, T=70, G=1, H=2, K=16, V=16, L=8), torch.float32)
+    inputs.log_decay[:, 37] = reset
+    o, _ = kernels()(inputs, None)
+    after, _ = reference.log_linear_attention_recurrent(
+        *inputs.to(torch.float64).values()[:4], log_decay=inputs.log_decay.double(), beta=None, scale=0.7,
+        cu_seqlens=None, initial_state=None, return_state=False,
+    )[:2]  # fmt: skip
+    assert_close(o, after, 2e-5, "o")  # sums of about 126 to 24 bits
+    torch_o, _ = tree()(inputs.to(torch.float64), None)
+    assert_close(torch_o, after, 1e-11, "o of the torch backend")
 
 
 def test_slots_name_every_node_once():

@@ -89,10 +89,11 @@ def _operator_training_flops(mixer: type[RecurrentMixer], config: LogLinearConfi
     flops = 2.0 * chunk * key * score_heads  # scores
     flops += 2.0 * chunk * value * heads  # scores times values
     flops += 2.0 * key * value * heads  # what a chunk adds to the state
-    # Half of the nodes above the chunk are read (the set bits of a chunk number); a capped last level is one
-    # more.
+    # A chunk reads a node for every set bit of its number, half of them; from the height of the last level on, one
+    # state stands for all that is older, and is read by every chunk that has something older.
     heights = max(0, full_num_levels(length) - full_num_levels(chunk))
-    reads = heights / 2 if config.num_levels > 1 else min(1, heights)
+    below = min(heights, max(0, config.num_levels - 1 - full_num_levels(chunk)))
+    reads = below / 2 + 1 - 0.5 ** (heights - below)
     flops += 2.0 * reads * key * value * heads
     if delta:
         flops += 2.0 * chunk * (2 * key + value + chunk) * heads  # k k^T, W, T v, scores times T

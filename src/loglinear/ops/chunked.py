@@ -68,14 +68,16 @@ def tree_attention(
     if per_head and groups != heads:
         q, k = (x.repeat_interleave(heads // groups, dim=2) for x in (q, k))
     shared = 1 if per_head else heads // groups
-    q, k = (to_chunks(x.to(work), plan) for x in (q * scale, k))
+    q, k = (to_chunks(x, plan) for x in (q.to(work) * scale, k.to(work)))
     v = to_chunks(v.to(work).unflatten(2, (-1, shared)), plan)
     if level_scales is not None:
         level_scales = to_chunks(level_scales.to(work).unflatten(2, (-1, shared)), plan)
     if beta is not None:
         beta = to_chunks(beta.to(work).unflatten(2, (-1, shared)), plan)
     if log_decay is not None:
-        log_decay = to_chunks(log_decay.to(torch.float64).unflatten(2, (-1, shared)), plan)
+        # a reset (-inf, or a huge number) is a zero long before -1000, and would drown what is summed after it
+        log_decay = log_decay.to(torch.float64).clamp(min=-1e3)
+        log_decay = to_chunks(log_decay.unflatten(2, (-1, shared)), plan)
     if buckets is not None and positions is not None:  # [S, L, H, K, V] to [A, S, L, K, R·V]
         buckets = buckets.to(work).unflatten(2, (-1, shared)).permute(2, 0, 1, 4, 3, 5).flatten(-2)
         used = fenwick.occupied(positions, num_levels)

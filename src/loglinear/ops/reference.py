@@ -107,8 +107,8 @@ def log_linear_attention_dense(
     """
     (_, length, heads, _), dtype = v.shape, v.dtype
     work = torch.promote_types(dtype, torch.float32)
-    q, k = (x.to(work).repeat_interleave(heads // x.shape[2], dim=2).transpose(1, 2) for x in (q * scale, k))
-    v = v.to(work).transpose(1, 2)  # [B, H, T, V]
+    q, k = (x.to(work).repeat_interleave(heads // x.shape[2], dim=2).transpose(1, 2) for x in (q, k))
+    q, v = q * scale, v.to(work).transpose(1, 2)  # [B, H, T, V]
     causal = torch.ones(length, length, dtype=torch.bool, device=v.device).tril()
     if log_decay is None:
         decay = causal[..., None].to(work)

@@ -35,7 +35,6 @@ from loglinear.ops.triton.common import (
     store_rows,
 )
 from loglinear.ops.triton.nodes import SUBTREE_HEIGHT, make_nodes
-from loglinear.ops.triton.read import largest_divisor
 
 
 @triton.jit(do_not_specialize=["T", "N", "L", "stride_s", "stride_sh"])
@@ -53,22 +52,22 @@ def _inside_kernel(q, k, v, scales, grad_o, gamma, dq, dscales, grad_scores, row
     group = first_head // (H // G)
     token = tl.load(tokens + slot)
     dtype = v.dtype.element_ty
-    queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
-    keys = load_rows(k + group * stride_kg, token, rows, stride_k, 0, C, K, BK, K == BK)
+    queries = load_rows(q + group.to(tl.int64) * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
+    keys = load_rows(k + group.to(tl.int64) * stride_kg, token, rows, stride_k, 0, C, K, BK, K == BK)
     row = tl.arange(0, C)
     total = tl.zeros((C, C), tl.float32)
     for step in range(HEADS):
         head = first_head + step
         sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
-        values = load_rows(v + head * stride_vh, token, rows, stride_v, 0, C, V, BV, V == BV)
-        grad = load_rows(grad_o + head * stride_gh, token, rows, stride_g, 0, C, V, BV, V == BV)
+        values = load_rows(v + head.to(tl.int64) * stride_vh, token, rows, stride_v, 0, C, V, BV, V == BV)
+        grad = load_rows(grad_o + head.to(tl.int64) * stride_gh, token, rows, stride_g, 0, C, V, BV, V == BV)
         decay = tl.exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0))
         decay = tl.where(row[:, None] >= row[None, :], decay, 0.0)
         decay *= tl.dot(grad, tl.trans(values), input_precision=PRECISION)
         product = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * decay  # of a pair, before scale and λ
         mass = tl.zeros((C,), tl.float32)
         if SCALED:
-            lam, dlam = scales + head * stride_sh, dscales + (token + row).to(tl.int64) * H * L + head * L
+            lam, dlam = scales + head.to(tl.int64) * stride_sh, dscales + (token + row).to(tl.int64) * H * L + head * L
             within = tl.zeros((C,), tl.float32)
             last = tl.zeros((C,), tl.float32)
             factor = tl.zeros((C, C), tl.float32)
@@ -121,15 +120,15 @@ def _queries_kernel(q, scales, grad_o, nodes, gamma, offsets, dq, dscales, row_m
     group = first_head // (H // G)
     token, block, count = tl.load(tokens + slot), tl.load(blocks + slot), tl.load(reads + slot)
     dtype = grad_o.dtype.element_ty
-    queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
+    queries = load_rows(q + group.to(tl.int64) * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
     row = tl.arange(0, C)
     grad_q = tl.zeros((C, BK), tl.float32)
     for step in range(HEADS):
         head = first_head + step
-        lam, dlam = scales + head * stride_sh, dscales + (token + row).to(tl.int64) * H * L + head * L
+        lam, dlam = scales + head.to(tl.int64) * stride_sh, dscales + (token + row).to(tl.int64) * H * L + head * L
         sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
         here = tl.load(offsets + head.to(tl.int64) * (N + 1) + slot)
-        grad = load_rows(grad_o + head * stride_gh, token, rows, stride_g, 0, C, V, BV, V == BV)
+        grad = load_rows(grad_o + head.to(tl.int64) * stride_gh, token, rows, stride_g, 0, C, V, BV, V == BV)
         mass = tl.zeros((C,), tl.float32)
         last = tl.zeros((C,), tl.float32)
         rest = block
@@ -179,8 +178,8 @@ def _gather_kernel(q, scales, grad_o, grad_nodes, gamma, offsets, tokens, rows_o
         return
     dtype = q.dtype.element_ty
     key, column, row = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, C)
-    q += (head // (H // G)) * stride_qg
-    lam = scales + head * stride_sh + tl.minimum(HEIGHT + 1 + height, L - 1)
+    q += (head // (H // G)).to(tl.int64) * stride_qg
+    lam = scales + head.to(tl.int64) * stride_sh + tl.minimum(HEIGHT + 1 + height, L - 1)
     end = tl.load(offsets + head.to(tl.int64) * (N + 1) + slot + 1)
     total = tl.zeros((BK, BV), tl.float32)
     span = tl.minimum(tl.exp2(height.to(tl.float32)).to(tl.int32), left - 1)
@@ -194,7 +193,8 @@ def _gather_kernel(q, scales, grad_o, grad_nodes, gamma, offsets, tokens, rows_o
         if SCALED:
             weight *= load_column(lam, token + (step + 1) * C, rows, stride_s, 0, C)
         queries = load_rows(q, token + (step + 1) * C, rows, stride_q, 0, C, K, BK, K == BK)
-        grad = load_rows(grad_o + head * stride_gh, token + (step + 1) * C, rows, stride_g, 0, C, V, BV, V == BV)
+        grad_rows = grad_o + head.to(tl.int64) * stride_gh
+        grad = load_rows(grad_rows, token + (step + 1) * C, rows, stride_g, 0, C, V, BV, V == BV)
         total = tl.dot(tl.trans(queries), (grad * weight[:, None]).to(dtype), total, input_precision=PRECISION)
     tile = key[:, None] * V + column[None, :]
     tl.store(grad_nodes + (slot.to(tl.int64) * H + head) * K * V + tile, total.to(grad_nodes.dtype.element_ty),
@@ -277,18 +277,18 @@ def _values_kernel(q, k, v, scales, grad_o, grad_nodes, gamma, dv, row_mass, wri
     token = tl.load(tokens + slot)
     dtype = v.dtype.element_ty
     row = tl.arange(0, C)
-    queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
-    keys = load_rows(k + group * stride_kg, token, rows, stride_k, 0, C, K, BK, K == BK)
-    grad = load_rows(grad_o + head * stride_gh, token, rows, stride_g, 0, C, V, BV, V == BV)
+    queries = load_rows(q + group.to(tl.int64) * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
+    keys = load_rows(k + group.to(tl.int64) * stride_kg, token, rows, stride_k, 0, C, K, BK, K == BK)
+    grad = load_rows(grad_o + head.to(tl.int64) * stride_gh, token, rows, stride_g, 0, C, V, BV, V == BV)
     grad_state = load_state(grad_nodes + (slot.to(tl.int64) * H + head) * K * V, K, V, BK, BV).to(dtype)
     sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
 
-    lam = scales + head * stride_sh
+    lam = scales + head.to(tl.int64) * stride_sh
     mask = level_mask(lam, token, rows, stride_s, sums, L, C, HEIGHT, SCALED) * scale
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * mask
     after = tl.exp2(tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1) - sums)  # from a row to the chunk's end
     written = tl.dot(tl.trans(grad_state), tl.trans(keys), input_precision=PRECISION) * after[None, :]
-    values = load_rows(v + head * stride_vh, token, rows, stride_v, 0, C, V, BV, V == BV)
+    values = load_rows(v + head.to(tl.int64) * stride_vh, token, rows, stride_v, 0, C, V, BV, V == BV)
     mass = tl.sum(tl.trans(values).to(tl.float32) * written, 0)
     mass_at = row_mass + (head.to(tl.int64) * N + slot) * C + row
     tl.store(mass_at, tl.load(mass_at) - mass)
@@ -311,14 +311,14 @@ def _keys_kernel(q, v, grad_nodes, grad_scores, gamma, dk, tokens, rows_of, T, N
     token = tl.load(tokens + slot)
     dtype = v.dtype.element_ty
     row = tl.arange(0, C)
-    queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
+    queries = load_rows(q + group.to(tl.int64) * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
     turned = grad_scores + (part.to(tl.int64) * N + slot) * C * C + row[:, None] + row[None, :] * C
     grad_k = tl.dot(tl.load(turned), queries, input_precision=PRECISION)
     for step in range(HEADS):
         head = first_head + step
         sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
         end = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1)
-        values = load_rows(v + head * stride_vh, token, rows, stride_v, 0, C, V, BV, V == BV)
+        values = load_rows(v + head.to(tl.int64) * stride_vh, token, rows, stride_v, 0, C, V, BV, V == BV)
         grad_state = load_state(grad_nodes + (slot.to(tl.int64) * H + head) * K * V, K, V, BK, BV).to(dtype)
         weighted = (values.to(tl.float32) * tl.exp2(end - sums)[:, None]).to(dtype)
         grad_k = tl.dot(weighted, tl.trans(grad_state), grad_k, input_precision=PRECISION)
@@ -439,3 +439,7 @@ def gradients(q, k, v, scales, log_decay, grad_o, slots: Slots, chunk: int, heig
         num_slots, heads, slots.cap, tiles, C=chunk, num_warps=1,
     )  # fmt: skip
     return dq.sum(0).to(q.dtype), dk.sum(0).to(k.dtype), dv, dscales if scaled else None, dlog_decay
+
+
+def largest_divisor(number: int, at_most: int) -> int:
+    return max(d for d in range(1, at_most + 1) if number % d == 0)

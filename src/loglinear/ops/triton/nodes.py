@@ -28,7 +28,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def _leaf(k, v, log_decay, gamma, token, rows, present, slot, head, N, stride_k, stride_v, stride_d, K, V, write_gamma,
           C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """State that one chunk adds, [BK, BV], and the log of its decay."""
-    decay = load_column(log_decay + head, token, rows, stride_d, 0, C) * LOG2E
+    # 2^-126 is as good as zero; a reset (-inf, or a huge number) would drown what is summed after it
+    decay = tl.maximum(load_column(log_decay + head, token, rows, stride_d, 0, C) * LOG2E, -126.0)
     sums = tl.cumsum(decay, 0)
     total = tl.sum(decay, 0)
     if write_gamma:
@@ -84,8 +85,8 @@ def _subtrees_kernel(k, v, log_decay, gamma, nodes, logs, tops, tokens, rows, bl
         return
     tiles_v = tl.cdiv(V, BV)
     first_k, first_v = (tile // tiles_v) * BK, (tile % tiles_v) * BV
-    k += (head // (H // G)) * stride_kg + first_k
-    v += head * stride_vh + first_v
+    k += (head // (H // G)).to(tl.int64) * stride_kg + first_k
+    v += head.to(tl.int64) * stride_vh + first_v
     row, column = tl.arange(0, BK)[:, None], tl.arange(0, BV)[None, :]
     offset = (first_k + row) * V + first_v + column
     mask = (first_k + row < K) & (first_v + column < V)
@@ -142,7 +143,6 @@ def make_nodes(k: Tensor, v: Tensor, log_decay: Tensor, slots: Slots, chunk: int
     block_k, block_v = max(16, block_k), max(16, block_v)
     tiles = triton.cdiv(key_dim, block_k) * triton.cdiv(value_dim, block_v)
     _subtrees_kernel[(heads * tiles, num_slots)](  # the tiles of a head side by side: they share v in the cache
-       
         k, v, log_decay, gamma, nodes, logs, tops, slots.token, slots.rows, slots.block, slots.left,
         num_slots, heads, groups, k.stride(0), k.stride(1), v.stride(0), v.stride(1), log_decay.stride(0),
         key_dim, value_dim, C=chunk, SUB=2**low, BK=block_k, BV=block_v, PRECISION=precision, num_warps=4, num_stages=1,

@@ -31,12 +31,12 @@ def _read_kernel(q, k, v, scales, o, nodes, logs, gamma, tokens, rows_of, blocks
     group = head // (H // G)
     token, block, count = tl.load(tokens + slot), tl.load(blocks + slot), tl.load(reads + slot)
     dtype = v.dtype.element_ty
-    queries = load_rows(q + group * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
-    keys = load_rows(k + group * stride_kg, token, rows, stride_k, 0, C, K, BK, K == BK)
+    queries = load_rows(q + group.to(tl.int64) * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
+    keys = load_rows(k + group.to(tl.int64) * stride_kg, token, rows, stride_k, 0, C, K, BK, K == BK)
     row = tl.arange(0, C)
-    lam = scales + head * stride_sh
+    lam = scales + head.to(tl.int64) * stride_sh
     sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
-    values = load_rows(v + head * stride_vh, token, rows, stride_v, 0, C, V, BV, V == BV)
+    values = load_rows(v + head.to(tl.int64) * stride_vh, token, rows, stride_v, 0, C, V, BV, V == BV)
 
     # the rows of the chunk
     mask = level_mask(lam, token, rows, stride_s, sums, L, C, HEIGHT, SCALED) * scale
@@ -74,7 +74,3 @@ def read(q, k, v, scales, nodes, logs, gamma, slots: Slots, chunk: int, height: 
         BV=max(16, triton.next_power_of_2(value_dim)), SCALED=scaled, PRECISION=precision, num_warps=4, num_stages=2,
     )  # fmt: skip
     return o
-
-
-def largest_divisor(number: int, at_most: int) -> int:
-    return max(d for d in range(1, at_most + 1) if number % d == 0)

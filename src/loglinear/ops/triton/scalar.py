@@ -65,7 +65,8 @@ def _prepare(q, k, v, level_scales, log_decay, cu_seqlens):
     if log_decay is None:
         log_decay = torch.zeros(batch, tokens, heads, dtype=torch.float32, device=v.device)
     inputs = [q, k, v, level_scales, log_decay]
-    if q.dtype == torch.float16:  # sums over a sequence overflow 16 bits with a short exponent
+    # sums over a sequence overflow 16 bits with a short exponent; the interpreter multiplies bfloat16 wrongly
+    if q.dtype == torch.float16 or INTERPRETED:
         inputs[:3] = [x.float() for x in inputs[:3]]
     rows = [None if x is None else _rows(x) for x in inputs]
     if cu_seqlens is None:
@@ -73,7 +74,7 @@ def _prepare(q, k, v, level_scales, log_decay, cu_seqlens):
     else:
         _assert_bounds(cu_seqlens, tokens)
         slots = fenwick.slots(cu_seqlens, num_slots(v, cu_seqlens), CHUNK, num_levels)
-    exact = v.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    exact = v.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return rows, slots, "ieee" if exact else "tf32"
 
 
@@ -93,11 +94,12 @@ def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None, scale: float,
     cu_seqlens: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    rows, slots, precision = _prepare(q, k, v, level_scales, log_decay, cu_seqlens)
-    queries, keys, values, scales, decays = rows
-    nodes, logs, gamma = make_nodes(keys, values, decays, slots, CHUNK, precision)
-    height = fenwick.chunk_height(CHUNK)
-    o = read(queries, keys, values, scales, nodes, logs, gamma, slots, CHUNK, height, scale, precision)
+    with torch.cuda.device_of(v):  # kernels are launched on the current device
+        rows, slots, precision = _prepare(q, k, v, level_scales, log_decay, cu_seqlens)
+        queries, keys, values, scales, decays = rows
+        nodes, logs, gamma = make_nodes(keys, values, decays, slots, CHUNK, precision)
+        height = fenwick.chunk_height(CHUNK)
+        o = read(queries, keys, values, scales, nodes, logs, gamma, slots, CHUNK, height, scale, precision)
     return o.view(v.shape).to(v.dtype)
 
 
@@ -111,9 +113,10 @@ def _backward_op(
     grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None,
     scale: float, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    rows, slots, precision = _prepare(q, k, v, level_scales, log_decay, cu_seqlens)
-    grad_o = _rows(grad_o.to(rows[2].dtype))
-    found = gradients(*rows, grad_o, slots, CHUNK, fenwick.chunk_height(CHUNK), scale, precision)
+    with torch.cuda.device_of(v):
+        rows, slots, precision = _prepare(q, k, v, level_scales, log_decay, cu_seqlens)
+        grad_o = _rows(grad_o.to(rows[2].dtype))
+        found = gradients(*rows, grad_o, slots, CHUNK, fenwick.chunk_height(CHUNK), scale, precision)
     inputs = (q, k, v, level_scales, log_decay)
     return tuple(
         v.new_empty(0) if x is None or g is None else g.view(x.shape).to(x.dtype)
