@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from loglinear.train.config import CONFIG_FILE, TrainConfig
+from loglinear.train.config import CONFIG_FILE, TrainConfig, parse_yaml
 
 app = typer.Typer(
     name="loglinear",
@@ -90,14 +90,15 @@ def _train_config(file: Path | None, flags: dict[str, Any]) -> TrainConfig:
 
 def _assignments(flag: str, values: list[str]) -> dict[str, Any]:
     """`KEY=VALUE` texts as a mapping; values are read as YAML, so that 4, true and [0, 2] are what they look like."""
-    import yaml
-
     found = {}
     for value in values:
         key, equals, text = value.partition("=")
         if not equals or not key:
             raise ValueError(f"{flag}: got {value!r}, wanted KEY=VALUE")
-        found[key.strip().replace("-", "_")] = yaml.safe_load(text)
+        try:
+            found[key.strip().replace("-", "_")] = parse_yaml(text)
+        except ValueError as error:
+            raise ValueError(f"{flag} {key}: {error}") from error
     return found
 
 

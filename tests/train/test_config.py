@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from loglinear.train import TrainConfig
-from loglinear.train.config import read_mapping
+from loglinear.train.config import parse_yaml, read_mapping
 
 
 def test_defaults_are_valid_and_every_field_says_what_it_is():
@@ -89,7 +89,8 @@ def test_wrong_files_are_refused(tmp_path):
     for name, content, message in [
         ("c.ini", "", "got the suffix '.ini', wanted .yaml"),
         ("c.toml", "= 3", "not TOML"),
-        ("c.yaml", "a: [", "cannot be parsed"),
+        ("c.yaml", "a: [", r"c\.yaml: got a file that cannot be parsed: got 'a: \[', wanted YAML"),
+        ("c.json", "{norm_eps: 1}", r"c\.json: got a file that cannot be parsed"),
         ("d.yaml", "- 1", "got a list, wanted keys and values"),
     ]:
         (tmp_path / name).write_text(content)
@@ -104,3 +105,22 @@ def test_resuming_allows_only_what_changes_no_result():
     saved.replace(steps=20, save_every=3, output="elsewhere", tensorboard=False).check_resumes(saved)
     with pytest.raises(ValueError, match=r"learning_rate: saved 0\.001, now 0\.1; seed|seed: saved 0, now 1"):
         saved.replace(learning_rate=0.1, seed=1).check_resumes(saved)
+
+
+@pytest.mark.parametrize("text", ["1e-05", "1e5", "-2.5e3", "+1.E-3", ".5e1"])
+def test_exponents_are_floats_and_texts_like_them_stay_texts(tmp_path, text):
+    value = parse_yaml(f"{{norm_eps: {text}}}")["norm_eps"]
+    assert type(value) is float and value == float(text)
+    config = TrainConfig(hub_split=text, model_options={"norm_eps": value, "mixer": text})
+    config.save(tmp_path / "c.yaml")
+    assert TrainConfig.from_file(tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize("text", ["1e", "e5", "1e5x", "12ab"])
+def test_what_is_no_number_stays_a_text(text):
+    assert parse_yaml(text) == text
+
+
+def test_a_value_that_is_no_yaml_is_refused():
+    with pytest.raises(ValueError, match=r"^got '\[1, ', wanted YAML: [^\n]+$"):
+        parse_yaml("[1, ")

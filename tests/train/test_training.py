@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from loglinear.data import ByteTokenizer, PackedRows
-from loglinear.models import LogLinearForCausalLM
+from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.train import NonFiniteError, TrainConfig, held_out_corpus, load_checkpoint, resolve_checkpoint, train
 from loglinear.train.checkpoints import load_corpora, newest_checkpoint
 from loglinear.train.reporting import Tokenizing, read_metrics
@@ -438,6 +438,17 @@ def test_hugging_face_tokenizer_and_model_file(settings, tmp_path):
     assert len(tokenizer) == model.config.vocab_size == 7
     assert model.config.mixer == "linear_attention" and model.config.num_levels == 3
     assert model.config.eos_token_id == 1 and model.config.bos_token_id is None
+
+
+@pytest.mark.parametrize("preset", ["tiny-gated-deltanet", "tiny-attention"])
+def test_a_saved_configuration_makes_the_same_model(settings, tmp_path, preset):
+    saved = LogLinearForCausalLM(LogLinearConfig.preset(preset, norm_eps=1e-5))
+    saved.save_pretrained(tmp_path)
+    assert "1e-05" in (tmp_path / "config.json").read_text()
+    model = build_model(settings.replace(model=str(tmp_path / "config.json")), ByteTokenizer())
+    assert model.config.norm_eps == 1e-5
+    written_by_saving = {"architectures": ["LogLinearForCausalLM"], "dtype": "float32"}
+    assert model.config.to_dict() | written_by_saving == saved.config.to_dict() | written_by_saving
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,14 @@ that `--help` is quick.
 """
 
 import dataclasses
+import json
+import re
 import tomllib
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -210,7 +213,8 @@ class TrainConfig:
 
         values = self.to_dict()
         del values["resume"], values["stop_after"]
-        Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        text = yaml.dump(values, Dumper=_yaml_classes()[1], sort_keys=False, allow_unicode=True)
+        Path(path).write_text(text)
 
     def check_resumes(self, saved: "TrainConfig") -> None:
         """Refuse to go on with a run whose results would depend on what changed.
@@ -268,12 +272,9 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"{path}: got a file that is not TOML: {error}") from error
     if suffix not in (".yaml", ".yml", ".json"):
         raise ValueError(f"{path}: got the suffix {suffix or '(none)'!r}, wanted .yaml, .yml, .toml or .json")
-    import yaml
-
     try:
-        # JSON is YAML, too.
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        values = json.loads(path.read_text()) if suffix == ".json" else parse_yaml(path.read_text())
+    except ValueError as error:
         raise ValueError(f"{path}: got a file that cannot be parsed: {error}") from error
     if values is None:
         return {}
@@ -282,10 +283,47 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _checked(name: str, value: Any, wanted: Any) -> Any:
-    """The value as the field's type, where that loses nothing: 3 for 3.0, and 1e-3, which YAML reads as
-    text.
+def parse_yaml(text: str) -> Any:
+    """The value that a YAML text says, numbers as YAML 1.2 has them: `1e-6` is a float.
+
+    Raises:
+        ValueError: the text is not YAML.
+
+    >>> parse_yaml("{norm_eps: 1e-6, name: 1e-6x}")
+    {'norm_eps': 1e-06, 'name': '1e-6x'}
     """
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=_yaml_classes()[0])
+    except yaml.YAMLError as error:
+        shown = text if len(text) <= 80 else text[:80] + "…"
+        raise ValueError(f"got {shown!r}, wanted YAML: {' '.join(str(error).split())}") from error
+
+
+@cache
+def _yaml_classes() -> tuple[type, type]:
+    """A safe loader and dumper that agree on floats.
+
+    PyYAML follows YAML 1.1, in which a float needs a dot and its exponent a sign. The dumper must know what the
+    loader reads as a float, to put quotes round a text that looks like one.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    floats = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+    for one in (Loader, Dumper):
+        one.add_implicit_resolver("tag:yaml.org,2002:float", floats, list("-+.0123456789"))
+    return Loader, Dumper
+
+
+def _checked(name: str, value: Any, wanted: Any) -> Any:
+    """The value as the field's type, where that loses nothing: 3.0 for 3, and a number that is text."""
     origin = get_origin(wanted)
     if origin in (Union, types.UnionType):
         if value is None:
