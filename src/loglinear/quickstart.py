@@ -157,7 +157,14 @@ def run(config: QuickstartConfig, console: Console | None = None) -> QuickstartR
     models = {name: load_checkpoint(run.checkpoint, device=config.device)[0] for name, run in runs.items()}
     with quiet_transformers():
         corpus = held_out_corpus(runs[LINEAR].checkpoint)
-    documents = position_loss.choose_documents(corpus, config.sequence_length, True, config.evaluation_documents)
+    try:
+        documents = position_loss.choose_documents(corpus, config.sequence_length, True, config.evaluation_documents)
+    except ValueError:  # too short a text is no reason to lose two trainings
+        console.print(
+            f"No held-out document has more than {config.sequence_length} tokens: all are compared, as far as they go.",
+            highlight=False,
+        )
+        documents = position_loss.choose_documents(corpus, config.sequence_length, False, config.evaluation_documents)
     losses = position_loss.evaluate(models, documents, config.sequence_length)
     overall = position_loss.compare(
         LOG_LINEAR,

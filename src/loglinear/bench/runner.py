@@ -21,6 +21,7 @@ from loglinear.bench.models import STEP, ModelCase
 from loglinear.bench.operators import OPERATORS, Operator, select
 from loglinear.bench.rows import OK, Environment, Row
 from loglinear.bench.worker import BOTH, DTYPES, FORWARD, Case, Result, tolerance
+from loglinear.models import LogLinearConfig
 
 K = 1024
 
@@ -49,6 +50,8 @@ class Suite:
 
     def __post_init__(self) -> None:
         select(list(self.operators))
+        for preset in self.presets:
+            LogLinearConfig.preset(preset)  # refuses an unknown one, with the nearest
         unknown = [name for name in self.shapes if name not in SHAPES]
         if unknown:
             raise ValueError(f"unknown shape {', '.join(unknown)}; known are {', '.join(SHAPES)}")

@@ -236,8 +236,8 @@ def choose_documents(
     Args:
         corpus: where they are taken from.
         length: positions that are evaluated.
-        whole: only documents that reach the last position, so that every bucket has the same documents;
-        False: all of them. maximum: at most so many; None: all.
+        whole: only documents that reach the last position, so that every bucket has the same documents; False: all.
+        maximum: at most so many; None: all.
 
     Raises:
         ValueError: no document is long enough.
@@ -247,7 +247,7 @@ def choose_documents(
         longest = int(corpus.lengths.max(initial=0))
         raise ValueError(
             f"no document has more than {length} tokens (the longest has {longest}): "
-            "choose a smaller length, or take documents of all lengths"
+            "choose a smaller length (--length), or take documents of all lengths (--all-documents)"
         )
     order = np.random.default_rng(seed).permutation(long_enough)
     return [corpus[int(index)] for index in (order if maximum is None else order[:maximum])]
@@ -427,6 +427,8 @@ def evaluate_checkpoints(
         raise ValueError("position loss needs at least one checkpoint, got none")
     if labels and len(labels) != len(checkpoints):
         raise ValueError(f"got {len(labels)} labels for {len(checkpoints)} checkpoints")
+    if len(set(labels)) != len(labels):
+        raise ValueError(f"every checkpoint needs a label of its own, got {', '.join(labels)}")
     paths = [resolve_checkpoint(path) for path in checkpoints]
     loaded = [load_checkpoint(path, device=device) for path in paths]
     tokenizer = loaded[0][1]

@@ -18,8 +18,9 @@ def learning_rate_factor(
     then falls from 1 to `final_fraction` at the last step, along a half cosine or a line; "constant" stays at
     1.
 
-    >>> [learning_rate_factor(s, steps=5, schedule="linear", warmup_fraction=0.4, final_fraction=0.0) for s in
-    range(5)] [0.5, 1.0, 0.6666666666666667, 0.33333333333333337, 0.0]
+    >>> shape = dict(steps=5, schedule="linear", warmup_fraction=0.4, final_fraction=0.0)
+    >>> [learning_rate_factor(step, **shape) for step in (0, 1, 4)]
+    [0.5, 1.0, 0.0]
     """
     warmup = math.ceil(warmup_fraction * steps)
     if step < warmup:

@@ -127,17 +127,17 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> LogL
             vocabulary.
         FileNotFoundError: a model file that does not exist.
     """
-    options = dict(config.model_options)
-    vocabulary = options.setdefault("vocab_size", len(tokenizer))
-    if vocabulary < len(tokenizer):
-        raise ValueError(f"model option vocab_size: got {vocabulary}, wanted at least the tokenizer's {len(tokenizer)}")
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        options.setdefault(name, getattr(tokenizer, name))
-    if config.model.lower().endswith(MODEL_FILE_SUFFIXES):
-        model_config = LogLinearConfig(**{**_without_bookkeeping(read_mapping(config.model)), **options})
-    else:
-        model_config = LogLinearConfig.preset(config.model, **options)
-    return LogLinearForCausalLM(model_config)
+    from_file = config.model.lower().endswith(MODEL_FILE_SUFFIXES)
+    chosen = _without_bookkeeping(read_mapping(config.model)) if from_file else {}
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    options = {"vocab_size": len(tokenizer), **special, **chosen, **config.model_options}
+    if options["vocab_size"] < len(tokenizer):
+        raise ValueError(
+            f"the model's vocab_size: got {options['vocab_size']}, wanted at least the tokenizer's {len(tokenizer)}"
+        )
+    return LogLinearForCausalLM(
+        LogLinearConfig(**options) if from_file else LogLinearConfig.preset(config.model, **options)
+    )
 
 
 def _without_bookkeeping(values: dict[str, Any]) -> dict[str, Any]:
