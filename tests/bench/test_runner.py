@@ -301,3 +301,8 @@ def test_gpu_operators_run_and_are_right(name):
     check = check_operator(OPERATORS[name], worker_module.SHAPES[shape], "bfloat16", "cuda")
     assert check.status == "ok"
     assert [result.status for result in run_case(case)] == ["ok", "ok"]
+
+
+def test_a_preset_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="unknown preset.*did you mean 'small-mamba2'"):
+        cpu_suite(presets=("small-mamba",))

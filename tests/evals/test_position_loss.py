@@ -201,3 +201,8 @@ def test_other_documents_can_be_named(runs, tmp_path):
     assert {row.documents for row in result.table} == {1}
     assert list(result.losses) == ["a", "b"]
     assert all(row.standard_error is None for row in result.table)
+
+
+def test_two_checkpoints_with_one_label_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="a label of its own, got x, x"):
+        position_loss.evaluate_checkpoints([tmp_path / "a", tmp_path / "b"], labels=["x", "x"])

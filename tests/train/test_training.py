@@ -451,6 +451,17 @@ def test_a_saved_configuration_makes_the_same_model(settings, tmp_path, preset):
     assert model.config.to_dict() | written_by_saving == saved.config.to_dict() | written_by_saving
 
 
+def test_a_model_file_keeps_its_own_vocabulary(settings, tmp_path):
+    LogLinearConfig.preset("tiny-gated-deltanet", vocab_size=512, pad_token_id=300).save_pretrained(tmp_path)
+    file = settings.replace(model=str(tmp_path / "config.json"))
+    config = build_model(file, ByteTokenizer()).config
+    assert (config.vocab_size, config.pad_token_id) == (512, 300)
+    assert build_model(file.replace(model_options={"vocab_size": 400}), ByteTokenizer()).config.vocab_size == 400
+    (tmp_path / "config.json").write_text('{"vocab_size": 100}')
+    with pytest.raises(ValueError, match="vocab_size: got 100, wanted at least the tokenizer's 259"):
+        build_model(file, ByteTokenizer())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

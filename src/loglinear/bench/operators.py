@@ -115,9 +115,6 @@ def _dense_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, pattern: Tensor) 
 
 
 # --- ours
-#
-#
-#
 
 
 def _call_ours(inputs: Inputs, backend: Backend) -> Callable[[], Tensor]:

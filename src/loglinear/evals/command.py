@@ -74,7 +74,8 @@ def run_inspect(
         target: a checkpoint's or run's folder, or the name of a preset.
         output: folder for the plots and the CSV of λ.
         text: what λ is shown on; default: some Python source. For a preset, whose weights are random, λ is
-        only shown if it is given. lengths: of the cost table.
+            only shown if it is given.
+        lengths: of the cost table.
         most_tokens: how many tokens of the text are read; default: what the model is meant for, at most 1024.
         device: where to compute.
         console: where the tables go.

@@ -117,8 +117,9 @@ def document_losses(
 
     Args:
         model: in evaluation mode.
-        documents: token ids; a document longer than `length` + 1 tokens is cut there, one of fewer than 2
-        has no token to predict. length: the most positions of a document.
+        documents: token ids; a document longer than `length` + 1 tokens is cut there, one of fewer than 2 has
+            no token to predict.
+        length: the most positions of a document.
         tokens_per_batch: documents are packed into batches of about this many tokens (a longer one is a
         batch of its own).
 
@@ -411,9 +412,8 @@ def evaluate_checkpoints(
     Args:
         checkpoints: folders of checkpoints or of runs; the first is the one the others are compared with.
         length: positions to evaluate; default: what the first model is meant for (`max_position_embeddings`).
-        data: sources of documents as for training; default: the held-out documents of the first checkpoint,
-        which the others must
-            have held out, too.
+        data: sources of documents as for training; default: the held-out documents of the first checkpoint, which
+            the others must have held out, too.
         whole, maximum, seed: see `choose_documents`.
         width, tokens_per_batch: see `evaluate`.
         device: where to compute.
