@@ -1,9 +1,13 @@
 """Packing: no token lost, boundaries kept, order by seed and epoch, exact positions."""
 
+import pickle
 from collections import Counter
+from typing import cast
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from loglinear.data import ByteTokenizer, Corpus, Document, PackedRows, join_rows
 from loglinear.data.packing import IGNORED_LABEL
@@ -143,6 +147,39 @@ def test_join_keeps_boundaries_and_hides_first_tokens(corpus):
         np.testing.assert_array_equal(ids[0, begin : begin + len(piece)].numpy(), piece)
         assert labels[0, begin] == IGNORED_LABEL
         np.testing.assert_array_equal(labels[0, begin + 1 : begin + len(piece)].numpy(), piece[1:])
+
+
+def assert_same_rows(one, other, numbers):
+    for number in numbers:
+        np.testing.assert_array_equal(one[number].tokens, other[number].tokens)
+        np.testing.assert_array_equal(one[number].starts, other[number].starts)
+
+
+def test_pickled_rows_are_the_same_rows_and_hold_no_text(corpus):
+    training, _ = corpus.split(0.2)
+    for part in (corpus, training):
+        rows = PackedRows(part, 40, seed=2)
+        rows[3]  # caches that are full are left behind, too
+        sent = pickle.dumps(rows)
+        again = pickle.loads(sent)
+        assert_same_rows(again, rows, [170, 3, 0])
+        assert again.position(7) == rows.position(7)
+        assert not any(tokens.tobytes() in sent for tokens in corpus), "the files are opened anew"
+
+
+def test_spawned_workers_read_the_same_rows(corpus):
+    rows, numbers = PackedRows(corpus, 40, seed=2), [170, 3, 99, 0]
+    loader = DataLoader(
+        cast(Dataset, rows),
+        sampler=numbers,
+        batch_size=2,
+        collate_fn=join_rows,
+        num_workers=1,
+        multiprocessing_context="spawn",
+    )
+    for batch, pair in zip(loader, (numbers[:2], numbers[2:]), strict=True):
+        wanted = join_rows([rows[number] for number in pair])
+        assert all(torch.equal(batch[name], wanted[name]) for name in wanted)
 
 
 def test_wrong_arguments_are_refused(corpus):

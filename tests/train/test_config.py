@@ -107,6 +107,13 @@ def test_resuming_allows_only_what_changes_no_result():
         saved.replace(learning_rate=0.1, seed=1).check_resumes(saved)
 
 
+def test_what_a_resumed_run_does_otherwise():
+    saved = TrainConfig(steps=10)
+    assert saved.replace(steps=20, output="elsewhere", resume=True, stop_after=1).resumed_otherwise(saved) == []
+    changed = saved.replace(workers=2, evaluation_rows=0).resumed_otherwise(saved)
+    assert changed == ["workers: 2 (was 0)", "evaluation_rows: 0 (was 64)"]
+
+
 @pytest.mark.parametrize("text", ["1e-05", "1e5", "-2.5e3", "+1.E-3", ".5e1"])
 def test_exponents_are_floats_and_texts_like_them_stay_texts(tmp_path, text):
     value = parse_yaml(f"{{norm_eps: {text}}}")["norm_eps"]

@@ -19,7 +19,7 @@ from loglinear.train import NonFiniteError, TrainConfig, held_out_corpus, load_c
 from loglinear.train.checkpoints import load_corpora, newest_checkpoint
 from loglinear.train.reporting import Tokenizing, read_metrics
 from loglinear.train.schedule import learning_rate_factor
-from loglinear.train.trainer import build_model
+from loglinear.train.trainer import build_model, length_line
 
 
 @pytest.fixture(scope="module")
@@ -258,14 +258,95 @@ def test_resuming_from_an_older_checkpoint_writes_each_step_once(settings):
     assert curve(second.output) == before
 
 
-def test_resume_starts_where_there_is_nothing_and_ends_where_all_is_done(settings):
+def test_resume_starts_where_there_is_nothing_and_ends_where_all_is_done(settings, capsys):
     first = train(settings.replace(resume=True))
     assert first.finished and first.steps == 6
+    assert f"resume: no checkpoint in {settings.output}, so the run starts" in capsys.readouterr().err
     again = train(settings.replace(resume=True))
+    assert capsys.readouterr().err == "already at step 6 of 6: nothing to do; --steps above 6 goes on\n"
     assert (again.checkpoint, again.steps, again.loss) == (first.checkpoint, 6, first.loss)
     assert again.held_out_loss == first.held_out_loss and again.seconds == 0
+    shorter = train(settings.replace(resume=True, steps=4))
+    assert shorter.steps == 6 and "already at step 6 of 4" in capsys.readouterr().err
+    assert TrainConfig.from_file(first.output / "train_config.yaml").steps == 6, "what did nothing leaves no trace"
     longer = train(settings.replace(resume=True, steps=8))
     assert longer.steps == 8 and longer.checkpoint.name == "checkpoint-8"
+
+
+@pytest.mark.parametrize("done", [3, 6], ids=["stopped", "finished"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_run_with_more_steps_takes_the_rates_of_the_longer_schedule(settings, monkeypatch, capsys, schedule, done):
+    config = settings.replace(schedule=schedule, held_out_fraction=0)
+    train(config.replace(stop_after=done))
+    assert "schedule:" not in capsys.readouterr().err
+    step, taken = torch.optim.AdamW.step, []
+
+    def watched(self, *arguments, **options):
+        taken.append([group["lr"] for group in self.param_groups])
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    longer = train(config.replace(steps=12, resume=True))
+
+    def rate(number, steps):
+        shape = {"schedule": schedule, "warmup_fraction": 0.05, "final_fraction": 0.1}
+        return 3e-3 * learning_rate_factor(number, steps=steps, **shape)
+
+    wanted = [rate(number, 12) for number in range(done, 12)]
+    assert [rates[0] for rates in taken] == pytest.approx(wanted)
+    assert all(len(set(rates)) == 1 for rates in taken), "every group has the rate"
+    assert [row["learning_rate"] for row in curve(longer.output)[done:]] == pytest.approx(wanted)
+    said = capsys.readouterr().err
+    assert f"schedule: {schedule} over 12 steps now (was 6)" in said
+    assert f"from {rate(done - 1, 6):.3g} at step {done} to {rate(done, 12):.3g} at step {done + 1}." in said
+
+
+def test_a_run_with_more_steps_at_a_constant_rate_is_the_longer_run(settings, tmp_path, capsys):
+    config = settings.replace(schedule="constant", evaluate_every=0, held_out_fraction=0)
+    whole = train(config.replace(steps=8, output=str(tmp_path / "whole")))
+    train(config.replace(steps=5))
+    longer = train(config.replace(steps=8, resume=True))
+    assert capsys.readouterr().err == "", "nothing is otherwise, so nothing is said"
+    assert_same_checkpoint(whole.checkpoint, longer.checkpoint)
+
+
+def test_the_length_of_a_run_may_be_given_in_another_way(settings, capsys):
+    """Epochs that come to the same number of steps are the same run."""
+    config = settings.replace(held_out_fraction=0)
+    tokens = load_corpora(config, ByteTokenizer())[0].num_tokens
+    train(config.replace(stop_after=2))
+    train(config.replace(epochs=6 * 128 / tokens, stop_after=1, resume=True))
+    assert capsys.readouterr().err == ""
+    train(config.replace(epochs=9 * 128 / tokens, stop_after=1, resume=True))
+    assert "schedule: cosine over 9 steps now (was 6)" in capsys.readouterr().err
+
+
+def test_what_goes_on_otherwise_is_said(settings, tmp_path, capsys):
+    config = settings.replace(stop_after=2)
+    train(config)
+    position = tmp_path / "run" / "checkpoint-2" / "data_position.json"
+    saved = json.loads(position.read_text())
+    assert (saved["device"], saved["precision"]) == ("cpu", "fp32")
+    position.write_text(json.dumps(saved | {"device": "cuda", "precision": "bf16"}))
+    train(config.replace(resume=True, evaluation_rows=2, log_every=2, cache=config.cache))
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("machine: cpu in fp32 now (was cuda in bf16): steps from 3 on are")
+    assert second == "options: log_every: 2 (was 1), evaluation_rows: 2 (was 3)"
+
+
+def test_a_model_file_that_changed_is_not_resumed(settings, tmp_path, capsys):
+    file = tmp_path / "model.yaml"
+    file.write_text("{mixer: linear_attention, hidden_size: 32, num_hidden_layers: 1, num_heads: 2}")
+    config = settings.replace(model=str(file), held_out_fraction=0)
+    train(config.replace(stop_after=2))
+    file.write_text("{mixer: linear_attention, hidden_size: 32, num_hidden_layers: 2, num_heads: 2, norm_eps: 1e-3}")
+    wanted = r"cannot resume .*checkpoint-2: its model is another \(num_hidden_layers: saved 1, now 2; norm_eps: saved"
+    with pytest.raises(ValueError, match=wanted):
+        train(config.replace(resume=True))
+    # What counts is the model, not how it was named.
+    same = {"num_hidden_layers": 1, "norm_eps": 1e-5}
+    train(config.replace(resume=True, model_options=same, stop_after=1))
+    assert capsys.readouterr().err == f"options: model_options: {same} (was {{}})\n"
 
 
 def test_a_run_is_not_overwritten_and_not_resumed_as_another(settings, tmp_path, monkeypatch):
@@ -449,6 +530,63 @@ def test_a_saved_configuration_makes_the_same_model(settings, tmp_path, preset):
     assert model.config.norm_eps == 1e-5
     written_by_saving = {"architectures": ["LogLinearForCausalLM"], "dtype": "float32"}
     assert model.config.to_dict() | written_by_saving == saved.config.to_dict() | written_by_saving
+
+
+def test_a_model_file_keeps_its_own_special_tokens(settings, tmp_path):
+    (tmp_path / "model.yaml").write_text(
+        "{mixer: gla, hidden_size: 32, num_hidden_layers: 1, num_heads: 2, vocab_size: 512, use_cache: false, "
+        "eos_token_id: [300, 301], pad_token_id: 302, bos_token_id: null}"
+    )
+    config = settings.replace(model=str(tmp_path / "model.yaml"), steps=2, held_out_fraction=0)
+    train(config.replace(stop_after=1))
+    checkpoint = train(config.replace(resume=True)).checkpoint
+    assert checkpoint.name == "checkpoint-2"
+    saved = json.loads((checkpoint / "config.json").read_text())
+    # The one that the file leaves out is the tokenizer's.
+    wanted = {"eos_token_id": [300, 301], "pad_token_id": 302, "bos_token_id": 256}
+    assert {name: saved[name] for name in wanted} == wanted and saved["use_cache"] is False
+    generation = json.loads((checkpoint / "generation_config.json").read_text())
+    assert {name: generation[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "length", "meant", "levels", "line"),
+    [
+        ("small-log-linear-mamba2", {}, 1024, 1024, 11, "model for 1,024 tokens: 11 levels"),
+        ("tiny-gla", {}, 65, 65, 8, "model for 65 tokens: 8 levels"),
+        ("small-mamba2", {}, 64, 64, 1, "model for 64 tokens"),
+        ("tiny-attention", {}, 64, 64, None, "model for 64 tokens"),
+        ("tiny-gla", {"max_position_embeddings": 256}, 64, 256, 9,
+         "model for 256 tokens, trained on rows of 64: they reach 7 of its 9 levels, the others stay untrained"),
+        ("tiny-gla", {"max_position_embeddings": 32}, 64, 32, 6,
+         "model for 32 tokens, trained on rows of 64: the last of its 6 levels takes in what is older than the "
+         "others reach"),
+        ("tiny-gla", {"num_levels": 9}, 64, 64, 9,
+         "model for 64 tokens: they reach 7 of its 9 levels, the others stay untrained"),
+        ("tiny-gla", {"num_levels": 3}, 64, 64, 3,
+         "model for 64 tokens: the last of its 3 levels takes in what is older than the others reach"),
+    ],
+    ids=lambda value: "" if str(value).startswith("model for") else str(value),
+)  # fmt: skip
+def test_the_model_is_as_long_as_the_rows(settings, model, options, length, meant, levels, line):
+    if model.startswith("small"):
+        options = {**options, "num_hidden_layers": 1, "hidden_size": 64}
+    config = settings.replace(model=model, model_options=options, sequence_length=length)
+    built = build_model(config, ByteTokenizer()).config
+    assert (built.max_position_embeddings, built.num_levels) == (meant, levels)
+    assert length_line(built, length) == line
+
+
+def test_a_model_file_may_say_its_own_length(settings, tmp_path, capsys):
+    file = tmp_path / "model.yaml"
+    sizes = "mixer: linear_attention, hidden_size: 32, num_hidden_layers: 1, num_heads: 2"
+    file.write_text(f"{{{sizes}}}")
+    config = settings.replace(model=str(file), steps=1, held_out_fraction=0, progress=True)
+    assert build_model(config, ByteTokenizer()).config.max_position_embeddings == 64
+    file.write_text(f"{{{sizes}, max_position_embeddings: 16}}")
+    model, _ = load_checkpoint(train(config).checkpoint)
+    assert (model.config.max_position_embeddings, model.config.num_levels) == (16, 5)
+    assert "model for 16 tokens, trained on rows of 64: the last of its 5 levels" in capsys.readouterr().err
 
 
 def test_a_model_file_keeps_its_own_vocabulary(settings, tmp_path):

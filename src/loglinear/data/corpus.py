@@ -57,6 +57,7 @@ class Corpus:
         starts = np.concatenate([np.zeros(1, np.int64), self._ends[:-1]])
         self._starts = starts[self.documents]
         self.lengths = self._ends[self.documents] - self._starts
+        self._selected = documents
         part = "" if documents is None else hashlib.blake2b(self.documents.tobytes(), digest_size=8).hexdigest()
         self.identity = self.meta["identity"] + part
 
@@ -70,6 +71,10 @@ class Corpus:
 
     def __len__(self) -> int:
         return len(self.documents)
+
+    def __reduce__(self):
+        # A memory map is pickled as its whole content; another process can open the files itself.
+        return type(self), (self.directory, self._selected)
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Token ids of one document, a read-only view of the file."""

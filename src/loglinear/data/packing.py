@@ -13,7 +13,7 @@ costs nothing.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,10 +62,21 @@ class PackedRows:
         self.epochs = epochs
         self.shuffle = shuffle
         self.num_tokens = corpus.num_tokens
+        self._make_caches()
+
+    def _make_caches(self) -> None:
         # An epoch's order is as large as the list of documents: a row needs the one it begins in and the one
         # it ends in.
         self._epoch = lru_cache(maxsize=2)(self._epoch_order)
         self._row_order = lru_cache(maxsize=2)(self._shuffled_rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Caches cannot be pickled, and a worker process that is spawned is sent the rows that way.
+        return {name: value for name, value in vars(self).items() if name not in ("_epoch", "_row_order")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._make_caches()
 
     @property
     def num_rows(self) -> int:

@@ -23,7 +23,10 @@ CONFIG_FILE = "train_config.yaml"
 def _option(panel: str, default: Any, help: str, *, resumable: bool = False) -> Any:
     """A field with its help and the group it is shown in.
 
-    `resumable` fields may differ when a run is resumed: no result depends on them, or they only say how far to go.
+    `resumable` fields may differ when a run is resumed. None changes what a step computes (`recompute`: but for
+    rounding), except `steps` and `epochs`: the schedule spans the whole run, so another length is another schedule.
+    What differs is said when the run goes on. `model` and `model_options` are among them because the model that they
+    come to is itself compared with the checkpoint's, and refused if it is another.
     """
     metadata = {"help": help, "panel": panel, "resumable": resumable}
     if callable(default):
@@ -68,17 +71,27 @@ class TrainConfig:
         "Model",
         "quickstart-log-linear-gated-deltanet",
         "A preset's name, or a model configuration (.json, .yaml, .toml).",
+        resumable=True,
     )
     model_options: dict[str, Any] = _option(
-        "Model", dict, "Model configuration to override, as KEY=VALUE. Repeat for several."
+        "Model", dict, "Model configuration to override, as KEY=VALUE. Repeat for several.", resumable=True
     )
     # What is trained, and for how long
     sequence_length: int = _option(
-        "Run", 1024, "Tokens per row; documents are packed into rows, their boundaries kept."
+        "Run",
+        1024,
+        "Tokens per row; documents are packed into rows, their boundaries kept. Also the model's "
+        "max_position_embeddings, and so its number of levels, unless the model file or model options say otherwise.",
     )
     rows: int = _option("Run", 8, "Rows per step on each device, joined to one packed row.")
     accumulation: int = _option("Run", 1, "Gradient accumulation: forward and backward passes per optimiser step.")
-    steps: int | None = _option("Run", None, "Optimiser steps. Give steps or epochs.", resumable=True)
+    steps: int | None = _option(
+        "Run",
+        None,
+        "Optimiser steps. Give steps or epochs. A run that is resumed with another number follows the schedule of "
+        "that number from there on.",
+        resumable=True,
+    )
     epochs: float | None = _option(
         "Run", None, "Passes over the training data (default: 1 where steps are not given).", resumable=True
     )
@@ -131,12 +144,18 @@ class TrainConfig:
     )
     keep_checkpoints: int = _option("Output", 2, "Checkpoints to keep, the newest; 0 keeps all.", resumable=True)
     tensorboard: bool = _option("Output", True, "Write metrics for TensorBoard, too.", resumable=True)
-    progress: bool = _option("Output", True, "Show progress on the terminal.", resumable=True)
+    progress: bool = _option(
+        "Output",
+        True,
+        "Show progress on the terminal. What a resumed run does otherwise than before is said even without it.",
+        resumable=True,
+    )
     resume: bool = _option(
         "Output",
         False,
-        "Go on from the newest checkpoint in the output folder, exactly as if the run had never stopped; "
-        "from the start where there is none.",
+        "Go on from the newest checkpoint in the output folder; from the start where there is none. With the same "
+        "options, data, versions and kind of machine the run is exactly the one that never stopped. Options that "
+        "would make it another run are refused; others that differ are said.",
         resumable=True,
     )
     stop_after: int | None = _option(
@@ -217,10 +236,10 @@ class TrainConfig:
         Path(path).write_text(text)
 
     def check_resumes(self, saved: "TrainConfig") -> None:
-        """Refuse to go on with a run whose results would depend on what changed.
+        """Refuse to go on as another run.
 
         Raises:
-            ValueError: names every field that differs and must not.
+            ValueError: names every field that differs and is not resumable.
         """
         changed = [
             f"{one.name}: saved {getattr(saved, one.name)!r}, now {getattr(self, one.name)!r}"
@@ -232,6 +251,21 @@ class TrainConfig:
                 f"cannot resume: the run in this folder has other values ({'; '.join(changed)}); "
                 "give the same ones, or another output folder"
             )
+
+    def resumed_otherwise(self, saved: "TrainConfig") -> list[str]:
+        """The resumable fields that differ, as `name: new (was old)`.
+
+        Left out are those that belong to one call, the folder itself, and the length of the run, of which the
+        schedule has more to say.
+        """
+        left_out = ("output", "resume", "stop_after", "steps", "epochs")
+        return [
+            f"{one.name}: {getattr(self, one.name)!r} (was {getattr(saved, one.name)!r})"
+            for one in fields(self)
+            if one.metadata["resumable"]
+            and one.name not in left_out
+            and getattr(self, one.name) != getattr(saved, one.name)
+        ]
 
 
 _LEAST = {

@@ -92,6 +92,11 @@ class Tokenizing:
             self.console.print(f"tokenizing: {documents:,} documents, {tokens:,} tokens", highlight=False)
 
 
+def say(message: str, enabled: bool = True) -> None:
+    """Print one line to stderr, where a run tells what it does."""
+    Console(stderr=True, quiet=not enabled).print(message, markup=False, highlight=False, soft_wrap=True)
+
+
 class Display:
     """The run on the terminal (stderr): a bar where it is one, a line per report where it is a file or a
     pipe.

@@ -1,7 +1,11 @@
 """The learning rate over a run, as a share of its peak."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
+
+from loglinear.train.config import TrainConfig
 
 
 def learning_rate_factor(
@@ -31,3 +35,14 @@ def learning_rate_factor(
     progress = min(1.0, (step - warmup + 1) / max(1, steps - warmup))
     remaining = 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return final_fraction + (1 - final_fraction) * remaining
+
+
+def schedule_of(config: TrainConfig, steps: int) -> Callable[[int], float]:
+    """`learning_rate_factor` of a run of so many steps, as a function of the step (from 0)."""
+    return partial(
+        learning_rate_factor,
+        steps=steps,
+        schedule=config.schedule,
+        warmup_fraction=config.warmup_fraction,
+        final_fraction=config.final_rate_fraction,
+    )

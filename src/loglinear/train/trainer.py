@@ -8,7 +8,6 @@ optimiser steps done is the position in the data. Under `torchrun` the Trainer g
 the rows.
 """
 
-import json
 import math
 import signal
 import threading
@@ -16,7 +15,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +25,32 @@ from transformers.trainer_callback import PrinterCallback
 
 from loglinear.data import Corpus, PackedRows, Row, join_rows, load_tokenizer
 from loglinear.data.packing import IGNORED_LABEL
+from loglinear.fenwick import full_num_levels
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
-from loglinear.train.checkpoints import POSITION_FILE, checkpoint_step, choose_device, load_corpora, newest_checkpoint
+from loglinear.train.checkpoints import checkpoint_step, choose_device, load_corpora, newest_checkpoint
 from loglinear.train.config import CONFIG_FILE, TrainConfig, read_mapping
-from loglinear.train.reporting import Clock, Display, Metrics, Tokenizing, duration, quiet_transformers, read_metrics
-from loglinear.train.schedule import learning_rate_factor
+from loglinear.train.reporting import (
+    Clock,
+    Display,
+    Metrics,
+    Tokenizing,
+    duration,
+    quiet_transformers,
+    read_metrics,
+    say,
+)
+from loglinear.train.resuming import (
+    check_model,
+    check_position,
+    machine_of,
+    save_position,
+    starting_point,
+    what_changes,
+)
+from loglinear.train.schedule import schedule_of
 
 MODEL_FILE_SUFFIXES = (".json", ".yaml", ".yml", ".toml")
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class NonFiniteError(FloatingPointError):
@@ -92,7 +109,7 @@ def train(config: TrainConfig, *, prepare: Callable[[LogLinearForCausalLM], None
     'checkpoint-20'
     """
     output = Path(config.output)
-    checkpoint = _starting_point(config, output)
+    checkpoint = starting_point(config)
     with quiet_transformers():
         tokenizer = load_tokenizer(config.tokenizer)
         arguments = _training_arguments(config)
@@ -108,19 +125,35 @@ def train(config: TrainConfig, *, prepare: Callable[[LogLinearForCausalLM], None
                 warnings.simplefilter("ignore", FutureWarning)
                 model.gradient_checkpointing_enable({"use_reentrant": False})
         rows = PackedRows(training, config.sequence_length, config.seed)
-        arguments.max_steps = _number_of_steps(config, training, arguments.world_size)
-        first_step = 0 if checkpoint is None else _check_position(checkpoint, rows, config, arguments.world_size)
+        arguments.max_steps = steps = _number_of_steps(config, training, arguments.world_size)
+        arguments.use_cache = model.config.use_cache  # which the Trainer writes into the checkpoint
+        first_step = 0
+        if checkpoint is not None:
+            first_step = check_position(checkpoint, rows, config, arguments.world_size)
+            check_model(checkpoint, model.config)
+            if first_step >= steps:
+                say(
+                    f"already at step {first_step:,} of {steps:,}: nothing to do; --steps above {first_step:,} goes on",
+                    arguments.should_save,
+                )
+                return _nothing_left(config, output, checkpoint, first_step, arguments.world_size)
+            saved = TrainConfig.from_file(checkpoint / CONFIG_FILE)
+            saved_steps = _number_of_steps(saved, training, arguments.world_size)
+            for line in what_changes(checkpoint, config, steps, saved_steps, first_step, machine_of(arguments)):
+                say(line, arguments.should_save)
+        elif config.resume:
+            say(f"resume: no checkpoint in {output}, so the run starts at its first step", arguments.should_save)
         if arguments.should_save:
             output.mkdir(parents=True, exist_ok=True)
             config.save(output / CONFIG_FILE)
-        if first_step >= arguments.max_steps:
-            return _nothing_left(config, output, checkpoint, first_step, arguments.world_size)
         trainer = PackedTrainer(config, model, arguments, tokenizer, rows, held_out)
         return trainer.run(checkpoint, first_step)
 
 
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> LogLinearForCausalLM:
-    """A model with new weights, its vocabulary and special tokens those of the tokenizer.
+    """A model with new weights. Where the model file and the model options do not say otherwise, its vocabulary and
+    special tokens are the tokenizer's, and its length (`max_position_embeddings`, and with it the number of levels)
+    is that of the rows: levels that no row reaches would stay untrained.
 
     Raises:
         ValueError: an unknown preset or option, or a `vocab_size` option smaller than the tokenizer's
@@ -129,8 +162,13 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> LogL
     """
     from_file = config.model.lower().endswith(MODEL_FILE_SUFFIXES)
     chosen = _without_bookkeeping(read_mapping(config.model)) if from_file else {}
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    options = {"vocab_size": len(tokenizer), **special, **chosen, **config.model_options}
+    options = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": config.sequence_length,
+        **{name: getattr(tokenizer, name) for name in SPECIAL_TOKENS},
+        **chosen,
+        **config.model_options,
+    }
     if options["vocab_size"] < len(tokenizer):
         raise ValueError(
             f"the model's vocab_size: got {options['vocab_size']}, wanted at least the tokenizer's {len(tokenizer)}"
@@ -141,9 +179,31 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> LogL
 
 
 def _without_bookkeeping(values: dict[str, Any]) -> dict[str, Any]:
-    """A model file without what transformers adds when it saves one."""
+    """A model file without what transformers adds when it saves one: also a null for each special token that was
+    not given.
+    """
     added = ("architectures", "model_type", "transformers_version", "dtype")
-    return {key: value for key, value in values.items() if key not in added}
+    named = {key: value for key, value in values.items() if key not in SPECIAL_TOKENS or value is not None}
+    return {key: value for key, value in named.items() if key not in added}
+
+
+def length_line(model: LogLinearConfig, sequence_length: int) -> str:
+    """The length that a model is meant for and its levels, against the rows it is trained on.
+
+    >>> length_line(LogLinearConfig.preset("tiny-mamba2", max_position_embeddings=256), 100)
+    'model for 256 tokens, trained on rows of 100: they reach 8 of its 9 levels, the others stay untrained'
+    """
+    line = f"model for {model.max_position_embeddings:,} tokens"
+    if model.max_position_embeddings != sequence_length:
+        line += f", trained on rows of {sequence_length:,}"
+    levels, reached = model.num_levels or 1, full_num_levels(sequence_length)
+    if levels == 1:
+        return line
+    if levels > reached:
+        return f"{line}: they reach {reached} of its {levels} levels, the others stay untrained"
+    if levels < reached:
+        return f"{line}: the last of its {levels} levels takes in what is older than the others reach"
+    return f"{line}: {levels} levels"
 
 
 class PackedTrainer(Trainer):
@@ -172,6 +232,11 @@ class PackedTrainer(Trainer):
             self.held_out_rows = PackedRows(held_out, config.sequence_length, seed=0, epochs=1)
         self.numbered_rows = NumberedRows(rows, arguments.max_steps * self.rows_per_step)
         self._losses: list[torch.Tensor] = []
+        self._special_tokens = [
+            (holder, name, getattr(holder, name))
+            for holder in (model.config, model.generation_config)
+            for name in SPECIAL_TOKENS
+        ]
         super().__init__(
             model=model,
             args=arguments,
@@ -210,18 +275,30 @@ class PackedTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None) -> torch.optim.lr_scheduler.LRScheduler:
-        config = self.run_config
         if self.lr_scheduler is None:
-            factor = partial(
-                learning_rate_factor,
-                steps=num_training_steps,
-                schedule=config.schedule,
-                warmup_fraction=config.warmup_fraction,
-                final_fraction=config.final_rate_fraction,
-            )
+            factor = schedule_of(self.run_config, num_training_steps)
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def set_learning_rate(self, step: int) -> None:
+        """Give the optimiser the rate that the schedule has for a step (from 0).
+
+        A checkpoint's optimiser and scheduler hold the rate of the next step as the run was planned then; a run
+        that is given more steps would take one step with it.
+        """
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        factor = schedule_of(self.run_config, self.args.max_steps)(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def keep_special_tokens(self) -> None:
+        """Give the model back the special tokens it was built with: the Trainer puts the tokenizer's in their place,
+        also where the model file names others.
+        """
+        for holder, name, token in self._special_tokens:
+            setattr(holder, name, token)
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.numbered_rows)
@@ -274,8 +351,8 @@ class PackedTrainer(Trainer):
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
                 self.run_config.save(folder / CONFIG_FILE)
-                position = self.rows.position(self.state.global_step * self.rows_per_step)
-                (folder / POSITION_FILE).write_text(json.dumps(position | {"rows_per_step": self.rows_per_step}))
+                step, machine = self.state.global_step, machine_of(self.args)
+                save_position(folder, self.rows, step, self.rows_per_step, machine)
             super()._save_checkpoint(model, trial)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="held_out") -> dict[str, float]:
@@ -347,6 +424,8 @@ class Reporter(TrainerCallback):
         self.display = Display(self.steps, first_step, self.main and self.config.progress)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.keep_special_tokens()
+        self.trainer.set_learning_rate(self.first_step)
         self.clock = Clock()
         parameters = sum(parameter.numel() for parameter in self.trainer.network.parameters())
         begin = f" from step {self.first_step:,}" if self.first_step else ""
@@ -355,6 +434,7 @@ class Reporter(TrainerCallback):
             f"{self.trainer.rows.num_tokens:,} training tokens; {self.steps:,} steps of "
             f"{self.tokens_per_step:,} tokens{begin}; to {self.output}"
         )
+        self.display.say(length_line(self.trainer.network.config, self.config.sequence_length))
 
     def on_step_end(self, args, state, control, **kwargs):
         config, self.step = self.config, state.global_step
@@ -427,50 +507,12 @@ class Reporter(TrainerCallback):
         )
 
 
-def _starting_point(config: TrainConfig, output: Path) -> Path | None:
-    """The checkpoint to go on from; None to start.
-
-    Raises:
-        FileExistsError: there is a run and resume is off.
-        ValueError: the saved configuration differs where it must not.
-    """
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output: got the file {output}, wanted a folder")
-    checkpoint = newest_checkpoint(output)
-    if not config.resume:
-        if checkpoint is not None:
-            raise FileExistsError(
-                f"output: {output} holds a run up to step {checkpoint_step(checkpoint)}; "
-                "resume it, or give another folder"
-            )
-    elif checkpoint is not None:
-        config.check_resumes(TrainConfig.from_file(checkpoint / CONFIG_FILE))
-    return checkpoint
-
-
 def _number_of_steps(config: TrainConfig, training: Corpus, world_size: int) -> int:
     if config.steps is not None:
         return config.steps
     tokens_per_step = config.rows * config.accumulation * world_size * config.sequence_length
     epochs = 1.0 if config.epochs is None else config.epochs
     return max(1, math.ceil(epochs * training.num_tokens / tokens_per_step))
-
-
-def _check_position(checkpoint: Path, rows: PackedRows, config: TrainConfig, world_size: int) -> int:
-    """The step of a checkpoint, whose position in the data must be this run's.
-
-    Raises:
-        ValueError: the data, or the number of rows per step, is not what it was.
-    """
-    position = json.loads((checkpoint / POSITION_FILE).read_text())
-    rows_per_step = config.rows * config.accumulation * world_size
-    saved = position.pop("rows_per_step")
-    if saved != rows_per_step:
-        raise ValueError(
-            f"cannot resume {checkpoint}: a step took {saved} rows, and would take {rows_per_step} now "
-            f"({world_size} process(es) of {config.rows} rows, accumulated {config.accumulation} times)"
-        )
-    return rows.row_at(position) // rows_per_step
 
 
 def _nothing_left(
@@ -524,9 +566,6 @@ def _training_arguments(config: TrainConfig) -> TrainingArguments:
         report_to="none",
         log_level="error",
         log_level_replica="error",
-        # The Trainer would write `use_cache: false` into the checkpoint, which makes generation recompute
-        # everything.
-        use_cache=True,
     )
     if arguments.n_gpu > 1:
         # Several GPUs in one process would mean splitting a batch of one packed row; several processes do it
