@@ -127,5 +127,37 @@ def test_packed_gradients_equal_separate(attention):
 
 
 def test_full_static_cache_is_refused(attention):
-    with pytest.raises(ValueError, match="9 tokens do not fit into a static cache of 8"):
+    with pytest.raises(ValueError, match="9 tokens do not fit into a static cache of 8 tokens that holds 0"):
         attention(inputs(1, 9), attention.zero_state(1, capacity=8), return_state=True)
+    _, state = attention(inputs(1, 6), attention.zero_state(1, capacity=8), return_state=True)
+    for copy in (state, state.clone(), state.select(torch.tensor([0, 0]))):
+        with pytest.raises(ValueError, match="3 tokens do not fit into a static cache of 8 tokens that holds 6"):
+            attention(inputs(copy.batch_size, 3), copy, return_state=True)
+    assert state.positions.tolist() == [6]
+    attention(inputs(1, 2), state, return_state=True)
+    with pytest.raises(ValueError, match="1 tokens do not fit into a static cache of 8 tokens that holds 8"):
+        attention(inputs(1, 1), state, return_state=True)
+
+
+def test_room_is_counted_row_by_row_where_it_matters(attention, monkeypatch):
+    """The host counts the longest sequence of each call, which may be more than any row holds; it then reads `seen`
+    once, and not where its own count suffices."""
+    state = attention.zero_state(2, capacity=8)
+    _, state = attention(inputs(1, 6), state, cu_seqlens=torch.tensor([0, 5, 6]), return_state=True)
+    _, state = attention(inputs(1, 4), state, cu_seqlens=torch.tensor([0, 0, 4]), return_state=True)
+    assert (state.positions.tolist(), state.filled) == ([5, 5], 5)
+    monkeypatch.setattr(torch.Tensor, "argmax", lambda *_: pytest.fail("the state was read back"))
+    for _ in range(3):
+        _, state = attention(inputs(2, 1), state, return_state=True)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="1 tokens do not fit into a static cache of 8 tokens that holds 8"):
+        attention(inputs(2, 1), state, return_state=True)
+
+
+def test_copying_takes_the_count_along(attention):
+    state, other = attention.zero_state(1, capacity=8), attention.zero_state(1, capacity=8)
+    _, other = attention(inputs(1, 6), other, return_state=True)
+    with torch.no_grad():
+        state.copy_(other.detach())
+    with pytest.raises(ValueError, match="3 tokens do not fit into a static cache of 8 tokens that holds 6"):
+        attention(inputs(1, 3), state, return_state=True)

@@ -23,6 +23,10 @@ def test_padding_is_dropped_and_restored():
     # Behind a row its last output is repeated, before it there are zeros.
     expected = [[0.0, 2.0, 3.0, 3.0], [5.0, 5.0, 5.0, 5.0], [0.0] * 4, [0.0, 0.0, 0.0, 16.0]]
     assert padded.unpack(padded.pack(x))[..., 0].tolist() == expected
+    # With outputs of an earlier call, padding repeats those instead of zeros.
+    before = -torch.arange(1.0, 5.0)[:, None]
+    expected = [[-1.0, 2.0, 3.0, 3.0], [5.0, 5.0, 5.0, 5.0], [-3.0] * 4, [-4.0, -4.0, -4.0, 16.0]]
+    assert padded.unpack(padded.pack(x), before)[..., 0].tolist() == expected
 
 
 def test_no_padding_is_no_packing():

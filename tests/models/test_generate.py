@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from loglinear.layers import MIXERS
-from small_models import small_model, tokens
+from small_models import relative_error, small_model, tokens
 
 KINDS = [*MIXERS, "hybrid"]
 NEW = 9
@@ -58,15 +58,183 @@ def test_left_padding(kind, mode):
     assert_same(generated, torch.cat([by_loop(model, row) for row in rows]))
 
 
-@pytest.mark.parametrize("kind", ["gated_deltanet", "hybrid"])
-def test_right_padding(kind):
-    model = small_model(kind)
-    rows = [tokens(1, length) for length in (11, 2, 7)]
-    ids, mask = torch.full((3, 11), 42), torch.zeros(3, 11, dtype=torch.int64)
+def ragged(side: str, lengths: tuple[int, ...] = (3, 17, 40)) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Ids and mask of prompts of different lengths, padded on one side, and each prompt alone."""
+    rows = [tokens(1, length) for length in lengths]
+    ids = torch.full((len(rows), max(lengths)), 42)
+    mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
-        ids[index, : row.shape[1]], mask[index, : row.shape[1]] = row, 1
-    generated = generate(model, ids, attention_mask=mask)
+        place = slice(0, row.shape[1]) if side == "right" else slice(ids.shape[1] - row.shape[1], None)
+        ids[index, place], mask[index, place] = row, 1
+    return ids, mask, rows
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 8, 40])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["gated_deltanet", "mamba2", "hybrid"])
+def test_ragged_prompts_in_chunks(kind, side, static, chunk):
+    """Tokens and logits are those of each row alone, also where a row has no token in the last chunks."""
+    model = small_model(kind)
+    ids, mask, rows = ragged(side)
+    options = {"prefill_chunk_size": chunk, "max_new_tokens": NEW, "do_sample": False}
+    if static:
+        options |= STATIC
+    found = model.generate(ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **options)
+    assert_same(found.sequences[:, -NEW:], torch.cat([by_loop(model, row) for row in rows]))
+    logits = torch.stack(found.logits, dim=1)
+    for index, row in enumerate(rows):
+        with torch.no_grad():
+            alone = model(torch.cat((row, found.sequences[index : index + 1, -NEW:-1]), dim=1)).logits[0, -NEW:]
+        assert relative_error(logits[index], alone.float()) < 1e-6  # `generate` returns logits in fp32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "none"])
+def test_right_padding(kind, mode):
+    model = small_model(kind)
+    ids, mask, rows = ragged("right", (11, 2, 7))
+    generated = generate(model, ids, attention_mask=mask, **MODES[mode])
     assert_same(generated, torch.cat([by_loop(model, row) for row in rows]))
+
+
+def test_right_padding_without_a_cache_is_refused():
+    """It would put new tokens behind the padding."""
+    ids, mask, _ = ragged("right", (5, 2))
+    with pytest.raises(ValueError, match="row 1 has 2 runs: remove the masked tokens"):
+        generate(small_model("mamba2"), ids, attention_mask=mask, use_cache=False)
+
+
+@pytest.mark.parametrize("options", [{}, STATIC], ids=["dynamic", "static"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["mamba2", "hybrid"])
+def test_ragged_beams_in_chunks(kind, side, options):
+    model = small_model(kind)
+    ids, mask, rows = ragged(side)
+    found = generate(model, ids, attention_mask=mask, num_beams=3, prefill_chunk_size=8, **options)
+    alone = [generate(model, row, num_beams=3, use_cache=False) for row in rows]
+    assert_same(found, torch.cat(alone))
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["mamba2", "hybrid"])
+def test_ragged_turns_in_chunks(kind, static):
+    """A second turn, right-padded and in chunks, behind a first one: one row of it has the newest token only."""
+    model = small_model(kind)
+    cache = StaticCache(config=model.config, max_cache_len=64) if static else DynamicCache(config=model.config)
+    ids, mask, rows = ragged("right", (3, 17))
+    first = model.generate(
+        ids, attention_mask=mask, max_new_tokens=4, do_sample=False, past_key_values=cache, prefill_chunk_size=8
+    )
+    turn, turn_mask, turns = ragged("right", (0, 20))
+    whole_mask = torch.cat((mask, torch.ones(2, 4, dtype=torch.int64), turn_mask), dim=1)
+    second = generate(
+        model, torch.cat((first, turn), dim=1), attention_mask=whole_mask, past_key_values=cache, prefill_chunk_size=8
+    )
+    said = [torch.cat((rows[i], first[i : i + 1, -4:], turns[i]), dim=1) for i in range(2)]
+    assert_same(second, torch.cat([by_loop(model, row) for row in said]))
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["gated_deltanet", "hybrid"])
+def test_padding_repeats_the_newest_output(kind, static):
+    """Whatever happens to the cache between the chunks: rows reordered, repeated, selected, forgotten."""
+    model = small_model(kind)
+    ids, nothing = tokens(3, 6), torch.zeros(3, 2, dtype=torch.int64)
+    some = torch.tensor([[0, 0], [1, 1], [0, 1]])
+
+    def step(cache, ids, mask=None):
+        return model.model(ids, attention_mask=mask, past_key_values=cache).last_hidden_state
+
+    with torch.no_grad():
+        cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
+        assert step(cache, ids[:, :2], nothing).abs().max() == 0  # no row has a token yet
+        newest = step(cache, ids)[:, -1]
+        address = cache.layers[-1].newest_output.data_ptr()
+        assert torch.equal(step(cache, ids[:, :2], nothing), newest[:, None].expand(-1, 2, -1))
+        cache.reorder_cache(torch.tensor([2, 0, 1]))
+        newest = newest[[2, 0, 1]]
+        padded = step(cache, ids[:, :2], some)
+        assert torch.equal(padded[0], newest[:1].expand(2, -1))
+        assert torch.equal(padded[2, 0], newest[2])  # between its tokens a row repeats the one before, too
+        newest = step(cache, ids[:, :1])[:, -1]
+        if static:
+            assert cache.layers[-1].newest_output.data_ptr() == address
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([5, 1, 0, 2]))
+        newest = newest[[2, 0, 0, 1]]
+        assert torch.equal(step(cache, tokens(4, 1), torch.zeros(4, 1)), newest[:, None])
+        with pytest.raises(ValueError, match="holds 4 rows, but the batch has 3"):
+            step(cache, ids, torch.zeros(3, 6))
+        cache.reset()
+        assert step(cache, ids[:, :2], nothing).abs().max() == 0
+
+
+@torch.no_grad()
+def test_padding_repeats_the_newest_output_of_packed_rows():
+    model, ids = small_model("hybrid").model, tokens(1, 7)
+    cache = DynamicCache(config=model.config)
+    first = model(ids, cu_seqlens=torch.tensor([0, 3, 3, 7]), past_key_values=cache).last_hidden_state[0]
+    second = model(ids[:, :2], cu_seqlens=torch.tensor([0, 2, 2, 2]), past_key_values=cache).last_hidden_state[0]
+    padding = model(tokens(3, 1), attention_mask=torch.zeros(3, 1), past_key_values=cache).last_hidden_state[:, 0]
+    assert torch.equal(padding, torch.stack((second[1], torch.zeros_like(first[0]), first[6])))
+
+
+def test_an_overfull_static_cache_is_refused():
+    """Before any layer has read the call; a padded column takes no room."""
+    model, ids = small_model("hybrid"), tokens(2, 8)
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
+    mask[1, 3] = 0
+    with torch.no_grad():
+        cache = StaticCache(config=model.config, max_cache_len=8)
+        with pytest.raises(ValueError, match="9 tokens do not fit into a static cache of 8 tokens that holds 0"):
+            model(tokens(2, 9), past_key_values=cache)
+        model(ids, attention_mask=mask, past_key_values=cache)  # 5 and 4 tokens in 8 columns
+        model(ids[:, :2], past_key_values=cache)
+        before = [tensor.clone() for layer in cache.layers for tensor in layer.state.tensors()]
+        with pytest.raises(ValueError, match="2 tokens do not fit into a static cache of 8 tokens that holds 7"):
+            model(ids[:, :2], past_key_values=cache)
+        after = [tensor for layer in cache.layers for tensor in layer.state.tensors()]
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+        model(ids[:, :1], past_key_values=cache)
+        only_shorter = torch.tensor([[0], [1]])
+        model(ids[:, :1], attention_mask=only_shorter, past_key_values=cache)
+        with pytest.raises(ValueError, match="1 tokens do not fit into a static cache of 8 tokens that holds 8"):
+            model(ids[:, :1], attention_mask=only_shorter, past_key_values=cache)
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_generating_beyond_a_static_cache_is_refused(chunk):
+    model, ids = small_model("hybrid"), tokens(2, 6)
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    options = {"do_sample": False, "prefill_chunk_size": chunk}
+    first = model.generate(ids, max_new_tokens=7, past_key_values=cache, **options)  # the newest is never read
+    with pytest.raises(ValueError, match="1 tokens do not fit into a static cache of 12 tokens that holds 12"):
+        model.generate(first, max_new_tokens=1, past_key_values=cache, **options)
+    recurrent = small_model("gated_deltanet")
+    cache = StaticCache(config=recurrent.config, max_cache_len=12)  # its states have room for any length
+    assert recurrent.generate(ids, max_new_tokens=20, past_key_values=cache, **options).shape == (2, 26)
+
+
+def test_generate_refuses_an_overfull_cache_when_compiled():
+    """Steps that `generate` compiles count nothing: it asks before each. Padding, of 3 columns here, takes no room."""
+    torch.compiler.reset()
+    model, ids = small_model("hybrid"), tokens(2, 6)
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
+    compiled = CompileConfig(backend="aot_eager", mode=None)
+    compiled._compile_all_devices = True  # as it is on CUDA
+    expected = generate(model, ids, 6, attention_mask=mask)
+    for new, fits in ((6, True), (7, False)):  # the newest is never read: 3 + 5 tokens, in 11 columns
+        cache = StaticCache(config=model.config, max_cache_len=8)
+        options = {"attention_mask": mask, "past_key_values": cache, "compile_config": compiled}
+        if fits:
+            assert_same(generate(model, ids, new, **options), expected)
+            assert cache.layers[1].state.filled is None, "the steps were not compiled"
+        else:
+            with pytest.raises(ValueError, match="1 tokens do not fit into a static cache of 8 tokens that holds 8"):
+                generate(model, ids, new, **options)
 
 
 @pytest.mark.parametrize("options", [{}, STATIC, CHUNKED], ids=["dynamic", "static", "chunked"])

@@ -111,13 +111,12 @@ class Attention(nn.Module):
         """Appends the new keys and values to `state` and moves its positions on."""
         batch, length = positions.shape
         if layout is None or cu_seqlens is None:
-            state.reserve(length)
+            counts, most = length, length
             rows = torch.arange(batch, device=k.device)[:, None]
-            counts = length
         else:
-            state.reserve(max(layout.lengths, default=0))
+            counts, most = cu_seqlens.diff().to(torch.int64), max(layout.lengths)
             rows = token_rows(cu_seqlens, length)[None]
-            counts = cu_seqlens.diff().to(torch.int64)
+        state.reserve(counts, most)
         state.store(k, v, rows, positions)
         state.seen.add_(counts)
 

@@ -49,8 +49,8 @@ class PaddedBatch(NamedTuple):
         cu_seqlens: `[B+1]` int32, one sequence per row (empty for a row of padding only).
         token_indices: `[N]` int64, index of each real token in the flattened `[B*T]` batch.
         source: `[B, T]` int64, for each place of the batch the packed token whose output it shows: its own,
-            or for padding that of the last real token before it. Padding with no real token before it has
-            `num_tokens`, which stands for zeros.
+            or for padding that of the last real token before it. Where this call has none before it, it is
+            `N + row`, which stands for what the row gave before this call.
     """
 
     cu_seqlens: Tensor
@@ -61,11 +61,13 @@ class PaddedBatch(NamedTuple):
         """`[B, T, ...]` to `[1, N, ...]`."""
         return x.flatten(0, 1).index_select(0, self.token_indices)[None]
 
-    def unpack(self, x: Tensor) -> Tensor:
-        """`[1, N, ...]` to `[B, T, ...]`. Padding behind a row repeats the row's last output, so that the
-        last column is every row's newest output whichever side the padding is on; padding before it is zero."""
-        padded = torch.cat((x[0], x.new_zeros(1, *x.shape[2:])))
-        return padded[self.source]
+    def unpack(self, x: Tensor, before: Tensor | None = None) -> Tensor:
+        """`[1, N, ...]` to `[B, T, ...]`. Padding repeats the last output of its row before it, so that the last
+        column is every row's newest output whichever side the padding is on. `before [B, ...]` are the rows'
+        newest outputs before this call; None for zeros."""
+        if before is None:
+            before = x.new_zeros(self.source.shape[0], *x.shape[2:])
+        return torch.cat((x[0], before))[self.source]
 
 
 def pack_padded(attention_mask: Tensor) -> PaddedBatch | None:
@@ -95,7 +97,8 @@ def pack_padded(attention_mask: Tensor) -> PaddedBatch | None:
     cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
     token_indices = real.flatten().nonzero().squeeze(1)
     seen = real.cumsum(1)
-    source = torch.where(seen > 0, cu_seqlens[:-1, None].to(torch.int64) + seen - 1, num_tokens)
+    before = num_tokens + torch.arange(batch, device=real.device)[:, None]
+    source = torch.where(seen > 0, cu_seqlens[:-1, None].to(torch.int64) + seen - 1, before)
     return PaddedBatch(cu_seqlens, token_indices, source)
 
 

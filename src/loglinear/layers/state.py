@@ -91,6 +91,14 @@ class RecurrentState(MixerState):
         return self.fenwick.positions
 
 
+def overfull(wanted: int, capacity: int, filled: int) -> ValueError:
+    """The error for `wanted` more tokens of a row that has `filled` of the `capacity` columns of a static cache."""
+    return ValueError(
+        f"{wanted} tokens do not fit into a static cache of {capacity} tokens that holds {filled} already: "
+        "allocate it for the whole sequence"
+    )
+
+
 @dataclass
 class AttentionState(MixerState):
     """Keys and values of a softmax attention layer. Each row is packed to the left, whatever padding it came
@@ -100,8 +108,10 @@ class AttentionState(MixerState):
     Attributes:
         keys, values: `[B, S, H, D]`.
         seen: `[B]` int64, tokens of each row.
-        columns: how many columns may hold tokens of some row, known to the host.
+        columns: how many columns may hold tokens of some row, known to the host (all of them if `fixed`).
         fixed: whether S is fixed (a static cache); else S grows as needed.
+        filled: of a fixed state, at most how many tokens its fullest row holds, known to the host; None when
+            compiled or captured calls, which count nothing on the host, may have added some.
     """
 
     keys: Tensor
@@ -109,6 +119,11 @@ class AttentionState(MixerState):
     seen: Tensor
     columns: int = 0
     fixed: bool = False
+    filled: int | None = 0
+
+    def copy_(self, other: Self) -> Self:
+        self.columns, self.filled = other.columns, other.filled
+        return super().copy_(other)
 
     @property
     def positions(self) -> Tensor:
@@ -118,18 +133,35 @@ class AttentionState(MixerState):
     def capacity(self) -> int:
         return self.keys.shape[1]
 
-    def reserve(self, new_tokens: int) -> None:
-        """Makes room for `new_tokens` more columns.
+    def filled_after(self, counts: Tensor | int, most: int) -> int:
+        """What `filled` of a fixed state becomes with `counts` (`[B]`, or one number for all rows) more tokens, at
+        most `most` in a row. Reads the device only where the host's own count leaves it open whether they fit.
 
         Raises:
-            ValueError: a fixed state is smaller than the tokens that are to go in.
+            ValueError: they do not fit.
+        """
+        if self.filled is not None and self.filled + most <= self.capacity:
+            return self.filled + most
+        wanted = self.seen + (counts.to(self.seen.device) if isinstance(counts, Tensor) else counts)
+        fullest = int(wanted.argmax())
+        total, filled = int(wanted[fullest]), int(self.seen[fullest])
+        if total > self.capacity:
+            raise overfull(total - filled, self.capacity, filled)
+        return total
+
+    def reserve(self, counts: Tensor | int, most: int) -> None:
+        """Makes room for `counts` (`[B]`, or one number for all rows) more tokens, at most `most` in a row.
+
+        Raises:
+            ValueError: they do not fit into a fixed state. Not under `torch.compile` or the capture of a CUDA
+                graph: a number that changes with every step would be compiled in.
         """
         if self.fixed:
-            if new_tokens > self.capacity:
-                raise ValueError(f"{new_tokens} tokens do not fit into a static cache of {self.capacity} tokens")
+            captured = torch.compiler.is_compiling() or (self.seen.is_cuda and torch.cuda.is_current_stream_capturing())
+            self.filled = None if captured else self.filled_after(counts, most)
             self.columns = self.capacity
             return
-        self.columns += new_tokens
+        self.columns += most
         missing = self.columns - self.capacity
         if missing > 0:
             # Growing by a quarter keeps the cost of copying per token constant; the first fill is exact.

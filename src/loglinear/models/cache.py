@@ -24,7 +24,7 @@ from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
 from loglinear.layers.attention import Attention
 from loglinear.layers.recurrent import RecurrentMixer
-from loglinear.layers.state import MixerState
+from loglinear.layers.state import AttentionState, MixerState, overfull
 from loglinear.models.config import CACHE_LAYER_TYPE, LogLinearConfig
 
 
@@ -37,6 +37,8 @@ class MixerCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     Attributes:
         state: the mixer's state, None before the first token.
+        newest_output: `[B, M]`, in the last layer only: the model's final hidden state at each row's newest token
+            (zeros for a row without one), which padding behind it repeats. None before the first call.
     """
 
     is_compileable = True
@@ -47,22 +49,42 @@ class MixerCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         LinearAttentionCacheLayerMixin.__init__(self)
         self.max_cache_len = max_cache_len
         self.state: MixerState | None = None
+        self.newest_output: Tensor | None = None
         # Columns of the batch seen so far, padding included: what `generate` calls the length. A tensor where
         # the call may be compiled, because a Python number would be compiled in.
         self.cumulative_length: int | Tensor = 0 if max_cache_len is None else torch.tensor(0)
 
-    def starting_state(self, mixer: RecurrentMixer | Attention, batch: int, x: Tensor) -> MixerState | None:
-        """The state to begin a call with; made here if a static cache has to exist beforehand.
+    def check_rows(self, rows: int) -> None:
+        """Refuses a batch of another number of rows.
 
         Raises:
-            ValueError: the cache is for another number of rows.
+            ValueError: the cache holds another number.
         """
+        if self.state is not None and self.state.batch_size != rows:
+            raise ValueError(f"past_key_values holds {self.state.batch_size} rows, but the batch has {rows}")
+
+    def check_room(self, counts: Tensor | int, most: int) -> None:
+        """Refuses tokens that an attention layer's static cache has no columns for: `counts` (`[B]`, or one number
+        for all rows), at most `most` in a row.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        if self.max_cache_len is None:
+            return
+        if self.state is None:
+            if most > self.max_cache_len:
+                raise overfull(most, self.max_cache_len, 0)
+        else:
+            assert isinstance(self.state, AttentionState)
+            self.state.filled_after(counts, most)
+
+    def starting_state(self, mixer: RecurrentMixer | Attention, batch: int, x: Tensor) -> MixerState | None:
+        """The state to begin a call with; made here if a static cache has to exist beforehand."""
         if self.state is None:
             if self.max_cache_len is not None and isinstance(mixer, Attention):
                 return mixer.zero_state(batch, x.dtype, x.device, capacity=self.max_cache_len)
             return None
-        if self.state.batch_size != batch:
-            raise ValueError(f"past_key_values holds {self.state.batch_size} rows, but the batch has {batch}")
         if self.state.positions.device != x.device:
             self.state = self.state.to(x.device)
         return self.state
@@ -79,6 +101,23 @@ class MixerCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             keep = self.max_cache_len is not None and not torch.is_grad_enabled()
             self.state = self.state.copy_(state) if keep else state
         self.advance(columns)
+
+    def output_before(self, rows: int, x: Tensor) -> Tensor:
+        """`[rows, M]`, the newest output of every row before this call, of the dtype and device of `x [..., M]`."""
+        if self.newest_output is None:
+            return x.new_zeros(rows, x.shape[-1])
+        return self.newest_output.to(x)
+
+    def record_output(self, output: Tensor) -> None:
+        """Takes a copy of the newest outputs `[B, M]`. A static cache keeps its tensor's address."""
+        mine, static = self.newest_output, self.max_cache_len is not None
+        if static and mine is not None and not torch.is_grad_enabled():
+            if mine.shape == output.shape and mine.device == output.device:
+                mine.copy_(output)
+                return
+        self.newest_output = output.clone()
+        if static and not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.newest_output)
 
     def advance(self, columns: int) -> None:
         """Counts `columns` more columns."""
@@ -101,7 +140,7 @@ class MixerCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         return int(self.cumulative_length) + query_length, 0
 
     def reset(self) -> None:
-        self.state = None
+        self.state, self.newest_output = None, None
         self.cumulative_length = 0 if self.max_cache_len is None else torch.tensor(0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -112,15 +151,21 @@ class MixerCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             selected = self.state.select(indices)
             keep = self.max_cache_len is not None and selected.batch_size == self.state.batch_size
             self.state = self.state.copy_(selected) if keep else selected
+        if self.newest_output is not None:
+            self.record_output(self.newest_output.index_select(0, indices.to(self.newest_output.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.state is not None:
             rows = torch.arange(self.state.batch_size, device=self.state.positions.device)
             self.state = self.state.select(rows.repeat_interleave(repeats))
+        if self.newest_output is not None:
+            self.record_output(self.newest_output.repeat_interleave(repeats, dim=0))
 
     def offload(self) -> None:
         if self.state is not None:
             self.state = self.state.to("cpu", non_blocking=True)
+        if self.newest_output is not None:
+            self.newest_output = self.newest_output.to("cpu", non_blocking=True)
 
     def prefetch(self) -> None:
         """Nothing: a state that was offloaded is brought back by the call that uses it."""
@@ -181,6 +226,6 @@ def cache_layers(cache: Any, config: LogLinearConfig) -> list[MixerCacheLayer]:
 
 
 def cache_nbytes(cache: Cache) -> int:
-    """Bytes of the states that a cache of ours holds at the moment."""
+    """Bytes of the layers' states that a cache of ours holds at the moment, without the newest outputs."""
     states = (layer.state for layer in cache.layers if isinstance(layer, MixerCacheLayer))
     return sum(state.nbytes for state in states if state is not None)

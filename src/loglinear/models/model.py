@@ -152,12 +152,14 @@ class LogLinearModel(LogLinearPreTrainedModel):
 
         Returns:
             last_hidden_state `[B, T, M]`: at padding behind a row's tokens, the hidden state of its last real
-            token (so the last column is each row's newest one); at padding before them, zeros.
-            past_key_values, hidden_states as asked for.
+            token, read in this call or an earlier one (so the last column is each row's newest one); at padding
+            before them, zeros.
+            past_key_values as asked for. hidden_states too; those of the blocks are zeros at padding before the
+            tokens of this call.
 
         Raises:
             ValueError, TypeError: inputs that contradict each other, a mask with holes, a cache of another
-            model.
+            model or batch, more tokens than a static cache has room for (not checked when compiled).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -177,6 +179,15 @@ class LogLinearModel(LogLinearPreTrainedModel):
         attends = any(isinstance(block.mixer, Attention) for block in self.layers)
         if cu_seqlens is not None and (attends or not torch.compiler.is_compiling()):
             layout = PackedLayout(cu_seqlens, x.shape[1])  # also checks it
+        rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if states is not None:
+            for cache_layer in states:
+                cache_layer.check_rows(rows)
+            if not torch.compiler.is_compiling():  # what the host counts would be compiled in
+                if cu_seqlens is None or layout is None:
+                    self.check_room(states, columns, columns)
+                else:
+                    self.check_room(states, cu_seqlens.diff(), max(layout.lengths))
         collected: list[Tensor] = []
         for index, block in enumerate(self.layers):
             if output_hidden_states:
@@ -188,15 +199,35 @@ class LogLinearModel(LogLinearPreTrainedModel):
                 continue
             x = block(x, cu_seqlens=cu_seqlens, layout=layout, past_key_values=cache_layer, columns=columns)
         x = self.norm(x)
-        collected.append(x)
         if padded is not None:
             collected = [padded.unpack(hidden) for hidden in collected]
+            x = padded.unpack(x, None if states is None else states[-1].output_before(rows, x))
+        collected.append(x)
+        if states is not None:
+            newest = x[:, -1]
+            if padded is None and cu_seqlens is not None:  # packed by the caller
+                last = (cu_seqlens[1:].to(torch.int64) - 1).clamp_min(0)
+                before = states[-1].output_before(rows, x)
+                newest = torch.where(cu_seqlens.diff().gt(0)[:, None], x[0, last], before)
+            states[-1].record_output(newest)
         output = BaseModelOutputWithPast(
             last_hidden_state=collected[-1],
             past_key_values=past_key_values,
             hidden_states=tuple(collected) if output_hidden_states else None,
         )
         return output.to_tuple() if return_dict is False else output
+
+    def check_room(self, states: list[MixerCacheLayer], counts: Tensor | int, most: int) -> None:
+        """Refuses tokens that a static cache has no room for: `counts` (`[B]`, or one number for all rows), at most
+        `most` in a row. Only attention layers can be full, and all of them hold the same tokens.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        for block, cache_layer in zip(self.layers, states, strict=True):
+            if isinstance(block.mixer, Attention):
+                cache_layer.check_room(counts, most)
+                return
 
     def _wants_cache(self, use_cache: bool | None) -> bool:
         if self.training and (self.gradient_checkpointing or use_cache is None):
@@ -342,16 +373,39 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
         """Inputs of one call by `generate`, without the mask where it calls for a token that it has just generated.
 
         So a decoding step has inputs of fixed shape and needs no device sync: the state knows where every row is.
+
+        Raises:
+            ValueError: a static cache has no room for the call's tokens. `forward` sees that too, but not where
+                `generate` has compiled it.
         """
+        columns = attention_mask.shape[1] if isinstance(attention_mask, Tensor) else None
         if next_sequence_length == 1 and not is_first_iteration:
             attention_mask = None
-        return super().prepare_inputs_for_generation(  # type: ignore[misc]  (the protocol of `self` there fits no model)
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]  (the protocol of `self` there fits no model)
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        if inputs.get("past_key_values") is not None:
+            self._check_room(inputs, columns)
+        return inputs
+
+    def _check_room(self, inputs: dict[str, Any], columns: int | None) -> None:
+        """Refuses `inputs` that overfill a static cache, which has seen `columns` columns after them (None: unknown).
+        No row can have more tokens than columns, so the device is read only where they are more than the cache has."""
+        states = cache_layers(inputs["past_key_values"], self.config)
+        capacity = states[0].max_cache_len
+        if capacity is None or (columns is not None and columns <= capacity):
+            return
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        new = (inputs["inputs_embeds"] if ids is None else ids).shape[1]
+        if mask is None:
+            self.model.check_room(states, new, new)
+        else:
+            counts = mask.ne(0).sum(1)
+            self.model.check_room(states, counts, int(counts.max()))
 
     @staticmethod
     def create_masks_for_generate(
