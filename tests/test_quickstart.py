@@ -4,13 +4,16 @@ alone.
 
 import csv
 import json
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 
 from loglinear import quickstart
 from loglinear.cli import main
 from loglinear.evals.position_loss import LossDifference
+from loglinear.layers import MIXERS
 from loglinear.models import LogLinearForCausalLM
 from loglinear.train import TrainConfig
 
@@ -60,6 +63,8 @@ def test_the_report_shows_what_was_made(result):
     assert quickstart.verdict(result.overall) in text
     assert quickstart.PROMPT + result.samples["log-linear"].text.rstrip() in text
     assert "| 1M |" in text and "other seeds" in text
+    assert "Two Gated DeltaNet models" in text
+    assert result.whole_documents and "as far as they go" not in text
 
 
 def test_the_twins_were_trained_alike(result):
@@ -85,7 +90,7 @@ def test_memory_is_tabulated_to_a_million_tokens(result):
 
 def test_twins_start_from_the_same_weights():
     config = quickstart.choose("cpu", "tiny-gated-deltanet", sequence_length=64)
-    weights = quickstart._initial_weights(quickstart._train_config(config, "log-linear", 1))
+    weights = quickstart._initial_model(quickstart._train_config(config, "log-linear", 1)).state_dict()
     linear = quickstart._train_config(config, "linear", 1)
     torch.manual_seed(123)
     twin: LogLinearForCausalLM = quickstart.build_model(linear, quickstart.load_tokenizer("bytes"))
@@ -124,13 +129,14 @@ def test_the_commands_from_quickstart_to_inspect(tmp_path, capsys):
         assert not exit_code.value.code
         return capsys.readouterr().out
 
-    (tmp_path / "text").mkdir()
-    for number in range(8):
-        (tmp_path / "text" / f"{number}.txt").write_text(f"words of document {number}. " * 20)
+    with (tmp_path / "text.jsonl").open("w") as file:
+        for number in range(8):
+            file.write(json.dumps({"body": f"words of document {number}. " * 20}) + "\n")
     run = tmp_path / "run"
     shown = command(
-        "quickstart", "--preset", "tiny-gated-deltanet", "--steps", 1, "--data", tmp_path / "text", "--output", run,
-        "--sequence-length", 32, "--rows", 1, "--sample-tokens", 4, "--device", "cpu",
+        "quickstart", "--preset", "tiny-gated-deltanet", "--steps", 1, "--data", tmp_path / "text.jsonl",
+        "--text-field", "body", "--output", run, "--sequence-length", 32, "--rows", 1, "--sample-tokens", 4,
+        "--device", "cpu",
     )  # fmt: skip
     assert "report.md" in shown and (run / "report.md").is_file()
     evaluated = tmp_path / "evaluated"
@@ -139,6 +145,48 @@ def test_the_commands_from_quickstart_to_inspect(tmp_path, capsys):
     inspected = tmp_path / "inspected"
     shown = command("inspect", run / "log-linear", "--text", "a text to look at", "--lengths", "1K,2K", "-o", inspected)
     assert "2K" in shown and (inspected / "level_scales.png").is_file()
+
+
+def test_documents_that_are_too_short_are_told_of_before_training_and_in_the_report(tmp_path, monkeypatch):
+    """With another mixer, so that its name is seen to be that of the preset."""
+    (tmp_path / "text").mkdir()
+    for number in range(8):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"words of document {number}. " * (1 + number % 2))
+    config = quickstart.choose(
+        "cpu", "tiny-mamba2", output=str(tmp_path / "out"), steps=1, sequence_length=64, rows=1, sample_tokens=4,
+        data=(str(tmp_path / "text"),), cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    told = StringIO()
+    console = Console(file=told, width=200)
+    train, told_before = quickstart.train, []
+
+    def training(*arguments, **options):
+        told_before.append(told.getvalue())
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(quickstart, "train", training)
+    result = quickstart.run(config, console)
+    sentence = "No held-out document has more than 64 tokens: all are compared as far as they go"
+    assert not result.whole_documents and len(told_before) == 2 and all(sentence in text for text in told_before)
+    text = result.files["report"].read_text()
+    assert sentence in text
+    assert "Training the linear twin (Mamba-2), 1 steps" in told.getvalue()
+    assert "Two Mamba-2 models" in text and "DeltaNet" not in text
+
+
+def test_every_mixer_with_levels_has_a_name():
+    assert {*quickstart.MIXER_NAMES, "attention"} == set(MIXERS)
+
+
+def test_options_of_data_need_data(tmp_path):
+    with pytest.raises(ValueError, match="got text_field, hub_split without data"):
+        quickstart.choose("cpu", output=str(tmp_path), text_field="body", hub_split="test")
+
+
+def test_data_is_read_as_training_reads_it():
+    options = {"text_field": "body", "hub_subset": "small", "hub_split": "test"}
+    config = quickstart._train_config(quickstart.choose("cpu", data=("hub:some/data",), **options), "linear", 1)
+    assert {name: getattr(config, name) for name in options} == options
 
 
 def test_an_earlier_quickstart_is_not_overwritten(tmp_path):

@@ -114,8 +114,8 @@ def train(
     """Train a model on text.
 
     Documents are packed into rows with their boundaries kept; some are held out for evaluation. The output folder gets
-    checkpoints, train_config.yaml and metrics.jsonl. Ctrl-C stops with a checkpoint, and --resume goes on exactly from
-    the newest one. For several GPUs: torchrun --nproc-per-node=GPUS -m loglinear train …
+    checkpoints, train_config.yaml and metrics.jsonl. Ctrl-C stops with a checkpoint, and --resume goes on from the
+    newest one. For several GPUs: torchrun --nproc-per-node=GPUS -m loglinear train …
 
     Example: loglinear train --data my-texts/ --model small-log-linear-gated-deltanet --steps 2000 --output runs/first
     """
@@ -130,6 +130,17 @@ _config_option = inspect.signature(train).parameters["config"].replace(kind=insp
 train.__signature__ = inspect.Signature([_config_option, *_train_flags()])  # type: ignore[attr-defined]
 train.__annotations__ = {name: one.annotation for name, one in train.__signature__.parameters.items()}  # type: ignore[attr-defined]
 app.command()(train)
+
+
+def _data_option(name: str) -> Any:
+    """An option of `--data` elsewhere, as `train` has it; None where it is not given."""
+    one = next(one for one in dataclasses.fields(TrainConfig) if one.name == name)
+    shown = "" if one.default is None else f" (default: {one.default})"
+    return typer.Option(None, "--" + name.replace("_", "-"), help=one.metadata["help"] + shown, show_default=False)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @app.command()
@@ -221,6 +232,9 @@ def position_loss(
     data: list[str] = typer.Option(
         [], help="Documents to evaluate on, as in training. (default: those held out from the training of the first)"
     ),
+    text_field: str | None = _data_option("text_field"),
+    hub_subset: str | None = _data_option("hub_subset"),
+    hub_split: str | None = _data_option("hub_split"),
     all_documents: bool = typer.Option(
         False, "--all-documents", help="Also take documents that end before the last position."
     ),
@@ -249,6 +263,7 @@ def position_loss(
         device=device,
         length=length,
         data=data,
+        data_options=_given(text_field=text_field, hub_subset=hub_subset, hub_split=hub_split),
         whole=not all_documents,
         maximum=max_documents,
         width=bucket,
@@ -300,14 +315,17 @@ def quickstart(
     output: str = typer.Option("quickstart", "--output", "-o", help="Folder for everything; it must be new or empty."),
     preset: str | None = typer.Option(
         None,
-        help="Train this log-linear Gated DeltaNet preset; its twin is the same with one level. "
-        "(default: 1M parameters on a processor, 30M on a GPU)",
+        help="Train this preset; its twin is the same with one level. "
+        "(default: Gated DeltaNet, 1M parameters on a processor, 30M on a GPU)",
     ),
     steps: int | None = typer.Option(None, min=1, help="Steps of each model. (default: as many as the time allows)"),
     seconds: float | None = typer.Option(
         None, help="Training time of both together, without --steps. (default: 200 on a processor, 240 on a GPU)"
     ),
     data: list[str] = typer.Option([], help="Other documents to train on, as for train. (default: stdlib)"),
+    text_field: str | None = _data_option("text_field"),
+    hub_subset: str | None = _data_option("hub_subset"),
+    hub_split: str | None = _data_option("hub_split"),
     max_documents: int | None = typer.Option(None, min=1, help="Read at most this many documents."),
     sequence_length: int | None = typer.Option(
         None, min=2, help="Tokens per row. (default: 1024 on a processor, 8192 on a GPU)"
@@ -339,6 +357,9 @@ def quickstart(
         steps=steps,
         training_seconds=seconds,
         data=tuple(data) or None,
+        text_field=text_field,
+        hub_subset=hub_subset,
+        hub_split=hub_split,
         max_documents=max_documents,
         sequence_length=sequence_length,
         rows=rows,
@@ -399,6 +420,16 @@ def bench(
     if list_choices:
         Console().print(command.describe())
         return
+    if model:
+        command.refuse_operator_options(
+            {
+                "--operator": operator,
+                "--shape": shape,
+                "--batch": batches,
+                "--dtype": dtype,
+                "--forward-only": forward_only,
+            }
+        )
     chosen = command.parse_lengths(lengths) if lengths else None
     suite = command.choose_suite(
         cpu,
@@ -414,6 +445,8 @@ def bench(
     )
     if model:
         suite = command.only_models(suite, model, chosen or command.MODEL_LENGTHS)
+    elif tokens is not None and "tokens" not in suite.batches:
+        raise ValueError("got --tokens, wanted --batch tokens with it: one sequence a call has its own length")
     command.run(suite, output, name)
 
 

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -24,12 +25,21 @@ from loglinear.evals import inspection, position_loss
 from loglinear.evals.command import default_text, print_table
 from loglinear.generate import Generation, generate_text
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
-from loglinear.train import TrainConfig, TrainResult, held_out_corpus, load_checkpoint, train
+from loglinear.train import TrainConfig, TrainResult, load_checkpoint, train
 from loglinear.train.checkpoints import choose_device, load_corpora
 from loglinear.train.reporting import quiet_transformers, read_metrics
 from loglinear.train.trainer import build_model
 
 LINEAR, LOG_LINEAR = "linear", "log-linear"
+MIXER_NAMES = {
+    "mamba2": "Mamba-2",
+    "gated_deltanet": "Gated DeltaNet",
+    "linear_attention": "linear attention",
+    "retention": "RetNet",
+    "gla": "GLA",
+    "delta_net": "DeltaNet",
+    "kda": "KDA",
+}
 PROMPT = "import os\n\n\ndef read_lines(path):\n"
 _CALIBRATION_STEPS = 6
 
@@ -42,6 +52,7 @@ class QuickstartConfig:
         output: folder for everything; it must not hold an earlier quickstart.
         log_linear_model, linear_model: presets of the twins; they differ in the number of levels alone.
         data: sources of documents, as for training.
+        text_field, hub_subset, hub_split: how to read them, as for training.
         sequence_length, rows: tokens per row, rows per step.
         steps: optimiser steps of each twin; None: as many as fit into `training_seconds` for both together.
         training_seconds: see steps.
@@ -57,6 +68,9 @@ class QuickstartConfig:
     log_linear_model: str = "quickstart-log-linear-gated-deltanet"
     linear_model: str = "quickstart-gated-deltanet"
     data: tuple[str, ...] = ("stdlib",)
+    text_field: str = "text"
+    hub_subset: str | None = None
+    hub_split: str = "train"
     sequence_length: int = 1024
     rows: int = 4
     steps: int | None = None
@@ -80,7 +94,9 @@ class QuickstartConfig:
 
 @dataclass(frozen=True)
 class QuickstartResult:
-    """What the quickstart found. `runs` and `samples` are by twin, "linear" and "log-linear"."""
+    """What the quickstart found. `runs` and `samples` are by twin, "linear" and "log-linear". `whole_documents` says
+    that every document of the comparison reaches the last position.
+    """
 
     config: QuickstartConfig
     steps: int
@@ -90,6 +106,7 @@ class QuickstartResult:
     samples: dict[str, Generation]
     memory: dict[str, list[inspection.CostRow]]
     files: dict[str, Path]
+    whole_documents: bool
     seconds: float
 
 
@@ -98,12 +115,16 @@ def choose(device: str = "auto", preset: str | None = None, **changes) -> Quicks
 
     Args:
         device: "auto", "cpu" or "cuda".
-        preset: another log-linear Gated DeltaNet preset to train; its linear twin is the same with one level.
+        preset: another preset to train; its linear twin is the same with one level.
         changes: fields of `QuickstartConfig`; None leaves a field as it is.
 
     Raises:
-        ValueError: a preset without levels, or a field out of its range.
+        ValueError: a field out of its range, or options of data without data.
     """
+    changes = {name: value for name, value in changes.items() if value is not None}
+    data_options = [name for name in ("text_field", "hub_subset", "hub_split") if name in changes]
+    if data_options and "data" not in changes:
+        raise ValueError(f"got {', '.join(data_options)} without data, wanted the documents that they are for")
     place = choose_device(device, "auto")[0].type
     config = QuickstartConfig(device=place)
     if place == "cuda":
@@ -120,7 +141,7 @@ def choose(device: str = "auto", preset: str | None = None, **changes) -> Quicks
         )
     if preset is not None:
         config = replace(config, log_linear_model=preset, linear_model=preset)
-    return replace(config, **{name: value for name, value in changes.items() if value is not None})
+    return replace(config, **changes)
 
 
 def run(config: QuickstartConfig, console: Console | None = None) -> QuickstartResult:
@@ -137,7 +158,12 @@ def run(config: QuickstartConfig, console: Console | None = None) -> QuickstartR
         raise FileExistsError(f"the folder {folder} is not empty: name another one with --output, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     configs = {name: _train_config(config, name, config.steps or 1) for name in (LINEAR, LOG_LINEAR)}
+    initial = _initial_model(configs[LOG_LINEAR])
+    mixer = MIXER_NAMES[initial.config.mixer]
     console.print(f"Reading {_corpus_name(config)} …", highlight=False, soft_wrap=True)
+    documents, whole = _documents_to_compare(config, configs[LINEAR])
+    if not whole:
+        console.print(_short_documents(config), highlight=False)
     steps = config.steps
     if steps is None:
         speeds = {name: seconds_per_step(configs[name]) for name in configs}
@@ -147,24 +173,13 @@ def run(config: QuickstartConfig, console: Console | None = None) -> QuickstartR
             f"{steps} steps each.",
             highlight=False,
         )
-    weights = _initial_weights(configs[LOG_LINEAR])
     runs = {}
     for name in configs:
-        console.print(f"Training the {name} Gated DeltaNet, {steps} steps …", highlight=False)
+        console.print(f"Training the {name} twin ({mixer}), {steps} steps …", highlight=False)
         configs[name] = _train_config(config, name, steps)
-        runs[name] = train(configs[name], prepare=lambda model: _copy_matching(weights, model))
+        runs[name] = train(configs[name], prepare=lambda model: _copy_matching(initial.state_dict(), model))
     console.print("Comparing them on held-out documents …", highlight=False)
     models = {name: load_checkpoint(run.checkpoint, device=config.device)[0] for name, run in runs.items()}
-    with quiet_transformers():
-        corpus = held_out_corpus(runs[LINEAR].checkpoint)
-    try:
-        documents = position_loss.choose_documents(corpus, config.sequence_length, True, config.evaluation_documents)
-    except ValueError:  # too short a text is no reason to lose two trainings
-        console.print(
-            f"No held-out document has more than {config.sequence_length} tokens: all are compared, as far as they go.",
-            highlight=False,
-        )
-        documents = position_loss.choose_documents(corpus, config.sequence_length, False, config.evaluation_documents)
     losses = position_loss.evaluate(models, documents, config.sequence_length)
     overall = position_loss.compare(
         LOG_LINEAR,
@@ -183,7 +198,7 @@ def run(config: QuickstartConfig, console: Console | None = None) -> QuickstartR
     memory = {name: inspection.cost_rows(model.config) for name, model in models.items()}
     files = _write_files(folder, runs, losses, memory, models[LOG_LINEAR], tokenizer, config)
     result = QuickstartResult(
-        config, steps, runs, losses, overall, samples, memory, files, time.perf_counter() - started
+        config, steps, runs, losses, overall, samples, memory, files, whole, time.perf_counter() - started
     )
     files["report"] = folder / "report.md"
     files["report"].write_text(report(result), encoding="utf-8")
@@ -195,12 +210,35 @@ def _corpus_name(config: QuickstartConfig) -> str:
     return "the source of Python's standard library" if config.data == ("stdlib",) else ", ".join(config.data)
 
 
+def _documents_to_compare(config: QuickstartConfig, training: TrainConfig) -> tuple[list[np.ndarray], bool]:
+    """Held-out documents, and whether all reach the last position; where none does, all as far as they go.
+
+    Raises:
+        ValueError: nothing can be held out, or what is held out has no token to predict.
+    """
+    with quiet_transformers():
+        _, held_out = load_corpora(training, load_tokenizer(training.tokenizer))
+    assert held_out is not None, "the quickstart holds documents out"
+    whole = bool((held_out.lengths > config.sequence_length).any())
+    return position_loss.choose_documents(held_out, config.sequence_length, whole, config.evaluation_documents), whole
+
+
+def _short_documents(config: QuickstartConfig) -> str:
+    return (
+        f"No held-out document has more than {config.sequence_length} tokens: all are compared as far as they go, and "
+        "late positions may rest on fewer of them."
+    )
+
+
 def _train_config(config: QuickstartConfig, name: str, steps: int) -> TrainConfig:
     options: dict[str, int] = {"max_position_embeddings": config.sequence_length}
     options["num_levels"] = fenwick.full_num_levels(config.sequence_length) if name == LOG_LINEAR else 1
     return TrainConfig(
         output=str(Path(config.output) / name),
         data=list(config.data),
+        text_field=config.text_field,
+        hub_subset=config.hub_subset,
+        hub_split=config.hub_split,
         max_documents=config.max_documents,
         cache=config.cache,
         model=config.log_linear_model if name == LOG_LINEAR else config.linear_model,
@@ -248,12 +286,11 @@ def seconds_per_step(config: TrainConfig) -> float:
     return statistics.median(times[1:])
 
 
-def _initial_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
-    """The weights that the log-linear twin starts from: the plain one takes those that it has, too."""
+def _initial_model(config: TrainConfig) -> LogLinearForCausalLM:
+    """The log-linear twin before its training: the plain one starts from those of its weights that it has, too."""
     torch.manual_seed(config.seed)
     with quiet_transformers():
-        model = build_model(config, load_tokenizer(config.tokenizer))
-    return {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+        return build_model(config, load_tokenizer(config.tokenizer))
 
 
 def _copy_matching(weights: dict[str, torch.Tensor], model: LogLinearForCausalLM) -> None:
@@ -391,9 +428,10 @@ def _parameters(checkpoint: Path) -> int:
 def report(result: QuickstartResult) -> str:
     """The Markdown report."""
     config, runs = result.config, result.runs
+    mixer = MIXER_NAMES[LogLinearConfig.from_pretrained(runs[LOG_LINEAR].checkpoint).mixer]
     parts = [
         "# Quickstart: log-linear attention beside its linear twin",
-        f"Two Gated DeltaNets, trained on {_corpus_name(config)} (as bytes) for the same {result.steps} steps, with "
+        f"Two {mixer} models, trained on {_corpus_name(config)} (as bytes) for the same {result.steps} steps, with "
         "the same data in the same order and from the same initial weights (those of the level scales, which only one "
         "of them has, excepted). The linear one keeps one state per head; the log-linear one keeps one per level of "
         "its Fenwick tree, and reads them with scales λ that it computes from the input. "
@@ -402,6 +440,7 @@ def report(result: QuickstartResult) -> str:
         "![training loss](training.png)",
         "## Loss by position on held-out documents",
         verdict(result.overall) + " " + _CAUTION,
+        *([] if result.whole_documents else [_short_documents(config)]),
         markdown(*position_loss.table_text(result.losses)),
         f"Nats per byte, {position_loss.TABLE_NOTE}.",
         "![loss by position](position_loss.png)",

@@ -4,11 +4,17 @@ numbers.
 
 from pathlib import Path
 
+import pytest
+
 from bench.synthetic import make_row
 from loglinear.bench import report
-from loglinear.bench.rows import fit_growth
+from loglinear.bench.rows import fit_growth, read_rows
 
 LENGTHS = (4096, 16384, 65536)
+
+
+def group_key(dtype: str = "bfloat16", tokens: int | None = None) -> report.Group:
+    return report.Group("mamba2", "forward", dtype, tokens)
 
 
 def rows_of(operator: str, mechanism: str, exponent: float, **changes):
@@ -32,11 +38,12 @@ def test_the_table_has_fitted_growth_and_values_per_sequence():
     rows = [
         *rows_of("softmax-flash", "FlashAttention", 2.0),
         *rows_of("log-linear", "log-linear", 1.0),
-        *[make_row(batch=4, length=length, time_ms=8.0 * length / 4096) for length in LENGTHS],
+        *[make_row(batch=262144 // length, length=length, time_ms=2.0 * 262144 / 4096) for length in LENGTHS],
     ]
     groups = report.groups_of(rows)
-    assert list(groups) == [("mamba2", "forward", "one"), ("mamba2", "forward", "tokens")]
-    header, lines = report.comparison_table(groups["mamba2", "forward", "one"])
+    one, tokens = group_key(), group_key(tokens=262144)
+    assert list(groups) == [one, tokens]
+    header, lines = report.comparison_table(groups[one])
     assert header[4:7] == ["4K time", "16K time", "64K time"]
     by_operator = {line[1]: line for line in lines}
     assert list(by_operator) == ["softmax-flash", "log-linear"]
@@ -44,7 +51,7 @@ def test_the_table_has_fitted_growth_and_values_per_sequence():
     assert by_operator["log-linear"][2].startswith("T^1.00")
     assert by_operator["softmax-flash"][4:7] == ["1 ms", "16 ms", "256 ms"]
     assert by_operator["log-linear"][7:] == ["4 MiB", "16 MiB", "64 MiB"]
-    _, lines = report.comparison_table(groups["mamba2", "forward", "tokens"])
+    _, lines = report.comparison_table(groups[tokens])
     assert lines[0][4:7] == ["2 ms", "8 ms", "32 ms"]
 
 
@@ -64,8 +71,72 @@ def test_a_batch_of_one_continues_the_constant_number_of_tokens():
         make_row(batch=1, length=65536),
     ]
     groups = report.groups_of(rows)
-    assert [row.length for row in groups["mamba2", "forward", "tokens"]["log-linear"]] == [32768, 65536]
-    assert [row.length for row in groups["mamba2", "forward", "one"]["log-linear"]] == [32768, 65536]
+    assert [row.length for row in groups[group_key(tokens=65536)]["log-linear"]] == [32768, 65536]
+    assert [row.length for row in groups[group_key()]["log-linear"]] == [32768, 65536]
+
+
+def test_a_curve_has_one_dtype(tmp_path: Path):
+    rows = [
+        *rows_of("log-linear", "log-linear", 1.0, dtype="bfloat16"),
+        *rows_of("log-linear", "log-linear", 2.0, dtype="float32"),
+    ]
+    groups = report.groups_of(rows)
+    assert list(groups) == [group_key(), group_key(dtype="float32")]
+    growths = [report.growth_of(group["log-linear"], lambda row: row.time_ms) for group in groups.values()]
+    assert [round(growth.exponent, 6) for growth in growths if growth is not None] == [1.0, 2.0]
+    written = report.write_report(rows, tmp_path, "gpu")
+    assert [path.name for path in written[1:]] == [
+        "gpu-mamba2-forward-one-bfloat16.png",
+        "gpu-mamba2-forward-one-float32.png",
+    ]
+    text = written[0].read_text()
+    assert "### mamba2, forward, one sequence a call, bfloat16\n" in text
+    assert "### mamba2, forward, one sequence a call, float32\n" in text
+
+
+def test_a_curve_has_one_number_of_tokens(tmp_path: Path):
+    """Two measurements with 65,536 and 16,384 tokens a call, at a length that divides neither among them."""
+    rows = [
+        make_row(batch=max(1, tokens // length), length=length, time_ms=float(tokens))
+        for tokens in (16_384, 65_536)
+        for length in (1000, 4096, 16384, 32768)
+    ]
+    groups = report.groups_of(rows)
+    few, many = group_key(tokens=16_384), group_key(tokens=65_536)
+    assert list(groups) == [group_key(), few, many]
+    assert [(row.batch, row.length) for row in groups[few]["log-linear"]] == [
+        (16, 1000), (4, 4096), (1, 16384), (1, 32768),
+    ]  # fmt: skip
+    assert [(row.batch, row.length) for row in groups[many]["log-linear"]] == [
+        (65, 1000), (16, 4096), (4, 16384), (2, 32768),
+    ]  # fmt: skip
+    written = report.write_report(rows, tmp_path, "gpu")
+    assert [path.name for path in written[1:]] == [
+        "gpu-mamba2-forward-one.png",
+        "gpu-mamba2-forward-16384-tokens.png",
+        "gpu-mamba2-forward-65536-tokens.png",
+    ]
+    assert "### mamba2, forward, 16,384 tokens a call\n" in written[0].read_text()
+
+
+def test_a_call_that_two_numbers_of_tokens_ask_for_is_on_both_curves():
+    rows = [make_row(batch=batch, length=length) for batch, length in ((32, 2048), (40, 2048), (2, 32768))]
+    groups = report.groups_of(rows)
+    assert [(row.batch, row.length) for row in groups[group_key(tokens=65_536)]["log-linear"]] == [
+        (32, 2048),
+        (2, 32768),
+    ]
+    assert [(row.batch, row.length) for row in groups[group_key(tokens=81_920)]["log-linear"]] == [
+        (40, 2048),
+        (2, 32768),
+    ]
+
+
+@pytest.mark.parametrize("name", ["cpu", "h200"])
+def test_the_reports_in_the_repository_are_those_of_their_rows(name):
+    folder = Path(__file__).parents[2] / "benchmarks"
+    rows = read_rows(folder / f"{name}.csv")
+    assert report.to_markdown(rows) == (folder / f"{name}.md").read_text()
 
 
 def test_what_could_not_run_says_why_and_is_left_out_of_the_fit():

@@ -1,5 +1,6 @@
 """Cases run, are checked before they are timed, and become rows whatever happens to them."""
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from loglinear.bench import worker as worker_module
 from loglinear.bench.command import only_models, parse_lengths
+from loglinear.bench.inputs import make_inputs
 from loglinear.bench.measure import PeakMemory, summarize, time_call
 from loglinear.bench.models import ModelCase, run_model_case
 from loglinear.bench.operators import OPERATORS, NotSupported
@@ -150,6 +152,50 @@ def test_the_command_runs_cases_in_worker_processes_and_keeps_rows(tmp_path, cap
     assert "softmax-flash" in capsys.readouterr().out
 
 
+def refusal(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "--cpu", *arguments])
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--operator", "linear-torch"],
+        ["--shape", "mamba2"],
+        ["--batch", "one"],
+        ["--dtype", "float16"],
+        ["--forward-only"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_flags_of_operators_are_refused_for_models(capsys, monkeypatch, flags):
+    monkeypatch.setattr("loglinear.bench.command.run", lambda *arguments: pytest.fail("ran"))
+    said = refusal(capsys, "--model", "tiny-mamba2", *flags)
+    assert f"got {flags[0]} with --model, wanted none of these" in said
+
+
+def test_flags_that_models_know_are_taken(monkeypatch):
+    suites = []
+    monkeypatch.setattr("loglinear.bench.command.run", lambda suite, *names: suites.append(suite))
+    with pytest.raises(SystemExit):
+        main(["bench", "--cpu", "--model", "tiny-mamba2", "--tokens", "128", "--lengths", "64", "--budget", "2"])
+    (suite,) = suites
+    assert (suite.presets, suite.model_lengths, suite.lengths) == (("tiny-mamba2",), (64,), ())
+    assert (suite.tokens_per_call, suite.budget_s) == (128, 2.0)
+
+
+def test_a_number_of_tokens_is_refused_where_a_call_is_one_sequence(capsys, monkeypatch):
+    suites = []
+    monkeypatch.setattr("loglinear.bench.command.run", lambda suite, *names: suites.append(suite))
+    assert "got --tokens, wanted --batch tokens with it" in refusal(capsys, "--tokens", "128")
+    assert suites == []
+    with pytest.raises(SystemExit):
+        main(["bench", "--cpu", "--tokens", "128", "--batch", "tokens"])
+    assert suites[0].tokens_per_call == 128
+
+
 def test_the_command_lists_what_can_be_measured(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "--list"])
@@ -289,6 +335,43 @@ def test_wrong_suites_are_refused(changes, message):
 def test_the_gpu_suite_needs_a_gpu():
     with pytest.raises(ValueError, match="torch sees no CUDA device"):
         gpu_suite()
+
+
+@pytest.mark.parametrize("operator", ["log-linear-triton", "linear-triton"])
+@pytest.mark.parametrize("check", [True, False], ids=["check", "timing"])
+def test_the_torch_backend_is_not_timed_as_kernels(monkeypatch, operator, check):
+    """An explicit backend="triton" falls back without an error; the row must say so, check and timing alike.
+
+    With its interpreter said to be on, the operator chooses among kernels and torch as on a GPU.
+    """
+    pytest.importorskip("triton")
+    monkeypatch.setattr("loglinear.ops.interface.scalar.INTERPRETED", True)
+    monkeypatch.setattr(
+        "loglinear.ops.interface.chunked.log_linear_attention_chunked", lambda *_, **__: pytest.fail("torch ran")
+    )
+    logger = logging.getLogger("loglinear.ops.interface")
+    before = logger.level, list(logger.handlers)
+    case = case_of(operator, shape="gated-deltanet-128", dtype="bfloat16", length=16, check=check)
+    (result,) = guarded(run_case(case))
+    assert result.status == "not supported: no Triton kernel for the delta rule (beta)" and result.time_ms is None
+    assert (logger.level, list(logger.handlers)) == before
+
+
+def test_kernels_are_timed_where_they_cover_the_call(monkeypatch):
+    levels = []
+
+    def covered(q, k, v, *_, **__):
+        logger = logging.getLogger("loglinear.ops.interface")
+        logger.debug("something else")
+        levels.append(logger.getEffectiveLevel())
+        return v, None
+
+    monkeypatch.setattr("loglinear.bench.operators.log_linear_attention", covered)
+    shape = worker_module.SHAPES["mamba2-2-heads"]
+    inputs = make_inputs(shape, "log-linear", 1, 16, torch.bfloat16, "cpu")
+    call = OPERATORS["log-linear-triton"].prepare(inputs)
+    assert call() is inputs.v and call() is inputs.v
+    assert levels[0] == logging.DEBUG < levels[1], "only the first call, which is not timed, listens"
 
 
 @pytest.mark.gpu

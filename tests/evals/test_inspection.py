@@ -117,8 +117,37 @@ def test_level_scales_of_a_preset_are_shown_on_a_given_text(tmp_path, capsys):
 
 
 def test_plain_mixers_have_no_partition(tmp_path):
-    written = run_inspect("tiny-attention", tmp_path, device="cpu")
+    written = run_inspect("tiny-attention", tmp_path)
     assert [path.name for path in written] == ["memory.png"]
+
+
+@pytest.mark.parametrize("option", [{"text": "a text"}, {"most_tokens": 8}, {"device": "cpu"}])
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [("gated-deltanet-793m", "with one level .num_levels=1. its mixer is the plain linear one"),
+     ("tiny-attention", "it is a softmax model")],
+)  # fmt: skip
+def test_options_of_level_scales_are_refused_for_models_without_them(tmp_path, model, reason, option):
+    (name,) = option
+    shown = {"most_tokens": "max-tokens"}.get(name, name)
+    with pytest.raises(ValueError, match=f"got {shown}, but {model} has no level scales to show: {reason}"):
+        run_inspect(model, tmp_path / "out", **option)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_preset_without_a_text_computes_nothing_on_a_device(tmp_path):
+    with pytest.raises(ValueError, match="got max-tokens, device, but the preset tiny-mamba2 has no trained weights"):
+        run_inspect("tiny-mamba2", tmp_path / "out", most_tokens=8, device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hybrid_of_attention_alone_has_no_level_scales(tmp_path):
+    config = LogLinearConfig.preset("tiny-gated-deltanet", attention_layers=[0, 1])
+    config.save_pretrained(tmp_path / "model")
+    written = run_inspect(str(tmp_path / "model"), tmp_path / "out")
+    assert [path.name for path in written] == ["memory.png"]
+    with pytest.raises(ValueError, match="got text, but .*it is a softmax model"):
+        run_inspect(str(tmp_path / "model"), tmp_path / "out", text="a text")
 
 
 def test_a_name_that_is_nothing_is_refused(tmp_path):

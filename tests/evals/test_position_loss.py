@@ -1,12 +1,16 @@
 """Loss by position: the numbers are those of one document read alone, the errors those of the definition."""
 
 import csv
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from loglinear.cli import main
+from loglinear.data import load_tokenizer
 from loglinear.evals import position_loss
 from loglinear.evals.command import run_position_loss
 from loglinear.evals.position_loss import (
@@ -201,6 +205,64 @@ def test_other_documents_can_be_named(runs, tmp_path):
     assert {row.documents for row in result.table} == {1}
     assert list(result.losses) == ["a", "b"]
     assert all(row.standard_error is None for row in result.table)
+
+
+def test_the_field_of_the_text_can_be_named(runs, tmp_path):
+    (tmp_path / "other.jsonl").write_text(json.dumps({"body": "another text, " * 20}) + "\n")
+    data = {"length": 32, "data": [str(tmp_path / "other.jsonl")]}
+    with pytest.raises(ValueError, match="no field 'text', it has 'body'"):
+        position_loss.evaluate_checkpoints(runs[:1], **data)
+    result = position_loss.evaluate_checkpoints(runs[:1], **data, data_options={"text_field": "body"})
+    assert {row.documents for row in result.table} == {1}
+    with pytest.raises(ValueError, match="got text_field without data"):
+        position_loss.evaluate_checkpoints(runs[:1], length=32, data_options={"text_field": "body"})
+
+
+def test_the_command_passes_the_options_of_data_on(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("loglinear.evals.command.run_position_loss", lambda *arguments, **options: seen.update(options))
+    flags = ["--data", "hub:some/data", "--text-field", "body", "--hub-subset", "small", "--hub-split", "test"]
+    with pytest.raises(SystemExit):
+        main(["eval", "position-loss", "run", *flags])
+    assert seen["data"] == ["hub:some/data"]
+    assert seen["data_options"] == {"text_field": "body", "hub_subset": "small", "hub_split": "test"}
+    with pytest.raises(SystemExit):
+        main(["eval", "position-loss", "run"])
+    assert seen["data_options"] == {}
+
+
+def vertical_lines(result) -> list[list[float]]:
+    """Where each axis of the plot has a vertical line."""
+    figure = position_loss.plot(result)
+    return [
+        [line.get_xdata()[0] for line in axis.lines if len(set(line.get_xdata())) == 1 and len(line.get_xdata()) == 2]
+        for axis in figure.axes
+    ]
+
+
+def test_positions_beyond_the_training_are_told_of_and_marked(runs, tmp_path, capsys):
+    result = run_position_loss(runs[:2], tmp_path, device="cpu", length=100)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Trained on rows of 32 tokens: first, second. Positions from 32 on are longer than anything in" in shown
+    assert vertical_lines(result) == [[32], [32]]
+    within = run_position_loss(runs[:2], tmp_path, device="cpu", length=32)
+    assert "Trained on rows" not in capsys.readouterr().out
+    assert within.trained_lengths == {"first": 32, "second": 32} and vertical_lines(within) == [[], []]
+
+
+def test_the_trained_length_is_only_marked_where_all_share_it(runs, tmp_path):
+    result = position_loss.evaluate_checkpoints(runs[:2], length=100)
+    mixed = replace(result, trained_lengths={"first": 32, "second": 64})
+    assert vertical_lines(mixed) == [[], []] and len(position_loss.beyond_training(mixed)) == 2
+    assert vertical_lines(replace(result, trained_lengths={"first": 32})) == [[], []]
+
+
+def test_a_model_from_elsewhere_has_no_known_training(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    load_tokenizer("bytes").save_pretrained(tmp_path / "model")
+    (tmp_path / "other.txt").write_text("another text, " * 20)
+    result = position_loss.evaluate_checkpoints([tmp_path / "model"], length=64, data=[str(tmp_path / "other.txt")])
+    assert result.trained_lengths == {} and position_loss.beyond_training(result) == []
 
 
 def test_two_checkpoints_with_one_label_are_refused(tmp_path):

@@ -3,7 +3,7 @@ plots.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,9 +108,10 @@ def run(suite: Suite, output: str | Path, name: str | None = None, console: Cons
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
-    """Prints the comparison of each shape and direction, and the model table."""
-    for (shape, direction, kind), group in report.groups_of(rows).items():
-        title = report.describe_group(shape, direction, kind)
+    """Prints the comparison of each group, and the model table."""
+    groups = report.groups_of(rows)
+    titles = report.titles_of(groups)
+    for place, group in groups.items():
         header, lines = report.comparison_table(group)
         lengths = (len(header) - 4) // 2
         # The operator names its mechanism; time and memory side by side would not fit into a terminal.
@@ -118,7 +119,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
             columns = [1, growth, *range(first, first + lengths)]
             _print_table(
                 console,
-                f"{title}: {name}",
+                f"{titles[place]}: {name}",
                 [header[column].removesuffix(f" {name}") for column in columns],
                 [[line[column] for column in columns] for line in lines],
             )
@@ -142,6 +143,21 @@ def _print_table(console: Console, title: str, header: Sequence[str], lines: Seq
     for line in lines:
         table.add_row(*line)
     console.print(table)
+
+
+def refuse_operator_options(given: Mapping[str, object]) -> None:
+    """Refuses flags by name that a training step of a whole model has no use for; None, [] and False were not given.
+
+    Raises:
+        ValueError: one of them was given.
+    """
+    names = [flag for flag, value in given.items() if value not in (None, [], False)]
+    if names:
+        raise ValueError(
+            f"got {', '.join(names)} with --model, wanted none of these: a training step takes its mixers and sizes "
+            "from the preset, is forward and backward, in float32 on a processor and in bfloat16 autocast on a GPU, "
+            "and --tokens says how many sequences it has"
+        )
 
 
 def only_models(suite: Suite, presets: Sequence[str], lengths: Sequence[int]) -> Suite:

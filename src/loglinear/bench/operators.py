@@ -10,6 +10,7 @@ checking, timing, memory, rows, plots — follows.
 
 import functools
 import importlib
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loglinear import fenwick, log_linear_attention
 from loglinear.bench.inputs import Inputs
+from loglinear.ops import interface
 from loglinear.ops.interface import Backend
 
 WINDOW = 1024  # tokens that sliding-window attention sees, its own included
@@ -137,9 +139,43 @@ def _call_ours(inputs: Inputs, backend: Backend) -> Callable[[], Tensor]:
     return call
 
 
+class _RefuseFallback(logging.Handler):
+    """Raises where the operator says that no kernel covers a call."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message.startswith("no Triton kernel"):
+            raise NotSupported(message.partition(": ")[0])
+
+
+def _call_kernels(inputs: Inputs) -> Callable[[], Tensor]:
+    """The call with the kernels or not at all: what none covers would go to the torch backend without an error, and its
+    time would pass for that of the kernels. The first call shows it, before anything is computed or timed.
+    """
+    call, listening = _call_ours(inputs, "triton"), True
+
+    def listen() -> Tensor:
+        nonlocal listening
+        if not listening:
+            return call()
+        logger, handler = logging.getLogger(interface.__name__), _RefuseFallback()
+        level = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+        try:
+            output = call()
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+        listening = False
+        return output
+
+    return listen
+
+
 def _ours(kind: str, backend: Backend) -> Operator:
     def prepare(inputs: Inputs) -> Callable[[], Tensor]:
-        return _call_ours(inputs, backend)
+        return _call_kernels(inputs) if backend == "triton" else _call_ours(inputs, backend)
 
     name = kind if backend == "auto" else f"{kind}-{backend}"
     what = "full partition" if kind == "log-linear" else "one level, the plain linear mixer"

@@ -4,6 +4,7 @@ any time.
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -47,31 +48,56 @@ def _operator_order(name: str) -> tuple[int, int, str]:
     return MECHANISMS.index(operator.mechanism), list(OPERATORS).index(name), name
 
 
-def groups_of(rows: Iterable[Row]) -> dict[tuple[str, str, str], dict[str, list[Row]]]:
-    """Operator rows by (shape, direction, "one" or "tokens" sequences per call) and operator, lengths
-    ascending.
-
-    A batch of one belongs to both kinds of call where a call of the "tokens" kind would hold one sequence
-    anyway.
+class Group(NamedTuple):
+    """What the rows of one table share, its operators apart. `tokens` is the constant number of tokens in a call, None
+    for one sequence a call.
     """
-    rows = [row for row in rows if row.suite == "operators"]
-    groups: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
-    many = {(row.shape, row.direction) for row in rows if row.batch > 1}
-    longest_batched = {
-        place: max(row.length for row in rows if row.batch > 1 and (row.shape, row.direction) == place)
-        for place in many
-    }
+
+    shape: str
+    direction: str
+    dtype: str
+    tokens: int | None
+
+
+def groups_of(rows: Iterable[Row]) -> dict[Group, dict[str, list[Row]]]:
+    """Operator rows by group and operator, lengths ascending.
+
+    A batch of one belongs to both kinds of call where a call of a constant number of tokens would hold one sequence
+    anyway. A row that two numbers of tokens would have asked for belongs to both.
+    """
+    places: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        place = (row.shape, row.direction)
-        kinds = ["tokens"] if row.batch > 1 else ["one"]
-        if row.batch == 1 and place in many and row.length > longest_batched[place]:
-            kinds.append("tokens")
-        for kind in kinds:
-            groups.setdefault((*place, kind), {}).setdefault(row.operator, []).append(row)
+        if row.suite == "operators":
+            places.setdefault((row.shape, row.direction, row.dtype), []).append(row)
+    groups: dict[Group, dict[str, list[Row]]] = {}
+    for place, found in places.items():
+        rules = _tokens_per_call(found)
+        for row in found:
+            kinds: list[int | None] = [tokens for tokens in rules if row.batch == max(1, tokens // row.length)]
+            if row.batch == 1:
+                kinds.append(None)
+            for tokens in kinds:
+                groups.setdefault(Group(*place, tokens), {}).setdefault(row.operator, []).append(row)
     for group in groups.values():
         for operator in sorted(group, key=_operator_order):
             group[operator] = sorted(group.pop(operator), key=lambda row: row.length)
-    return dict(sorted(groups.items()))
+    order = sorted(groups, key=lambda group: (group.shape, group.direction, group.tokens or 0, group.dtype))
+    return {group: groups[group] for group in order}
+
+
+def _tokens_per_call(rows: Iterable[Row]) -> list[int]:
+    """The fewest numbers of tokens a call that explain every batch of more than one, largest first.
+
+    A row does not keep the number that it was asked for, only the `tokens // length` sequences that fitted into it: any
+    number from its own tokens up to one sequence more would have given the same. The largest that a call meets exactly
+    explains all rows of the largest number asked for; what it leaves is explained in the same way.
+    """
+    unexplained = [row for row in rows if row.batch > 1]
+    found = []
+    while unexplained:
+        found.append(max(row.batch * row.length for row in unexplained))
+        unexplained = [row for row in unexplained if found[-1] // row.length != row.batch]
+    return found
 
 
 def _cell(rows: Sequence[Row], length: int, value: Callable[[Row], float | None], text: Callable[[float], str]) -> str:
@@ -132,15 +158,39 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
 
 
-def describe_group(shape: str, direction: str, kind: str) -> str:
-    calls = "one sequence a call" if kind == "one" else "a constant number of tokens a call"
-    return f"{shape}, {direction}, {calls}"
+def titles_of(groups: Iterable[Group]) -> dict[Group, str]:
+    """A heading for each group; dtype and number of tokens are named where there are several."""
+    groups = list(groups)
+    dtypes, rules = _distinct(groups)
+    titles = {}
+    for group in groups:
+        calls = "one sequence a call" if group.tokens is None else "a constant number of tokens a call"
+        if group.tokens is not None and len(rules) > 1:
+            calls = f"{group.tokens:,} tokens a call"
+        dtype = [group.dtype] if len(dtypes) > 1 else []
+        titles[group] = ", ".join([group.shape, group.direction, calls, *dtype])
+    return titles
+
+
+def _stems_of(groups: Iterable[Group]) -> dict[Group, str]:
+    """The same for the name of a file."""
+    groups = list(groups)
+    dtypes, rules = _distinct(groups)
+    stems = {}
+    for group in groups:
+        direction = {FORWARD: "forward", BOTH: "backward"}[group.direction]
+        calls = "one" if group.tokens is None else "tokens" if len(rules) == 1 else f"{group.tokens}-tokens"
+        dtype = [group.dtype] if len(dtypes) > 1 else []
+        stems[group] = "-".join([group.shape, direction, calls, *dtype])
+    return stems
+
+
+def _distinct(groups: Sequence[Group]) -> tuple[set[str], set[int]]:
+    return {group.dtype for group in groups}, {group.tokens for group in groups if group.tokens is not None}
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    """The whole result as Markdown: conditions, a table per shape and direction, ratios, and the model
-    table.
-    """
+    """The whole result as Markdown: conditions, a table per group, ratios, and the model table."""
     if not rows:
         raise ValueError("there are no rows to report")
     newest = max(rows, key=lambda row: row.date)
@@ -150,8 +200,10 @@ def to_markdown(rows: Sequence[Row]) -> str:
         "the inputs are given per sequence. Growth is the fitted exponent ± its standard error over lengths from "
         f"{plots.format_tokens(FIT_FROM)} up (over all lengths where fewer than three are that long)."
     ]
-    for (shape, direction, kind), group in groups_of(rows).items():
-        parts.append(f"### {describe_group(shape, direction, kind)}")
+    groups = groups_of(rows)
+    titles = titles_of(groups)
+    for place, group in groups.items():
+        parts.append(f"### {titles[place]}")
         parts.append(markdown(*comparison_table(group)))
         ratios = ratio_table(group)
         if ratios is not None:
@@ -272,13 +324,14 @@ def write_report(rows: Sequence[Row], folder: str | Path, name: str) -> list[Pat
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / f"{name}.md"]
     written[0].write_text(to_markdown(rows))
-    for (shape, direction, kind), group in groups_of(rows).items():
+    groups = groups_of(rows)
+    titles, stems = titles_of(groups), _stems_of(groups)
+    for place, group in groups.items():
         if len({row.length for group_rows in group.values() for row in group_rows if row.status == OK}) < 2:
             continue  # one length makes no curve
-        short = {FORWARD: "forward", BOTH: "backward"}[direction]
         device = next(iter(group.values()))[0].device
-        figure = plot_group(group, describe_group(shape, direction, kind), device)
-        written.append(plots.save(figure, folder / f"{name}-{shape}-{short}-{kind}.png"))
+        figure = plot_group(group, titles[place], device)
+        written.append(plots.save(figure, folder / f"{name}-{stems[place]}.png"))
     models = [row for row in rows if row.suite == "models" and row.direction == STEP and row.status == OK]
     if models:
         written.append(plots.save(plot_models(models), folder / f"{name}-models.png"))

@@ -49,6 +49,8 @@ def run_position_loss(
     unit = loss_unit(checkpoints[0])
     print_table(console, f"Loss by position ({unit})", *position_loss.table_text(result))
     console.print(position_loss.TABLE_NOTE, highlight=False)
+    for line in position_loss.beyond_training(result):
+        console.print(line, highlight=False)
     for path in position_loss.write_result(result, output, unit):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return result
@@ -82,28 +84,50 @@ def run_inspect(
 
     Returns:
         The files that were written.
+
+    Raises:
+        FileNotFoundError: neither a model's folder nor a preset.
+        ValueError: a text, a number of its tokens or a device, where no λ is computed.
     """
     console = console or Console()
     output = Path(output)
     preset = target in LogLinearConfig.presets() and not Path(target).exists()
     config = LogLinearConfig.preset(target) if preset else LogLinearConfig.from_pretrained(_model_folder(target))
+    softmax = set(config.mixers) == {"attention"}
+    levels = 1 if softmax else config.num_levels or 1
+    shows_scales = levels > 1 and (text is not None or not preset)
+    if not shows_scales:
+        _refuse_scale_options(target, softmax, levels, {"text": text, "max-tokens": most_tokens, "device": device})
     _print_model(console, target, config)
     rows = inspection.cost_rows(config, lengths)
     print_table(console, "Cost by length, full partition of that length", *inspection.cost_table(rows))
-    name = "log-linear state" if (config.num_levels or 1) > 1 else "state"
+    name = "log-linear state" if levels > 1 else "state"
     written = [plots.save(inspection.plot_memory({name: rows}, rows), output / "memory.png")]
-    levels = config.num_levels or 1
     if levels > 1:
         shown = min(64, config.max_position_embeddings)
         for position in sorted({shown // 2 - 1, (shown * 5) // 8, shown - 1}):
             console.print(inspection.partition_text(position, levels), highlight=False)
         figure = inspection.plot_partition(shown, min(levels, fenwick.full_num_levels(shown)))
         written.append(plots.save(figure, output / "partition.png"))
-    if levels > 1 and (text is not None or not preset):
+    if shows_scales:
         written += _inspect_level_scales(console, target, config, preset, text, most_tokens, device, output)
     for path in written:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return written
+
+
+def _refuse_scale_options(target: str, softmax: bool, levels: int, options: dict[str, str | int | None]) -> None:
+    """Refuses what is only of use where level scales are computed."""
+    given = [name for name, value in options.items() if value not in (None, "auto")]
+    if not given:
+        return
+    if softmax:
+        why = f"{target} has no level scales to show: it is a softmax model"
+    elif levels == 1:
+        why = f"{target} has no level scales to show: with one level (num_levels=1) its mixer is the plain linear one"
+    else:
+        why = f"the preset {target} has no trained weights, so its level scales are only shown on a text that is given"
+    raise ValueError(f"got {', '.join(given)}, but {why}")
 
 
 def _model_folder(target: str) -> Path:

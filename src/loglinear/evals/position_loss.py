@@ -9,11 +9,13 @@ included) and predicts token i + 1. Errors are standard errors over documents, b
 are not independent.
 """
 
+import contextlib
 import csv
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from loglinear.data import Corpus, Documents
 from loglinear.data.tokenizers import fingerprint
 from loglinear.models import LogLinearForCausalLM
 from loglinear.train import held_out_corpus, load_checkpoint, resolve_checkpoint
+from loglinear.train.checkpoints import train_config_of
 
 FIRST_BUCKET = 16
 _LOGITS_AT_ONCE = 4096
@@ -71,13 +74,14 @@ class LossDifference:
 @dataclass(frozen=True)
 class PositionLossResult:
     """What `evaluate` found: a table per model, differences to the first one, and the losses themselves by
-    model and document.
+    model and document. `trained_lengths` are tokens per row of the training, for the models of which it is known.
     """
 
     table: list[PositionLoss]
     differences: list[LossDifference]
     losses: dict[str, list[np.ndarray]]
     length: int
+    trained_lengths: dict[str, int] = field(default_factory=dict)
 
 
 def student_quantile(degrees: int) -> float:
@@ -285,7 +289,7 @@ def write_table(path: str | Path, rows: Sequence[PositionLoss] | Sequence[LossDi
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([field.name for field in fields(kind)])
+        writer.writerow([column.name for column in fields(kind)])
         for row in rows:
             writer.writerow(["" if cell is None else _text(cell) for cell in astuple(row)])
     return path
@@ -311,6 +315,7 @@ def plot(result: PositionLossResult, unit: str = "nats per token") -> Figure:
         axes[0].set_ylabel(f"loss ({unit})")
         axes[0].set_title(f"Loss by position, {documents} documents")
         _position_axis(axes[0], result)
+        _mark_trained_length(axes[0], result)
         if result.differences:
             lines = [
                 _line([row for row in result.differences if row.model == name], name, lambda row: row.difference, index)
@@ -322,8 +327,17 @@ def plot(result: PositionLossResult, unit: str = "nats per token") -> Figure:
             axes[1].set_ylabel(f"difference ({unit})")
             axes[1].set_title(f"Difference from {names[0]} on the same tokens")
             _position_axis(axes[1], result)
+            _mark_trained_length(axes[1], result)
         plots.legend_below(figure, axes[0])
     return figure
+
+
+def _mark_trained_length(axis, result: PositionLossResult) -> None:
+    """A vertical line where positions begin that no model was trained on, where it is the same for all."""
+    lengths = {result.trained_lengths.get(name) for name in result.losses}
+    length = lengths.pop()
+    if not lengths and length is not None and length < result.length:
+        axis.axvline(length, color="#555555", linewidth=1, linestyle=":", label=f"trained on rows of {length:,} tokens")
 
 
 def _line(rows: Sequence, name: str, value, index: int) -> plots.Series:
@@ -371,6 +385,19 @@ def table_text(result: PositionLossResult) -> tuple[list[str], list[list[str]]]:
     return header, lines
 
 
+def beyond_training(result: PositionLossResult) -> list[str]:
+    """A line for each trained length that the evaluated positions go beyond, with the models that have it."""
+    names: dict[int, list[str]] = {}
+    for name, length in result.trained_lengths.items():
+        if length < result.length:
+            names.setdefault(length, []).append(name)
+    return [
+        f"Trained on rows of {length:,} tokens: {', '.join(names[length])}. Positions from {length:,} on are longer "
+        "than anything in training."
+        for length in sorted(names)
+    ]
+
+
 def plus_minus(value: float, error: float | None, sign: bool = False) -> str:
     """A number with its standard error: 1.234 ± 0.012."""
     text = f"{value:+.3f}" if sign else f"{value:.3f}"
@@ -398,6 +425,7 @@ def evaluate_checkpoints(
     checkpoints: Sequence[str | Path],
     length: int | None = None,
     data: Sequence[str] = (),
+    data_options: Mapping[str, Any] | None = None,
     whole: bool = True,
     maximum: int | None = 128,
     width: int | None = None,
@@ -414,13 +442,15 @@ def evaluate_checkpoints(
         length: positions to evaluate; default: what the first model is meant for (`max_position_embeddings`).
         data: sources of documents as for training; default: the held-out documents of the first checkpoint, which
             the others must have held out, too.
+        data_options: how to read `data`: `text_field`, `hub_subset` and `hub_split` of `Documents`.
         whole, maximum, seed: see `choose_documents`.
         width, tokens_per_batch: see `evaluate`.
         device: where to compute.
         labels: names of the checkpoints, as many; default: from their paths.
 
     Raises:
-        ValueError: nothing to evaluate, tokenizers that differ, or held-out documents that differ.
+        ValueError: nothing to evaluate, tokenizers that differ, held-out documents that differ, or options of data
+            without data.
         FileNotFoundError: no checkpoint there.
     """
     if not checkpoints:
@@ -429,6 +459,8 @@ def evaluate_checkpoints(
         raise ValueError(f"got {len(labels)} labels for {len(checkpoints)} checkpoints")
     if len(set(labels)) != len(labels):
         raise ValueError(f"every checkpoint needs a label of its own, got {', '.join(labels)}")
+    if data_options and not data:
+        raise ValueError(f"got {', '.join(data_options)} without data, wanted the documents that they are for")
     paths = [resolve_checkpoint(path) for path in checkpoints]
     loaded = [load_checkpoint(path, device=device) for path in paths]
     tokenizer = loaded[0][1]
@@ -436,7 +468,7 @@ def evaluate_checkpoints(
         if fingerprint(other) != fingerprint(tokenizer):
             raise ValueError(f"{path} has another tokenizer than {paths[0]}: their losses per token do not compare")
     if data:
-        corpus = Corpus.load(Documents(list(data)), tokenizer)
+        corpus = Corpus.load(Documents(list(data), **(data_options or {})), tokenizer)
     else:
         corpus = held_out_corpus(paths[0])
         for path in paths[1:]:
@@ -449,7 +481,17 @@ def evaluate_checkpoints(
     models = {name: model for name, (model, _) in zip(names, loaded, strict=True)}
     positions = int(loaded[0][0].config.max_position_embeddings) if length is None else length
     documents = choose_documents(corpus, positions, whole, maximum, seed)
-    return evaluate(models, documents, positions, width, tokens_per_batch)
+    trained_lengths = _trained_lengths(dict(zip(names, paths, strict=True)))
+    return replace(evaluate(models, documents, positions, width, tokens_per_batch), trained_lengths=trained_lengths)
+
+
+def _trained_lengths(paths: Mapping[str, Path]) -> dict[str, int]:
+    """Tokens per row of each training; models that were not trained by this library are left out."""
+    lengths = {}
+    for name, path in paths.items():
+        with contextlib.suppress(FileNotFoundError):
+            lengths[name] = train_config_of(path).sequence_length
+    return lengths
 
 
 def write_result(result: PositionLossResult, folder: str | Path, unit: str = "nats per token") -> list[Path]:
