@@ -26,9 +26,7 @@ def blocks(text: str, languages: tuple[str, ...]) -> list[tuple[int, str]]:
 
 def commands(text: str) -> list[list[str]]:
     """Every `loglinear …` in a shell block or in inline code, as words without the leading `loglinear`."""
-    lines = [
-        line for _, block in blocks(text, SHELL) for line in block.replace("\\\n", " ").splitlines()
-    ]
+    lines = [line for _, block in blocks(text, SHELL) for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"`(loglinear [^`\n]+)`", text)
     words = [shlex.split(line, comments=True) for line in lines]
     return [entry[1:] for entry in words if entry[:1] == ["loglinear"]]
@@ -44,15 +42,9 @@ def complaints(words: list[str], command=None) -> list[str]:
         command = command.commands[words[0]]
         spoken.append(words[0])
         words = words[1:]
-    known = {
-        name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)
-    }
+    known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     options = [word.split("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)]
-    return [
-        f"{' '.join(spoken)} has no option {name}"
-        for name in options
-        if name not in known | {"--help", "-h"}
-    ]
+    return [f"{' '.join(spoken)} has no option {name}" for name in options if name not in known | {"--help", "-h"}]
 
 
 def leaves(command, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -109,16 +101,12 @@ def test_links_lead_somewhere(path: Path) -> None:
         destination = (path.parent / file).resolve() if file else path
         assert destination.exists(), f"{name(path)} links to {file}, which does not exist"
         if heading:
-            assert heading in anchors(destination.read_text(encoding="utf-8")), (
-                f"{target}: no such heading"
-            )
+            assert heading in anchors(destination.read_text(encoding="utf-8")), f"{target}: no such heading"
 
 
 def anchors(text: str) -> set[str]:
     """Names under which the headings of a document can be linked to."""
-    headings = re.findall(
-        r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
-    )
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -127,8 +115,6 @@ def test_pictures_are_drawn_by_their_script(tmp_path: Path) -> None:
     folder = ROOT / "docs" / "figures"
     runpy.run_path(str(folder / "draw.py"))["main"](tmp_path)
     drawn = {path.name for path in tmp_path.iterdir()}
-    shown = set(
-        re.findall(r"\]\(figures/([^)]+)\)", (ROOT / "docs" / "math.md").read_text(encoding="utf-8"))
-    )
+    shown = set(re.findall(r"\]\(figures/([^)]+)\)", (ROOT / "docs" / "math.md").read_text(encoding="utf-8")))
     assert drawn == shown == {path.name for path in folder.glob("*.png")}
     assert all((tmp_path / picture).stat().st_size > 1000 for picture in drawn)

@@ -71,11 +71,7 @@ def bit_tricks(source: str, kernels: bool = False) -> list[str]:
             symbol = BIT_OPERATORS.get(type(node.op))
             if kernels and isinstance(node, ast.BinOp) and _is_mask(node):
                 continue
-            if (
-                isinstance(node.op, ast.BitOr)
-                and node not in unions
-                and not _joins_collections(node, collections)
-            ):
+            if isinstance(node.op, ast.BitOr) and node not in unions and not _joins_collections(node, collections):
                 symbol = "|"
             if symbol is not None:
                 complaints.append(f"line {node.lineno}: {symbol}")
@@ -91,9 +87,7 @@ def backward_imports(source: str, stage: int) -> list[str]:
     Imports inside functions are allowed (a command imports what it needs when it runs), and so are those of
     `if TYPE_CHECKING`. Relative imports are complained of too: inside the package they are written in full.
     """
-    later = {
-        module: number for number, modules in enumerate(STAGES) for module in modules if number > stage
-    }
+    later = {module: number for number, modules in enumerate(STAGES) for module in modules if number > stage}
     complaints = []
     for node in _module_level(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -173,11 +167,7 @@ def _is_none(node: ast.AST) -> bool:
 def _names_a_type(node: ast.Assign) -> bool:
     """Whether an assignment names a type: its one target is in CapWords, as types are."""
     target = node.targets[0]
-    return (
-        len(node.targets) == 1
-        and isinstance(target, ast.Name)
-        and bool(re.match("[A-Z].*[a-z]", target.id))
-    )
+    return len(node.targets) == 1 and isinstance(target, ast.Name) and bool(re.match("[A-Z].*[a-z]", target.id))
 
 
 def _names_of_collections(tree: ast.AST) -> set[str]:
@@ -290,9 +280,7 @@ def test_masks_in_kernels_pass(source: str) -> None:
 def test_bookkeeping_stays_in_fenwick(path: Path) -> None:
     kernels = path.is_relative_to(PACKAGE / "ops" / "triton")
     complaints = bit_tricks(path.read_text(encoding="utf-8"), kernels)
-    assert not complaints, (
-        f"bit tricks belong to fenwick.py, found in {_identifier(path)}: {complaints}"
-    )
+    assert not complaints, f"bit tricks belong to fenwick.py, found in {_identifier(path)}: {complaints}"
 
 
 def test_bookkeeping_exists() -> None:

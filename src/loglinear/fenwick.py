@@ -52,8 +52,13 @@ def level(t, s, num_levels: int):
     [3, 3, 3, 3, 2, 2, 0]
     """
     start = (t ^ s) * 0
-    return sum((~in_same_block(t, s, height) if torch.is_tensor(start) else not in_same_block(t, s, height))
-               for height in range(num_levels - 1)) + start
+    return (
+        sum(
+            (~in_same_block(t, s, height) if torch.is_tensor(start) else not in_same_block(t, s, height))
+            for height in range(num_levels - 1)
+        )
+        + start
+    )
 
 
 def full_num_levels(length: int) -> int:
@@ -432,52 +437,196 @@ def drop_lowest_bit(x):
 
 @dataclass(frozen=True)
 class Slots:
-    """What kernels need to know about N chunks of S sequences; all int32 on one device.
+    """What kernels need to know about N slots of S sequences; all int32 on one device.
 
-    There may be more slots than chunks (packed lengths are not known on the host): those have no rows.
+    A sequence that carries a state in has slots for its far buckets (those of whole chunks) just before its first
+    chunk: the occupied ones last, the nearest of them at the very end, so that chunks find them as they find nodes.
+    A sequence that carries a state out has a last chunk for what its end reads, even if no row falls into it. There
+    may be more slots than all that (packed lengths are not known on the host): those have no rows.
     """
 
-    token: torch.Tensor  # [N] row of the first token of the chunk
-    rows: torch.Tensor  # [N] how many of its rows exist
-    block: torch.Tensor  # [N] number of the chunk within its sequence
+    token: torch.Tensor  # [N] row of the chunk's first position (of which the sequence may lack some)
+    rows: torch.Tensor  # [N] end of the rows that exist; 0: none does
+    block: torch.Tensor  # [N] number of the chunk, counted from position 0
     left: torch.Tensor  # [N] chunks of the sequence from this one on
-    height: torch.Tensor  # [N] height of the node that ends with this chunk, at most `cap`
+    height: torch.Tensor  # [N] height of the node in this slot, at most `cap`
     reads: torch.Tensor  # [N] nodes that this chunk reads
-    order: torch.Tensor  # [N] slots, the highest first
+    reader: torch.Tensor  # [N] first chunk that reads this node
+    readers: torch.Tensor  # [N] how many do, one after the other
+    parent: torch.Tensor  # [N] slot of the node that takes this one in; -1: none does
+    order: torch.Tensor  # [N] slots, those with the most readers first
     base: torch.Tensor  # [S] slot of the first chunk of a sequence
     count: torch.Tensor  # [S] chunks of a sequence
     cap: int  # height from which on slots hold running sums
+    ends: Ends | None = None  # where states are carried in or out
+    # where states are carried in; else every sequence starts at 0
+    first: torch.Tensor | None = None  # [N] the first of the chunk's rows that exists
+    origin: torch.Tensor | None = None  # [N] number of the sequence's first chunk
+    oldest: torch.Tensor | None = None  # [N] slot of the sequence's oldest far bucket
 
 
-def slots(cu_seqlens: torch.Tensor, num_slots: int, chunk: int, num_levels: int) -> Slots:
-    """Slots of packed sequences, computed where `cu_seqlens` is, without reading it back."""
-    shift = chunk_height(chunk)
-    heights = num_slots.bit_length()
-    cap = min(max(0, num_levels - 2 - shift), heights)
+@dataclass(frozen=True)
+class Ends:
+    """Where states enter and leave the slots. F = cap + 1 far buckets; far bucket f holds a node of height f.
+
+    Near buckets are not in slots; see `Edges`.
+    """
+
+    bucket: torch.Tensor  # [S, F] slot of a far bucket of the initial state
+    has_bucket: torch.Tensor  # [S, F] whether it holds anything
+    node: torch.Tensor  # [S, F] slot of the node that is a far bucket of the final state
+    has_node: torch.Tensor  # [S, F] whether there is one
+    last: torch.Tensor  # [S] slot of the chunk that the end falls into
+    end_row: torch.Tensor  # [S] row of that chunk that comes after the last token
+
+
+def num_far_buckets(num_levels: int, chunk: int) -> int:
+    """How many buckets of a state consist of whole chunks, or are the last one."""
+    return max(0, num_levels - 2 - chunk_height(chunk)) + 1
+
+
+def num_slots(tokens: int, sequences: int, chunk: int, num_levels: int, state: bool) -> int:
+    """Enough slots for `sequences` packed sequences of `tokens` tokens in all, however long each is.
+
+    `state`: they carry a state in.
+    """
+    chunks = tokens // chunk + sequences * (1 + state)
+    return chunks + sequences * num_far_buckets(num_levels, chunk) * state
+
+
+def slots(
+    cu_seqlens: torch.Tensor, num_slots: int, chunk: int, num_levels: int, positions: torch.Tensor | None = None,
+    carried: bool = False,
+) -> Slots:  # fmt: skip
+    """Slots of packed sequences, computed where `cu_seqlens` is, without reading it back.
+
+    `positions` [S]: the sequences carry a state in. `carried`: they carry one in or out.
+    """
+    shift, device = chunk_height(chunk), cu_seqlens.device
+    cap = num_far_buckets(num_levels, chunk) - 1
+    if not carried:
+        cap = min(cap, max(2, num_slots.bit_length()))  # no node is higher; at least 2, for kernels differ below
     bounds = cu_seqlens.long()
     lengths = bounds.diff()
-    counts = (lengths + chunk - 1) >> shift
-    ends = counts.cumsum(0)
-    slot = torch.arange(num_slots, device=bounds.device)
-    owner = torch.searchsorted(ends, slot, right=True).clamp_(max=len(lengths) - 1)
-    base = ends - counts
-    block = slot - base[owner]
-    exists = slot < ends[-1]
-    rows = torch.where(exists, (lengths[owner] - (block << shift)).clamp(max=chunk), 0)
-    powers = 1 << torch.arange(cap, device=bounds.device)
+    start = torch.zeros_like(lengths) if positions is None else positions
+    end = start + lengths
+    origins, stops = start >> shift, end >> shift
+    counts = stops - origins + 1 if carried else (lengths + chunk - 1) >> shift
+    heights = torch.arange(cap + 1, device=device)
+    has_last = (start >> max(0, num_levels - 2)) > 0
+    has_bucket = torch.where(heights < cap, is_right_half(origins[:, None], heights), has_last[:, None])
+    far = 0 if positions is None else cap + 1
+    stop_slots = (counts + far).cumsum(0)
+    bases = stop_slots - counts
+    oldest = bases - has_bucket.sum(1)
+
+    slot = torch.arange(num_slots, device=device)
+    owner = torch.searchsorted(stop_slots, slot, right=True).clamp_(max=len(lengths) - 1)
+    base, origin, count = bases[owner], origins[owner], counts[owner]
+    local = slot - base
+    exists = slot < stop_slots[-1]
+    is_chunk = exists & (local >= 0)
+    block = origin + local.clamp(min=0)
+    position = block << shift
+    first = (start[owner] - position).clamp(min=0)
+    rows = (end[owner] - position).clamp(max=chunk)
+    powers = 1 << heights[:cap]
     height = ((block[:, None] + 1) % (2 * powers) == 0).sum(1)
-    reads = ((block[:, None] & powers) > 0).sum(1) + ((block >> cap) > 0)
+    reads = ((block[:, None] & powers) > 0).sum(1) + (((block >> cap) > 0) | has_last[owner])
+    left = torch.where(is_chunk, count - local, 0)
+    span = 1 << height
+    reader, readers = slot + 1, torch.where(is_chunk, torch.minimum(span, left - 1), 0)
+    parent = torch.where(is_chunk & (span < left), slot + span, -1)
+    ends = None
+    if carried:
+        # the unoccupied ones first, then from the highest to the lowest
+        order = has_bucket * (cap + 1) + cap - heights
+        bucket_of = order.argsort(1)  # [S, F] far bucket in each slot
+        bucket = bases[:, None] - (cap + 1) + bucket_of.argsort(1)
+        if positions is not None:
+            kind = bucket_of[owner, (local + cap + 1).clamp(0, cap)]
+            is_bucket = exists & (local < 0) & has_bucket[owner, kind]
+            # it is read by what its block's right sibling has of the sequence, and then taken in
+            rest = (((origin >> kind) + 1) << kind) - origin
+            height = torch.where(local < 0, kind, height)
+            reader = torch.where(local < 0, base, reader)
+            readers = torch.where(is_bucket, torch.minimum(rest, count), readers)
+            parent = torch.where(is_bucket & (rest <= count), base + rest - 1, parent)
+        first_after = (stops[:, None] >> heights) << heights
+        inside = first_after > origins[:, None]
+        has_node = torch.where(heights < cap, is_right_half(stops[:, None], heights), inside | has_last[:, None])
+        node = torch.where(inside, (bases - origins)[:, None] + first_after - 1, bucket)
+        last = bases + counts - 1
+        node = torch.where(has_node, node, last[:, None])
+        ends = Ends(bucket, has_bucket, node, has_node, last, end & (chunk - 1))
+    carried_in = {"first": first, "origin": origin, "oldest": oldest[owner]} if positions is not None else {}
     tables = {
-        "token": bounds[owner] + (block << shift), "rows": rows, "block": block, "height": height, "reads": reads,
-        "left": torch.where(exists, counts[owner] - block, 0), "order": height.argsort(descending=True, stable=True),
-        "base": base, "count": counts,
-    }  # fmt: skip
-    return Slots(**{name: table.int() for name, table in tables.items()}, cap=cap)
+        "token": bounds[owner] + position - start[owner], "rows": torch.where(is_chunk & (rows > first), rows, 0),
+        "block": block, "left": left, "height": height, "reads": reads, "reader": reader, "readers": readers,
+        "parent": parent, "order": readers.argsort(descending=True, stable=True), "base": bases, "count": counts,
+    } | carried_in  # fmt: skip
+    return Slots(**{name: table.int() for name, table in tables.items()}, cap=cap, ends=ends)
 
 
 @functools.lru_cache(maxsize=64)
-def uniform_slots(batch: int, tokens: int, chunk: int, num_levels: int, device: torch.device) -> Slots:
-    """Slots of `batch` sequences of `tokens` tokens each."""
+def uniform_slots(
+    batch: int, tokens: int, chunk: int, num_levels: int, device: torch.device, carried: bool = False
+) -> Slots:
+    """Slots of `batch` sequences of `tokens` tokens each, from position 0 on."""
     with torch.inference_mode(False), torch.no_grad():
         bounds = torch.arange(batch + 1, device=device) * tokens
-        return slots(bounds, batch * -(-tokens // chunk), chunk, num_levels)
+        chunks = tokens // chunk + 1 if carried else -(-tokens // chunk)
+        return slots(bounds, batch * chunks, chunk, num_levels, carried=carried)
+
+
+@dataclass(frozen=True)
+class Edges:
+    """The chunks that S sequences begin and end in, which near buckets (1, 2, …: parts of a chunk) have to do with.
+
+    M near buckets; D levels on which positions of a chunk are seen from its end, the first of which is `lowest`.
+    """
+
+    first_rows: torch.Tensor  # [S, C] row of the packed sequences, for each position of the first chunk
+    first_exist: torch.Tensor  # [S, C] whether the sequence has it
+    last_rows: torch.Tensor  # [S, C] the same for the chunk that the end falls into
+    last_exist: torch.Tensor  # [S, C]
+    has_bucket: torch.Tensor  # [S, M] whether a near bucket of the initial state holds anything
+    seen: torch.Tensor  # [S, C, M] level of that bucket, seen from the rows of the first chunk
+    lowest: int
+    ends_row: torch.Tensor  # [S, D, C] whether that level of the final state holds that row
+    ends_bucket: torch.Tensor  # [S, D, M] whether it holds that near bucket of the initial state
+    end: torch.Tensor  # [S] position after the last token
+
+
+def edges(bounds: torch.Tensor, positions: torch.Tensor | None, chunk: int, num_levels: int) -> Edges:
+    """Edges of packed sequences (`bounds` [S + 1]) that start at `positions` [S] (None: at 0)."""
+    shift, device = chunk_height(chunk), bounds.device
+    bounds = bounds.long()
+    lengths = bounds.diff()
+    start = torch.zeros_like(lengths) if positions is None else positions
+    end = start + lengths
+    rows = torch.arange(chunk, device=device)
+    limit = (bounds[-1] - 1).clamp(min=0)
+
+    def chunk_of(position):
+        first = (position >> shift) << shift
+        at = first[:, None] + rows
+        token = bounds[:-1, None] + at - start[:, None]
+        return token.clamp(min=0).minimum(limit), (at >= start[:, None]) & (at < end[:, None])
+
+    start_row, end_row = start & (chunk - 1), end & (chunk - 1)
+    near = torch.arange(1, num_near_buckets(num_levels, shift) + 1, device=device)
+    starts = bucket_start(start_row[:, None], near)
+    has_bucket = is_right_half(start_row[:, None], near - 1)
+    lowest, highest = min(1, num_levels - 1), min(num_levels - 1, shift)
+    levels = torch.arange(lowest, highest + 1, device=device)
+    first_rows, first_exist = chunk_of(start)
+    last_rows, last_exist = chunk_of(end)
+    stays = has_bucket & ((start >> shift) == (end >> shift))[:, None]
+    return Edges(
+        first_rows=first_rows, first_exist=first_exist, last_rows=last_rows, last_exist=last_exist,
+        has_bucket=has_bucket, seen=level(rows[:, None], starts[:, None, :], num_levels), lowest=lowest,
+        ends_row=(level(end_row[:, None, None], rows, num_levels) == levels[:, None]) & last_exist[:, None],
+        ends_bucket=(level(end_row[:, None, None], starts[:, None], num_levels) == levels[:, None]) & stays[:, None],
+        end=end,
+    )  # fmt: skip

@@ -5,9 +5,19 @@ import logging
 import pytest
 import torch
 
-from loglinear import fenwick, log_linear_attention
+from loglinear import FenwickState, fenwick, log_linear_attention
 from loglinear.ops import reference
-from operator_cases import TOLERANCES, Shape, assert_close, compare, make_inputs, poisoned
+from operator_cases import (
+    TOLERANCES,
+    Shape,
+    assert_close,
+    compare,
+    gradients,
+    make_inputs,
+    poisoned,
+    random_state,
+    with_buckets,
+)
 
 pytest.importorskip("triton")
 from loglinear.ops.triton import scalar
@@ -16,22 +26,21 @@ needs_interpreter = pytest.mark.skipif(not scalar.INTERPRETED, reason="kernels a
 CHUNK = scalar.CHUNK
 
 
-def kernels(cu_seqlens=None):
+def runner(backend, cu_seqlens=None, returns_state=True):
     def run(inputs, state):
-        o, _ = log_linear_attention(**inputs.arguments(), scale=0.7, cu_seqlens=cu_seqlens, backend="triton")
-        return o, None
+        o, final = log_linear_attention(
+            **inputs.arguments(), scale=0.7, cu_seqlens=cu_seqlens, initial_state=state, return_state=returns_state,
+            backend=backend,
+        )  # fmt: skip
+        return o, None if final is None else final.buckets
 
     return run
 
 
-def tree(cu_seqlens=None):
-    """The torch backend, itself held to the recurrence elsewhere, where the recurrence would take minutes."""
-
-    def run(inputs, state):
-        o, _ = log_linear_attention(**inputs.arguments(), scale=0.7, cu_seqlens=cu_seqlens, backend="torch")
-        return o, None
-
-    return run
+def compare_with_tree(inputs, state=None, cu_seqlens=None, returns_state=True):
+    """With the torch backend, itself held to the recurrence elsewhere, where the recurrence would take minutes."""
+    with_state = {"cu_seqlens": cu_seqlens, "returns_state": returns_state}
+    compare(runner("triton", **with_state), runner("torch", **with_state), inputs, state, returns_state)
 
 
 INTERPRETED = [
@@ -50,7 +59,7 @@ INTERPRETED = [
 @pytest.mark.parametrize("mixer", ["linear_attention", "mamba2"])
 def test_interpreted(mixer, shape):
     inputs = make_inputs(mixer, shape, torch.float32).map(poisoned)
-    compare(kernels(), tree(), inputs, returns_state=False)
+    compare_with_tree(inputs, returns_state=False)
 
 
 @needs_interpreter
@@ -58,7 +67,44 @@ def test_interpreted_packed():
     lengths = [0, 40, 1, 0, 17, 16, 3]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     inputs = make_inputs("mamba2", Shape(B=1, T=sum(lengths), G=1, H=2, K=16, V=16, L=6), torch.float32)
-    compare(kernels(bounds), tree(bounds), inputs, returns_state=False)
+    compare_with_tree(inputs, None, bounds, returns_state=False)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("num_levels", "tokens"), [(None, 45), (1, 1), (2, 45), (3, 16), (5, 45), (6, 16), (7, 45), (12, 1), (12, 45)]
+)
+def test_interpreted_state(num_levels, tokens):
+    """In and out, at positions within chunks and between them, below and above the cap, and different by row."""
+    shape = Shape(B=4, T=tokens, G=1, H=1, K=16, V=16, L=num_levels)
+    inputs = make_inputs("mamba2", shape, torch.float32)
+    compare_with_tree(inputs, random_state(shape, [0, 48, 91, 200], torch.float32))
+
+
+@needs_interpreter
+def test_interpreted_state_out():
+    shape = Shape(B=2, T=112, G=2, H=4, K=16, V=16, L=8)
+    compare_with_tree(make_inputs("mamba2", shape, torch.float32))
+    compare_with_tree(make_inputs("linear_attention", shape, torch.float32).tokens(0, 77))
+
+
+@needs_interpreter
+def test_interpreted_packed_state():
+    lengths = [0, 40, 1, 0, 17, 16, 3]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    shape = Shape(B=1, T=sum(lengths), G=1, H=2, K=16, V=16, L=7)
+    state = random_state(shape, [3, 15, 15, 64, 1000, 0, 61], torch.float32)
+    inputs = make_inputs("mamba2", shape, torch.float32)
+    compare_with_tree(inputs, state, bounds)
+    compare_with_tree(inputs, None, bounds)
+    compare_with_tree(inputs, state, bounds, returns_state=False)
+
+
+@needs_interpreter
+def test_interpreted_wide():
+    """Keys and values wider than what a program holds are taken apart."""
+    shape = Shape(B=1, T=19, G=1, H=1, K=144, V=72, L=6)
+    compare_with_tree(make_inputs("mamba2", shape, torch.float32), random_state(shape, [9], torch.float32))
 
 
 @needs_interpreter
@@ -66,7 +112,7 @@ def test_interpreted_strong_decay():
     """Decays down to e^-100 a chunk."""
     shape = Shape(B=1, T=70, G=1, H=2, K=16, V=16, L=8)
     inputs = make_inputs("mamba2", shape, torch.float32, decay=200 / CHUNK)
-    compare(kernels(), tree(), inputs, returns_state=False)
+    compare_with_tree(inputs, returns_state=False)
 
 
 @needs_interpreter
@@ -75,13 +121,13 @@ def test_interpreted_reset(reset):
     """A decay of zero in the middle of a chunk forgets everything before it, and nothing after it."""
     inputs = make_inputs("mamba2", Shape(B=1, T=70, G=1, H=2, K=16, V=16, L=8), torch.float32)
     inputs.log_decay[:, 37] = reset
-    o, _ = kernels()(inputs, None)
+    o, _ = runner("triton", returns_state=False)(inputs, None)
     after, _ = reference.log_linear_attention_recurrent(
         *inputs.to(torch.float64).values()[:4], log_decay=inputs.log_decay.double(), beta=None, scale=0.7,
         cu_seqlens=None, initial_state=None, return_state=False,
     )[:2]  # fmt: skip
     assert_close(o, after, 2e-5, "o")  # sums of about 126 to 24 bits
-    torch_o, _ = tree()(inputs.to(torch.float64), None)
+    torch_o, _ = runner("torch", returns_state=False)(inputs.to(torch.float64), None)
     assert_close(torch_o, after, 1e-11, "o of the torch backend")
 
 
@@ -117,6 +163,8 @@ ON_GPU = [
     Shape(B=2, T=2048, G=1, H=3, K=128, V=64, L=5),
     Shape(B=2, T=1500, G=1, H=48, K=128, V=64, L=9),
     Shape(B=1, T=20_001, G=1, H=2, K=128, V=64, L=16),
+    Shape(B=2, T=300, G=1, H=2, K=192, V=192, L=10),
+    Shape(B=1, T=200, G=1, H=2, K=256, V=256, L=9),
 ]
 
 
@@ -130,19 +178,76 @@ def test_on_gpu(shape, dtype):
     on_device(inputs)
 
 
-def on_device(inputs, cu_seqlens=None):
-    """`compare`, with the float64 side on the GPU too."""
-    reference = inputs.map(lambda x: x.double().detach().requires_grad_())
-    run = inputs.map(lambda x: x.detach().requires_grad_())
-    got, _ = kernels(cu_seqlens)(run, None)
-    wanted, _ = tree(cu_seqlens)(reference, None)
-    cotangent = torch.randn_like(got)
-    found = torch.autograd.grad(got, list(run.present().values()), cotangent)
-    true = torch.autograd.grad(wanted, list(reference.present().values()), cotangent.double())
+def on_device(inputs, cu_seqlens=None, state=None):
+    """`compare_with_tree`, with the float64 side on the GPU too."""
+    results = []
+    for backend, dtype in (("triton", None), ("torch", torch.float64)):
+        given = inputs.map(lambda x, dtype=dtype: x.detach().to(dtype or x.dtype).requires_grad_())
+        begin = None
+        if state is not None:
+            buckets = state.buckets.detach().to(dtype or torch.float32).requires_grad_()
+            begin = FenwickState(buckets, state.positions)
+        returns_state = state is not None
+        outputs = [x for x in runner(backend, cu_seqlens, returns_state)(given, begin) if x is not None]
+        if not results:
+            cotangents = [torch.randn_like(x) for x in outputs]
+        wanted = with_buckets(given, begin)
+        results.append((outputs, gradients(outputs, cotangents, wanted)))
+    (got, found), (exact, true) = results
     tolerance = TOLERANCES[inputs.v.dtype]
-    assert_close(got, wanted, tolerance.forward, "o")
-    for name, a, b in zip(run.present(), found, true, strict=True):
-        assert_close(a, b, tolerance.gradient, f"gradient of {name}")
+    for name, a, b in zip(("o", "state"), got, exact, strict=False):
+        assert_close(a, b, tolerance.forward, name)
+    for name in true:
+        assert_close(found[name], true[name], tolerance.gradient, f"gradient of {name}")
+
+
+STATES = [
+    Shape(B=4, T=1, G=1, H=4, K=128, V=64, L=9),
+    Shape(B=4, T=1500, G=1, H=4, K=128, V=64, L=12),
+    Shape(B=4, T=1600, G=2, H=4, K=64, V=128, L=17),
+    Shape(B=4, T=700, G=1, H=3, K=128, V=64, L=4),
+    Shape(B=4, T=300, G=1, H=2, K=96, V=48, L=None),
+    Shape(B=4, T=500, G=1, H=2, K=256, V=256, L=14),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", STATES)
+def test_state_on_gpu(shape, dtype):
+    inputs = make_inputs("mamba2", shape, dtype, "cuda", decay=0.05)
+    on_device(inputs, None, random_state(shape, [0, 1000, 64, 70_001], torch.float32, "cuda"))
+
+
+@pytest.mark.gpu
+def test_packed_state_on_gpu():
+    lengths = [0, 700, 1, 64, 0, 63, 129, 2048, 5]
+    bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0)
+    shape = Shape(B=1, T=sum(lengths), G=1, H=4, K=128, V=64, L=13)
+    positions = [7, 63, 64, 1, 128, 4097, 0, 16_384, 16_383]
+    inputs = make_inputs("mamba2", shape, torch.bfloat16, "cuda", decay=0.05).map(poisoned)
+    on_device(inputs, bounds, random_state(shape, positions, torch.float32, "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pieces", [[20_001], [1, 20_000], [8192, 11_809], [63, 65, 16_384, 3489]])
+def test_pieces_on_gpu(pieces):
+    """A sequence in pieces that hand on their state is the sequence, whatever the pieces."""
+    shape = Shape(B=1, T=sum(pieces), G=1, H=2, K=128, V=64, L=16)
+    inputs = make_inputs("mamba2", shape, torch.bfloat16, "cuda", decay=0.01)
+    exact, wanted = log_linear_attention(
+        **inputs.to(torch.float64).arguments(), scale=0.7, return_state=True, backend="torch"
+    )
+    state, found, start = None, [], 0
+    for length in pieces:
+        piece = inputs.tokens(start, start + length).arguments()
+        o, state = log_linear_attention(**piece, scale=0.7, initial_state=state, return_state=True, backend="triton")
+        found.append(o)
+        start += length
+    tolerance = TOLERANCES[torch.bfloat16].forward
+    assert_close(torch.cat(found, 1), exact, tolerance, "o")
+    assert_close(state.buckets, wanted.buckets, tolerance, "state")
+    assert torch.equal(state.positions, wanted.positions)
 
 
 @pytest.mark.gpu
@@ -198,8 +303,56 @@ def test_what_no_kernel_covers_goes_to_torch(caplog):
     assert torch.equal(o, log_linear_attention(**inputs.arguments(), backend="torch")[0])
 
 
-@pytest.mark.parametrize("tokens", [65_535 * CHUNK, 65_535 * CHUNK + 1])
-def test_calls_too_long_for_a_launch_are_left_to_torch(tokens):
-    q, v = torch.empty(1, tokens, 1, 16, device="meta"), torch.empty(1, tokens, 2, 16, device="meta")
-    reason = scalar.unsupported(q, v, None, None, None, None, False)
-    assert (reason is None) == (tokens == 65_535 * CHUNK)
+@pytest.mark.parametrize(("heads", "covered"), [(48, True), (2**14, False)])
+def test_calls_too_large_for_a_launch_are_left_to_torch(heads, covered):
+    tokens = 2**20
+    q, v = torch.empty(1, tokens, 1, 16, device="meta"), torch.empty(1, tokens, heads, 16, device="meta")
+    assert (scalar.unsupported(q, v, None, None, 1) is None) == covered
+
+
+@pytest.mark.parametrize("bounds", [[0, 5, 3, 20], [1, 20], [0, 21], [0, -3, 20]])
+def test_wrong_bounds(bounds):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = make_inputs("mamba2", Shape(B=1, T=20, G=1, H=1, K=16, V=16, L=5), torch.float32, device)
+    for _ in range(2):  # the second time, too
+        with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the 20 tokens"):
+            runner("triton", torch.tensor(bounds, device=device), returns_state=False)(inputs, None)
+
+
+def test_bounds_that_were_changed_are_read_again():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = make_inputs("mamba2", Shape(B=1, T=20, G=1, H=1, K=16, V=16, L=5), torch.float32, device)
+    bounds = torch.tensor([0, 5, 20], device=device)
+    run = runner("triton", bounds, returns_state=False)
+    run(inputs, None)
+    bounds[1] = 30
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        run(inputs, None)
+
+
+def test_negative_positions():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = Shape(B=2, T=20, G=1, H=1, K=16, V=16, L=5)
+    state = random_state(shape, [3, 4], torch.float32, device)
+    state.positions[1] = -1
+    with pytest.raises(ValueError, match="positions must be at least 0"):
+        runner("triton")(make_inputs("mamba2", shape, torch.float32, device), state)
+
+
+@pytest.mark.gpu
+def test_known_bounds_cost_no_wait():
+    """Once bounds were looked at, the host does not wait for the device any more, forward or backward."""
+    inputs = make_inputs("mamba2", Shape(B=1, T=2000, G=1, H=4, K=128, V=64, L=12), torch.bfloat16, "cuda").leaves()
+    run = runner("triton", torch.tensor([0, 700, 2000], device="cuda"))
+
+    def step(state):
+        o, _ = run(inputs, state)
+        return torch.autograd.grad(o.float().square().sum(), list(inputs.present().values()))
+
+    state = random_state(Shape(B=2, T=1, G=1, H=4, K=128, V=64, L=12), [0, 70], torch.float32, "cuda")
+    step(state)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(state)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -298,7 +298,8 @@ class _Descent(torch.autograd.Function):
                         sum_at(table.nodes, by_group, d_passing[stage])
                 weights = _weights(kind, scales, ctx.levels[stage], table, decays)
                 d_rows, d_read_states, d_weights = _read_gradient(
-                    pick(grads, table.chunks), rows, states[stage].index_select(1, table.nodes), weights, table)
+                    pick(grads, table.chunks), rows, states[stage].index_select(1, table.nodes), weights, table
+                )
                 sum_at(table.nodes, d_read_states, d_states[stage])
                 if kind is Matrix:
                     put_at(d_queries_here, table.chunks, later + d_rows)
@@ -378,9 +379,7 @@ def _weights(
     return picked if by_head is None else picked * by_head
 
 
-def _nothing_passed(
-    kind: type[Transition], queries: Tensor, query_log: Tensor | None, part: Part
-) -> Tensor | None:
+def _nothing_passed(kind: type[Transition], queries: Tensor, query_log: Tensor | None, part: Part) -> Tensor | None:
     """Logs of what was passed at the start, [A, chunks of the part, R or K]; None where nothing decays by logs."""
     if kind is not ChannelDecay and query_log is None:
         return None

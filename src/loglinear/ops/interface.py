@@ -80,9 +80,8 @@ def log_linear_attention(
         return_state: whether to return the state after the last token.
         backend: "reference" (recurrence over tokens, a specification), "torch" (the tree algorithm in O(T log T) time
             and O(T) memory, on any device), "triton" (kernels for CUDA devices), or "auto" (the fastest that is
-            available). What no kernel covers yet (the delta rule, a decay per channel, states carried in or out,
-            float64, widths above 128, V above 64 in float32 and float16, more than four million tokens in a call)
-            goes to the torch backend by itself; the log says so at debug level.
+            available). What no kernel covers yet (the delta rule, a decay per channel, float64, empty batches) goes to
+            the torch backend by itself; the log says so at debug level.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the new state (None unless `return_state`).
@@ -90,8 +89,10 @@ def log_linear_attention(
     Raises:
         TypeError: an argument is no tensor, or of a dtype that is not supported.
         ValueError: a shape, device, `cu_seqlens`, state or backend that does not fit.
-        RuntimeError: backend="triton" where no kernel can run. The kernels do not wait to look at `cu_seqlens`: wrong
-            bounds stop the device with a message of their own instead of a ValueError.
+        RuntimeError: backend="triton" where no kernel can run.
+
+    The host reads the values of `cu_seqlens` and of a state's positions when it first sees a tensor, or when that was
+    written to since; while a CUDA graph is captured the device checks them instead, and stops with a message.
 
     Under autocast q, k and v are cast to its dtype. The reference and the torch backend compute in float32 (float64 for
     float64 inputs), sums of decays in float64. The kernels multiply 16-bit operands and store states in 16 bits for
@@ -113,7 +114,7 @@ def log_linear_attention(
     _check_packing(q, cu_seqlens)
     num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _check_state(q, v, level_scales, initial_state, num_sequences)
-    run = _choose(backend, q, v, log_decay, beta, cu_seqlens, initial_state, return_state)
+    run = _choose(backend, q, v, log_decay, beta, cu_seqlens)
     with _no_autocast(q):
         o, buckets, positions = run(
             q, k, v, level_scales, log_decay=log_decay, beta=beta, scale=float(scale), cu_seqlens=cu_seqlens,
@@ -181,7 +182,7 @@ def log_linear_attention_step(
 # ----------------------------------------------------------------------------------------------------
 
 
-def _choose(backend: str, q, v, log_decay, beta, cu_seqlens, initial_state, return_state: bool):
+def _choose(backend: str, q, v, log_decay, beta, cu_seqlens):
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "reference":
@@ -193,19 +194,12 @@ def _choose(backend: str, q, v, log_decay, beta, cu_seqlens, initial_state, retu
             return chunked.log_linear_attention_chunked
         why = "triton is not installed" if scalar is None else f"the tensors are on {q.device}"
         raise RuntimeError(f"backend='triton' needs CUDA tensors and Triton, but {why}; use backend='auto' or 'torch'")
-    missing = scalar.unsupported(q, v, log_decay, beta, cu_seqlens, initial_state, return_state)
+    num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    missing = scalar.unsupported(q, v, log_decay, beta, num_sequences)
     if missing is not None:
         logger.debug("no Triton kernel for %s: the torch backend takes this call", missing)
         return chunked.log_linear_attention_chunked
-    return _run_scalar
-
-
-def _run_scalar(q, k, v, level_scales, *, log_decay, beta, scale, cu_seqlens, initial_state, return_state):
-    assert scalar is not None
-    o = scalar.log_linear_attention_scalar(
-        q, k, v, level_scales, log_decay=log_decay, scale=scale, cu_seqlens=cu_seqlens
-    )
-    return o, None, None
+    return scalar.log_linear_attention_scalar
 
 
 # ----------------------------------------------------------------------------------------------------

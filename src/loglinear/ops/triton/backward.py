@@ -12,10 +12,12 @@ both sums carry their own rounding, which adds up over the tokens while the grad
 
 Legend
     N chunks (slots), C rows of a chunk, H heads, G groups, K key width, V value width, L levels, J tree heights
-    nodes [N, H, K, V], gamma [H, N, C]: see `nodes.py`; offsets [H, N] float64: log decay from the first slot on
+    nodes [N, H, K, V], gamma [H, N, C], offsets [H, N + 1]: see `nodes.py`
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -32,35 +34,41 @@ from loglinear.ops.triton.common import (
     load_column,
     load_rows,
     load_state,
+    place_of_node,
+    program_place,
+    programs,
+    row_exists,
     store_rows,
 )
-from loglinear.ops.triton.nodes import SUBTREE_HEIGHT, make_nodes
+from loglinear.ops.triton.nodes import decay_offsets, leaving, make_nodes, subtree_height
 
 
 @triton.jit(do_not_specialize=["T", "N", "L", "stride_s", "stride_sh"])
-def _inside_kernel(q, k, v, scales, grad_o, gamma, dq, dscales, grad_scores, row_mass, tokens, rows_of, T, N, H, G,
-                   scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s, stride_sh, stride_g,
-                   stride_gh, K: tl.constexpr, V: tl.constexpr, L, C: tl.constexpr, HEIGHT: tl.constexpr,
-                   HEADS: tl.constexpr, BK: tl.constexpr,
-                   BV: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """What the rows of a chunk read of each other: gradients of its scores (summed over HEADS heads), of q and of λ."""
-    slot, part = tl.program_id(1), tl.program_id(0)
-    rows = tl.load(rows_of + slot)
+def _inside_kernel(q, k, v, scales, grad_o, gamma, dq, dscales, grad_scores, row_mass, tokens, firsts, rows_of, T, N,
+                   H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s, stride_sh,
+                   stride_g, stride_gh, K: tl.constexpr, V: tl.constexpr, L, C: tl.constexpr, HEIGHT: tl.constexpr,
+                   HEADS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
+    """What the rows of a chunk read of each other: gradients of its scores (summed over HEADS heads), q and λ."""
+    part, slot = program_place()
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
     if rows == 0:
         return
     first_head = part * HEADS
     group = first_head // (H // G)
     token = tl.load(tokens + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
     dtype = v.dtype.element_ty
-    queries = load_rows(q + group.to(tl.int64) * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
-    keys = load_rows(k + group.to(tl.int64) * stride_kg, token, rows, stride_k, 0, C, K, BK, K == BK)
+    queries = load_rows(q + group.to(tl.int64) * stride_qg, token, first, rows, stride_q, C, K, BK, K == BK)
+    keys = load_rows(k + group.to(tl.int64) * stride_kg, token, first, rows, stride_k, C, K, BK, K == BK)
     row = tl.arange(0, C)
+    exists = row_exists(row, first, rows)
     total = tl.zeros((C, C), tl.float32)
     for step in range(HEADS):
         head = first_head + step
         sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
-        values = load_rows(v + head.to(tl.int64) * stride_vh, token, rows, stride_v, 0, C, V, BV, V == BV)
-        grad = load_rows(grad_o + head.to(tl.int64) * stride_gh, token, rows, stride_g, 0, C, V, BV, V == BV)
+        values = load_rows(v + head.to(tl.int64) * stride_vh, token, first, rows, stride_v, C, V, BV, V == BV)
+        grad = load_rows(grad_o + head.to(tl.int64) * stride_gh, token, first, rows, stride_g, C, V, BV, V == BV)
         decay = tl.exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0))
         decay = tl.where(row[:, None] >= row[None, :], decay, 0.0)
         decay *= tl.dot(grad, tl.trans(values), input_precision=PRECISION)
@@ -72,7 +80,7 @@ def _inside_kernel(q, k, v, scales, grad_o, gamma, dq, dscales, grad_scores, row
             last = tl.zeros((C,), tl.float32)
             factor = tl.zeros((C, C), tl.float32)
             for level in tl.static_range(HEIGHT + 1):
-                near = load_column(lam + tl.minimum(level, L - 1), token, rows, stride_s, 0, C)
+                near = load_column(lam + tl.minimum(level, L - 1), token, first, rows, stride_s, C)
                 # rows of the same block of 2^level, of which those of half the size are done
                 same = in_same_block(row[:, None], row[None, :], level)
                 upto = tl.sum(tl.where(same, product, 0.0), 1)
@@ -80,15 +88,15 @@ def _inside_kernel(q, k, v, scales, grad_o, gamma, dq, dscales, grad_scores, row
                 within = upto
                 mass += near * found
                 if level < L - 1:
-                    tl.store(dlam + level, found.to(dscales.dtype.element_ty), mask=row < rows)
+                    tl.store(dlam + level, found.to(dscales.dtype.element_ty), mask=exists)
                 else:
                     last += found
             for down in tl.static_range(HEIGHT + 1):
-                near = load_column(lam + tl.minimum(HEIGHT - down, L - 1), token, rows, stride_s, 0, C)
+                near = load_column(lam + tl.minimum(HEIGHT - down, L - 1), token, first, rows, stride_s, C)
                 same = in_same_block(row[:, None], row[None, :], HEIGHT - down)
                 factor = tl.where(same, near[:, None], factor)
             if L - 1 <= HEIGHT:
-                tl.store(dlam + L - 1, last.to(dscales.dtype.element_ty), mask=row < rows)
+                tl.store(dlam + L - 1, last.to(dscales.dtype.element_ty), mask=exists)
             total += decay * factor
             product *= factor
         else:
@@ -102,38 +110,42 @@ def _inside_kernel(q, k, v, scales, grad_o, gamma, dq, dscales, grad_scores, row
     grad_q = tl.dot(total.to(dtype), keys, input_precision=PRECISION)
     # the programs that share a group have sums of their own
     share = (part % (H // G // HEADS)).to(tl.int64) * T * G * K + group * K
-    store_rows(dq + share, grad_q, token, rows, G * K, C, K, BK, K == BK)
+    store_rows(dq + share, grad_q, token, first, rows, G * K, C, K, BK, K == BK)
 
 
 @triton.jit(do_not_specialize=["T", "N", "L", "J", "stride_s", "stride_sh"])
-def _queries_kernel(q, scales, grad_o, nodes, gamma, offsets, dq, dscales, row_mass, read_mass, tokens, rows_of,
-                    blocks, heights, reads, T, N, H, G, scale, stride_q, stride_qg, stride_s, stride_sh, stride_g,
-                    stride_gh, K: tl.constexpr, V: tl.constexpr, L, J, C: tl.constexpr, HEIGHT: tl.constexpr,
-                    HEADS: tl.constexpr,
-                    BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _queries_kernel(q, scales, grad_o, nodes, gamma, offsets, dq, dscales, row_mass, read_mass, tokens, firsts,
+                    rows_of, blocks, origins, oldests, heights, reads, T, N, H, G, scale, stride_q, stride_qg,
+                    stride_s, stride_sh, stride_g, stride_gh, K: tl.constexpr, V: tl.constexpr, L, J, C: tl.constexpr,
+                    HEIGHT: tl.constexpr, HEADS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                    SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """What chunks read of the nodes on their left: gradients of q and of λ."""
-    slot, part = tl.program_id(1), tl.program_id(0)
-    rows = tl.load(rows_of + slot)
+    part, slot = program_place()
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
     if rows == 0:
         return
     first_head = part * HEADS
     group = first_head // (H // G)
     token, block, count = tl.load(tokens + slot), tl.load(blocks + slot), tl.load(reads + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    origin = None if origins is None else tl.load(origins + slot)
+    oldest = None if oldests is None else tl.load(oldests + slot)
     dtype = grad_o.dtype.element_ty
-    queries = load_rows(q + group.to(tl.int64) * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
+    queries = load_rows(q + group.to(tl.int64) * stride_qg, token, first, rows, stride_q, C, K, BK, K == BK)
     row = tl.arange(0, C)
+    exists = row_exists(row, first, rows)
     grad_q = tl.zeros((C, BK), tl.float32)
     for step in range(HEADS):
         head = first_head + step
         lam, dlam = scales + head.to(tl.int64) * stride_sh, dscales + (token + row).to(tl.int64) * H * L + head * L
         sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
         here = tl.load(offsets + head.to(tl.int64) * (N + 1) + slot)
-        grad = load_rows(grad_o + head.to(tl.int64) * stride_gh, token, rows, stride_g, 0, C, V, BV, V == BV)
+        grad = load_rows(grad_o + head.to(tl.int64) * stride_gh, token, first, rows, stride_g, C, V, BV, V == BV)
         mass = tl.zeros((C,), tl.float32)
         last = tl.zeros((C,), tl.float32)
         rest = block
-        for _ in range(count):
-            node = slot - block + rest - 1
+        for number in range(count):
+            node = place_of_node(slot, block, origin, oldest, rest, count - number)
             state = load_state(nodes + (node.to(tl.int64) * H + head) * K * V, K, V, BK, BV).to(dtype)
             between = (here - tl.load(offsets + head.to(tl.int64) * (N + 1) + node + 1)).to(tl.float32)
             weight = tl.exp2(sums + between) * scale
@@ -143,11 +155,11 @@ def _queries_kernel(q, scales, grad_o, nodes, gamma, offsets, dq, dscales, row_m
             scaled = found
             if SCALED:
                 level = tl.minimum(HEIGHT + 1 + height, L - 1)
-                far = load_column(lam + level, token, rows, stride_s, 0, C)
+                far = load_column(lam + level, token, first, rows, stride_s, C)
                 weight *= far
                 scaled = found * far
                 if level < L - 1:
-                    tl.store(dlam + level, found.to(dscales.dtype.element_ty), mask=row < rows)
+                    tl.store(dlam + level, found.to(dscales.dtype.element_ty), mask=exists)
                 else:
                     last += found
             weighted = (grad.to(tl.float32) * weight[:, None]).to(dtype)
@@ -157,24 +169,24 @@ def _queries_kernel(q, scales, grad_o, nodes, gamma, offsets, dq, dscales, row_m
             rest = drop_lowest_bit(rest)
         if SCALED:
             if L - 1 <= HEIGHT:
-                last += tl.load(dlam + L - 1, mask=row < rows, other=0.0).to(tl.float32)
-            tl.store(dlam + L - 1, last.to(dscales.dtype.element_ty), mask=row < rows)
+                last += tl.load(dlam + L - 1, mask=exists, other=0.0).to(tl.float32)
+            tl.store(dlam + L - 1, last.to(dscales.dtype.element_ty), mask=exists)
         mass_at = row_mass + (head.to(tl.int64) * N + slot) * C + row
         tl.store(mass_at, tl.load(mass_at) + mass)
     share = (part % (H // G // HEADS)).to(tl.int64) * T * G * K + group * K
-    store_rows(dq + share, grad_q, token, rows, G * K, C, K, BK, K == BK)
+    store_rows(dq + share, grad_q, token, first, rows, G * K, C, K, BK, K == BK)
 
 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
-def _gather_kernel(q, scales, grad_o, grad_nodes, gamma, offsets, tokens, rows_of, heights, lefts, order, N, H, G,
-                   scale, stride_q, stride_qg, stride_s, stride_sh, stride_g, stride_gh, K: tl.constexpr,
-                   V: tl.constexpr, L, C: tl.constexpr, HEIGHT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                   SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Gradient of one node: from all the chunks of the block on its right. The highest nodes come first."""
-    head = tl.program_id(0)
-    slot = tl.load(order + tl.program_id(1))
-    left, height = tl.load(lefts + slot), tl.load(heights + slot)
-    if left == 0:
+def _gather_kernel(q, scales, grad_o, grad_nodes, gamma, offsets, tokens, firsts, rows_of, heights, lefts, reader,
+                   readers, order, N, H, G, scale, stride_q, stride_qg, stride_s, stride_sh, stride_g, stride_gh,
+                   K: tl.constexpr, V: tl.constexpr, L, C: tl.constexpr, HEIGHT: tl.constexpr, BK: tl.constexpr,
+                   BV: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Gradient of one node: from all the chunks that read it. The nodes with the most readers come first."""
+    head, place = program_place()
+    slot = tl.load(order + place, mask=place < N, other=0)
+    chunk, span, height = tl.load(reader + slot), tl.load(readers + slot), tl.load(heights + slot)
+    if (place >= N) | ((span == 0) & (tl.load(lefts + slot) == 0)):
         return
     dtype = q.dtype.element_ty
     key, column, row = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, C)
@@ -182,47 +194,51 @@ def _gather_kernel(q, scales, grad_o, grad_nodes, gamma, offsets, tokens, rows_o
     lam = scales + head.to(tl.int64) * stride_sh + tl.minimum(HEIGHT + 1 + height, L - 1)
     end = tl.load(offsets + head.to(tl.int64) * (N + 1) + slot + 1)
     total = tl.zeros((BK, BV), tl.float32)
-    span = tl.minimum(tl.exp2(height.to(tl.float32)).to(tl.int32), left - 1)
-    token = tl.load(tokens + slot)
-    for step in range(span):
-        chunk = slot + 1 + step
+    token = tl.load(tokens + chunk, mask=chunk < N, other=0)
+    for _ in range(span):
         rows = tl.load(rows_of + chunk)
+        first = None if firsts is None else tl.load(firsts + chunk)
         sums = tl.load(gamma + (head.to(tl.int64) * N + chunk) * C + row)
         between = (tl.load(offsets + head.to(tl.int64) * (N + 1) + chunk) - end).to(tl.float32)
         weight = tl.exp2(sums + between) * scale
         if SCALED:
-            weight *= load_column(lam, token + (step + 1) * C, rows, stride_s, 0, C)
-        queries = load_rows(q, token + (step + 1) * C, rows, stride_q, 0, C, K, BK, K == BK)
+            weight *= load_column(lam, token, first, rows, stride_s, C)
+        queries = load_rows(q, token, first, rows, stride_q, C, K, BK, K == BK)
         grad_rows = grad_o + head.to(tl.int64) * stride_gh
-        grad = load_rows(grad_rows, token + (step + 1) * C, rows, stride_g, 0, C, V, BV, V == BV)
+        grad = load_rows(grad_rows, token, first, rows, stride_g, C, V, BV, V == BV)
         total = tl.dot(tl.trans(queries), (grad * weight[:, None]).to(dtype), total, input_precision=PRECISION)
+        chunk, token = chunk + 1, token + C
     tile = key[:, None] * V + column[None, :]
     tl.store(grad_nodes + (slot.to(tl.int64) * H + head) * K * V + tile, total.to(grad_nodes.dtype.element_ty),
              mask=(key < K)[:, None] & (column < V)[None, :])  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N"])
-def _walk_back_kernel(nodes, grad_nodes, offsets, inherited_mass, heights, bases, counts, N, H, size,
+def _walk_back_kernel(nodes, grad_nodes, offsets, inherited_mass, parents, oldests, bases, counts, N, H, size,
                       SUB: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Adds to the gradients of slots that end a subtree what they owe to their ancestors, the last slot first.
 
-    inherited_mass [tiles, H, N]: the part of what is inherited that goes through the right sibling's decay.
+    Then to those of the buckets that a sequence began with (there, SUB is 1). inherited_mass [tiles, H, N]: the part of
+    what is inherited that goes through the right sibling's decay.
     """
-    head, sequence, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     base, count = tl.load(bases + sequence), tl.load(counts + sequence)
     offset = tile * BLOCK + tl.arange(0, BLOCK)
     mask = offset < size
     subtrees = count // SUB
-    for step in range(subtrees):
+    slots = subtrees
+    if oldests is not None:
+        slots += base - tl.load(oldests + base)
+    for step in range(slots):
         number = subtrees - step
-        slot = base + number * SUB - 1
-        span = tl.exp2(tl.load(heights + slot).to(tl.float32)).to(tl.int32)
+        slot = base + tl.where(number > 0, number * SUB, number) - 1
+        parent = tl.load(parents + slot)
         place = slot.to(tl.int64) * H + head
-        if number * SUB + span <= count:
+        if parent >= 0:
             grad = tl.load(grad_nodes + place * size + offset, mask=mask, other=0.0).to(tl.float32)
-            above = grad_nodes + (place + span.to(tl.int64) * H) * size + offset
-            at = offsets + head.to(tl.int64) * (N + 1) + slot + 1
-            decay = tl.exp2((tl.load(at + span) - tl.load(at)).to(tl.float32))
+            above = grad_nodes + (parent.to(tl.int64) * H + head) * size + offset
+            at = offsets + head.to(tl.int64) * (N + 1) + 1
+            decay = tl.exp2((tl.load(at + parent) - tl.load(at + slot)).to(tl.float32))
             inherited = decay * tl.load(above, mask=mask, other=0.0).to(tl.float32)
             state = tl.load(nodes + place * size + offset, mask=mask, other=0.0).to(tl.float32)
             tl.store(inherited_mass + (tile.to(tl.int64) * H + head) * N + slot, tl.sum(inherited * state, 0))
@@ -234,9 +250,10 @@ def _walk_back_kernel(nodes, grad_nodes, offsets, inherited_mass, heights, bases
 def _settle_kernel(nodes, grad_nodes, offsets, inherited_mass, blocks, lefts, N, H, size, LOW: tl.constexpr,
                    SUB: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """The same for the slots within a subtree, from its end on; LOW is its height."""
-    head, slot, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    left = tl.load(lefts + slot)
-    if (left == 0) | (tl.load(blocks + slot) % SUB != 0):
+    part, slot = program_place()
+    head, tile = part % H, part // H
+    left = tl.load(lefts + slot, mask=slot < N, other=0)
+    if (left == 0) | (tl.load(blocks + slot, mask=slot < N, other=0) % SUB != 0):
         return
     offset = tile * BLOCK + tl.arange(0, BLOCK)
     mask = offset < size
@@ -259,9 +276,9 @@ def _settle_kernel(nodes, grad_nodes, offsets, inherited_mass, blocks, lefts, N,
 
 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
-def _values_kernel(q, k, v, scales, grad_o, grad_nodes, gamma, dv, row_mass, written_mass, tokens, rows_of, N, H, G,
-                   scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s, stride_sh, stride_g,
-                   stride_gh, K: tl.constexpr, V: tl.constexpr, L, C: tl.constexpr, HEIGHT: tl.constexpr,
+def _values_kernel(q, k, v, scales, grad_o, grad_nodes, gamma, dv, row_mass, written_mass, tokens, firsts, rows_of, N,
+                   H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s, stride_sh,
+                   stride_g, stride_gh, K: tl.constexpr, V: tl.constexpr, L, C: tl.constexpr, HEIGHT: tl.constexpr,
                    BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Gradient of v. row_mass [H, N, C] loses what was written for later chunks: it is then the gradient of gamma.
 
@@ -269,111 +286,132 @@ def _values_kernel(q, k, v, scales, grad_o, grad_nodes, gamma, dv, row_mass, wri
     wrong on Hopper before Triton 3.7.1), or be made as [source, target], where level scales vary along the columns and
     every thread loads many of them (1.9 ms instead of 1.0).
     """
-    head, slot = tl.program_id(0), tl.program_id(1)
-    rows = tl.load(rows_of + slot)
+    head, slot = program_place()
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
     if rows == 0:
         return
     group = head // (H // G)
     token = tl.load(tokens + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
     dtype = v.dtype.element_ty
     row = tl.arange(0, C)
-    queries = load_rows(q + group.to(tl.int64) * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
-    keys = load_rows(k + group.to(tl.int64) * stride_kg, token, rows, stride_k, 0, C, K, BK, K == BK)
-    grad = load_rows(grad_o + head.to(tl.int64) * stride_gh, token, rows, stride_g, 0, C, V, BV, V == BV)
+    queries = load_rows(q + group.to(tl.int64) * stride_qg, token, first, rows, stride_q, C, K, BK, K == BK)
+    keys = load_rows(k + group.to(tl.int64) * stride_kg, token, first, rows, stride_k, C, K, BK, K == BK)
+    grad = load_rows(grad_o + head.to(tl.int64) * stride_gh, token, first, rows, stride_g, C, V, BV, V == BV)
     grad_state = load_state(grad_nodes + (slot.to(tl.int64) * H + head) * K * V, K, V, BK, BV).to(dtype)
     sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
 
     lam = scales + head.to(tl.int64) * stride_sh
-    mask = level_mask(lam, token, rows, stride_s, sums, L, C, HEIGHT, SCALED) * scale
+    mask = level_mask(lam, token, first, rows, stride_s, sums, L, C, HEIGHT, SCALED) * scale
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * mask
     after = tl.exp2(tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1) - sums)  # from a row to the chunk's end
     written = tl.dot(tl.trans(grad_state), tl.trans(keys), input_precision=PRECISION) * after[None, :]
-    values = load_rows(v + head.to(tl.int64) * stride_vh, token, rows, stride_v, 0, C, V, BV, V == BV)
+    values = load_rows(v + head.to(tl.int64) * stride_vh, token, first, rows, stride_v, C, V, BV, V == BV)
     mass = tl.sum(tl.trans(values).to(tl.float32) * written, 0)
     mass_at = row_mass + (head.to(tl.int64) * N + slot) * C + row
     tl.store(mass_at, tl.load(mass_at) - mass)
     tl.store(written_mass + head.to(tl.int64) * N + slot, tl.sum(mass, 0))
     grad_v = tl.dot(tl.trans(grad), scores.to(dtype), written, input_precision=PRECISION)
-    store_rows(dv + head * V, tl.trans(grad_v), token, rows, H * V, C, V, BV, V == BV)
+    store_rows(dv + head * V, tl.trans(grad_v), token, first, rows, H * V, C, V, BV, V == BV)
 
 
 @triton.jit(do_not_specialize=["T", "N"])
-def _keys_kernel(q, v, grad_nodes, grad_scores, gamma, dk, tokens, rows_of, T, N, H, G, stride_q, stride_qg, stride_v,
-                 stride_vh, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, HEADS: tl.constexpr, BK: tl.constexpr,
-                 BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _keys_kernel(q, v, grad_nodes, grad_scores, gamma, dk, tokens, firsts, rows_of, T, N, H, G, stride_q, stride_qg,
+                 stride_v, stride_vh, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, HEADS: tl.constexpr,
+                 BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Gradient of k: from the scores within the chunk, read transposed from memory, and from what it wrote."""
-    slot, part = tl.program_id(1), tl.program_id(0)
-    rows = tl.load(rows_of + slot)
+    part, slot = program_place()
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
     if rows == 0:
         return
     first_head = part * HEADS
     group = first_head // (H // G)
     token = tl.load(tokens + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
     dtype = v.dtype.element_ty
     row = tl.arange(0, C)
-    queries = load_rows(q + group.to(tl.int64) * stride_qg, token, rows, stride_q, 0, C, K, BK, K == BK)
+    queries = load_rows(q + group.to(tl.int64) * stride_qg, token, first, rows, stride_q, C, K, BK, K == BK)
     turned = grad_scores + (part.to(tl.int64) * N + slot) * C * C + row[:, None] + row[None, :] * C
     grad_k = tl.dot(tl.load(turned), queries, input_precision=PRECISION)
     for step in range(HEADS):
         head = first_head + step
         sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
         end = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1)
-        values = load_rows(v + head.to(tl.int64) * stride_vh, token, rows, stride_v, 0, C, V, BV, V == BV)
+        values = load_rows(v + head.to(tl.int64) * stride_vh, token, first, rows, stride_v, C, V, BV, V == BV)
         grad_state = load_state(grad_nodes + (slot.to(tl.int64) * H + head) * K * V, K, V, BK, BV).to(dtype)
         weighted = (values.to(tl.float32) * tl.exp2(end - sums)[:, None]).to(dtype)
         grad_k = tl.dot(weighted, tl.trans(grad_state), grad_k, input_precision=PRECISION)
     share = (part % (H // G // HEADS)).to(tl.int64) * T * G * K + group * K
-    store_rows(dk + share, grad_k, token, rows, G * K, C, K, BK, K == BK)
+    store_rows(dk + share, grad_k, token, first, rows, G * K, C, K, BK, K == BK)
 
 
 @triton.jit(do_not_specialize=["N", "cap", "tiles"])
-def _decay_kernel(row_mass, written_mass, inherited_mass, passed_mass, dlog_decay, tokens, rows_of, blocks, lefts, N, H,
-                  cap, tiles, C: tl.constexpr):  # fmt: skip
+def _decay_kernel(row_mass, written_mass, inherited_mass, passed_mass, dlog_decay, tokens, firsts, rows_of, blocks,
+                  origins, oldests, lefts, reads, N, H, cap, tiles, C: tl.constexpr):  # fmt: skip
     """Gradient of the log decays [T, H] from the sums over pairs of tokens.
 
     passed_mass [H, cap + 1, N + 1] float64: sum, over the chunks before, of what they read above a height.
     """
-    head, slot = tl.program_id(0), tl.program_id(1)
-    rows = tl.load(rows_of + slot)
+    head, slot = program_place()
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
     if rows == 0:
         return
-    block, left = tl.load(blocks + slot), tl.load(lefts + slot)
+    block, left, remaining = tl.load(blocks + slot), tl.load(lefts + slot), tl.load(reads + slot)
+    origin = None if origins is None else tl.load(origins + slot)
+    oldest = None if oldests is None else tl.load(oldests + slot)
     spanning = tl.load(written_mass + head.to(tl.int64) * N + slot)
     for height in range(cap + 1):
         end = block_end(block, height)
         size = block_end(0, height) + 1
         if (height == cap) | is_right_half(block, height):
             # the left sibling's tokens, read beyond this node
-            if end - size >= 0:
-                sibling = head.to(tl.int64) * N + slot - block + end - size
+            if remaining > 0:
+                sibling = place_of_node(slot, block, origin, oldest, end - size + 1, remaining)
                 for tile in range(tiles):
-                    spanning += tl.load(inherited_mass + tile * H * N + sibling)
+                    spanning += tl.load(inherited_mass + (tile * H + head).to(tl.int64) * N + sibling)
+                remaining -= 1
         else:
             # what is older than this node, read by the chunks of its right sibling
-            first = slot - block + end + 1
-            last = tl.minimum(first + size, slot + left)
-            if first < last:
+            start = slot - block + end + 1
+            stop = tl.minimum(start + size, slot + left)
+            if start < stop:
                 at = passed_mass + (head * (cap + 1) + height).to(tl.int64) * (N + 1)
-                spanning += (tl.load(at + last) - tl.load(at + first)).to(tl.float32)
+                spanning += (tl.load(at + stop) - tl.load(at + start)).to(tl.float32)
     row = tl.arange(0, C)
     mass = tl.load(row_mass + (head.to(tl.int64) * N + slot) * C + row)
     grad = tl.sum(mass, 0) - tl.cumsum(mass, 0) + mass + spanning
     at = dlog_decay + (tl.load(tokens + slot) + row).to(tl.int64) * H + head
-    tl.store(at, grad.to(dlog_decay.dtype.element_ty), mask=row < rows)
+    first = None if firsts is None else tl.load(firsts + slot)
+    exists = row_exists(row, first, rows)
+    tl.store(at, grad.to(dlog_decay.dtype.element_ty), mask=exists)
 
 
-def gradients(q, k, v, scales, log_decay, grad_o, slots: Slots, chunk: int, height: int, scale: float,
-              precision: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, the level scales and the log decays; shapes as in `read`."""
-    nodes, _, gamma = make_nodes(k, v, log_decay, slots, chunk, precision)
+class Gradients(NamedTuple):
+    """Of all that a call was given; shapes as there."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    level_scales: Tensor | None
+    log_decay: Tensor
+    far: Tensor | None  # of the initial state
+    near: Tensor | None
+
+
+def gradients(q, k, v, scales, log_decay, state, grad_o, grad_far, slots: Slots, chunk: int, height: int, scale: float,
+              precision: str) -> Gradients:  # fmt: skip
+    """Gradients from those of o [T, H, V] and of the far buckets [S, F, H, K, V] of the final state (None: not used).
+
+    Inputs as in `read` and `make_nodes`.
+    """
+    nodes, _, gamma = make_nodes(k, v, log_decay, slots, chunk, precision, state)
     (tokens, groups, key_dim), (_, heads, value_dim) = q.shape, v.shape
     num_slots, heights = len(slots.token), slots.cap + 1
     scaled = scales is not None
     lam = scales if scaled else v
     num_levels = lam.shape[-1] if scaled else 1
     float32 = {"dtype": torch.float32, "device": v.device}
-    offsets = torch.zeros(heads, num_slots + 1, dtype=torch.float64, device=v.device)
-    torch.cumsum(gamma[..., -1], 1, dtype=torch.float64, out=offsets[:, 1:])
+    offsets = decay_offsets(gamma)
     together = largest_divisor(heads // groups, 16)
     parts = heads // groups // together
     dq = torch.empty(2 * parts, *q.shape, **float32)
@@ -389,7 +427,7 @@ def gradients(q, k, v, scales, log_decay, grad_o, slots: Slots, chunk: int, heig
     walk = min(1024, triton.next_power_of_2(size))
     tiles = triton.cdiv(size, walk)
     inherited_mass = torch.zeros(tiles, heads, num_slots, **float32)
-    low = min(slots.cap, SUBTREE_HEIGHT)
+    low = subtree_height(slots, state)
 
     of_q, of_kv = (q.stride(0), q.stride(1)), (k.stride(0), k.stride(1), v.stride(0), v.stride(1))
     of_rows = (lam.stride(0), lam.stride(1), grad_o.stride(0), grad_o.stride(1))
@@ -397,48 +435,62 @@ def gradients(q, k, v, scales, log_decay, grad_o, slots: Slots, chunk: int, heig
     widths = (key_dim, value_dim, num_levels)
     blocks = {"BK": max(16, triton.next_power_of_2(key_dim)), "BV": max(16, triton.next_power_of_2(value_dim))}
     options = {"C": chunk, "HEIGHT": height, "SCALED": scaled, "PRECISION": precision, **blocks}
-    by_part = (heads // together, num_slots)
+    by_part = programs(heads // together, num_slots)
     _inside_kernel[by_part](
-        q, k, v, lam, grad_o, gamma, dq, dscales, grad_scores, row_mass, slots.token, slots.rows, tokens, *sizes, *of_q,
-        *of_kv, *of_rows, *widths, HEADS=together, num_warps=4, num_stages=2, **options,
+        q, k, v, lam, grad_o, gamma, dq, dscales, grad_scores, row_mass, slots.token, slots.first, slots.rows, tokens,
+        *sizes, *of_q, *of_kv, *of_rows, *widths, HEADS=together, num_warps=4, num_stages=2, **options,
     )  # fmt: skip
     _queries_kernel[by_part](
-        q, lam, grad_o, nodes, gamma, offsets, dq[parts:], dscales, row_mass, read_mass, slots.token, slots.rows,
-        slots.block, slots.height, slots.reads, tokens, *sizes, *of_q, *of_rows, *widths, heights, HEADS=together,
-        num_warps=4, num_stages=3, **options,
+        q, lam, grad_o, nodes, gamma, offsets, dq[parts:], dscales, row_mass, read_mass, slots.token, slots.first,
+        slots.rows, slots.block, slots.origin, slots.oldest, slots.height, slots.reads, tokens, *sizes, *of_q,
+        *of_rows, *widths, heights, HEADS=together, num_warps=4, num_stages=3, **options,
     )  # fmt: skip
-    _gather_kernel[(heads, num_slots)](
-        q, lam, grad_o, grad_nodes, gamma, offsets, slots.token, slots.rows, slots.height, slots.left, slots.order,
-        *sizes, *of_q, *of_rows, *widths, num_warps=4, num_stages=3, **options,
+    _gather_kernel[programs(heads, num_slots)](
+        q, lam, grad_o, grad_nodes, gamma, offsets, slots.token, slots.first, slots.rows, slots.height, slots.left,
+        slots.reader, slots.readers, slots.order, *sizes, *of_q, *of_rows, *widths, num_warps=4, num_stages=3,
+        **options,
     )  # fmt: skip
-    _walk_back_kernel[(heads, len(slots.base), tiles)](
-        nodes, grad_nodes, offsets, inherited_mass, slots.height, slots.base, slots.count, num_slots, heads, size,
-        SUB=2**low, BLOCK=walk, num_warps=4, num_stages=1,
+    if grad_far is not None:
+        final = leaving(nodes, offsets, slots)
+        mass = (final.far * grad_far).sum((-2, -1))  # [S, F, H], read by the chunk that the end falls into, at its end
+        grad_nodes.index_add_(0, slots.ends.node.flatten(), (final.decay * grad_far).flatten(0, 1).to(grad_nodes.dtype))
+        read_mass[:, :, slots.ends.last] += mass.permute(2, 1, 0)
+        row_mass[:, slots.ends.last, slots.ends.end_row] += mass.sum(1).T
+    _walk_back_kernel[(len(slots.base), heads, tiles)](
+        nodes, grad_nodes, offsets, inherited_mass, slots.parent, slots.oldest, slots.base, slots.count, num_slots,
+        heads, size, SUB=2**low, BLOCK=walk, num_warps=4, num_stages=1,
     )  # fmt: skip
     if low:
-        _settle_kernel[(heads, num_slots, tiles)](
+        _settle_kernel[programs(heads * tiles, num_slots)](
             nodes, grad_nodes, offsets, inherited_mass, slots.block, slots.left, num_slots, heads, size,
             LOW=low, SUB=2**low, BLOCK=walk, num_warps=4, num_stages=1,
         )  # fmt: skip
     del nodes  # a gigabyte at a time: the gradient of v takes their place
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    _values_kernel[(heads, num_slots)](
-        q, k, v, lam, grad_o, grad_nodes, gamma, dv, row_mass, written_mass, slots.token, slots.rows, *sizes, *of_q,
-        *of_kv, *of_rows, *widths, num_warps=4, num_stages=1, **options,
+    _values_kernel[programs(heads, num_slots)](
+        q, k, v, lam, grad_o, grad_nodes, gamma, dv, row_mass, written_mass, slots.token, slots.first, slots.rows,
+        *sizes, *of_q, *of_kv, *of_rows, *widths, num_warps=4, num_stages=1, **options,
     )  # fmt: skip
     _keys_kernel[by_part](
-        q, v, grad_nodes, grad_scores, gamma, dk, slots.token, slots.rows, tokens, num_slots, heads, groups, *of_q,
-        v.stride(0), v.stride(1), key_dim, value_dim, C=chunk, HEADS=together, PRECISION=precision, num_warps=4,
-        num_stages=3, **blocks,
+        q, v, grad_nodes, grad_scores, gamma, dk, slots.token, slots.first, slots.rows, tokens, num_slots, heads,
+        groups, *of_q, v.stride(0), v.stride(1), key_dim, value_dim, C=chunk, HEADS=together, PRECISION=precision,
+        num_warps=4, num_stages=3, **blocks,
     )  # fmt: skip
+    far, near = None, None
+    if state is not None:
+        far = grad_nodes[slots.ends.bucket.flatten()].float().unflatten(0, slots.ends.bucket.shape)
+        far = torch.where(slots.ends.has_bucket[..., None, None, None], far, 0)
+        near = grad_nodes[slots.base] * torch.exp2(gamma[:, slots.base, -1]).T[..., None, None]
+        written_mass[:, slots.base] += (near * state.near).sum((-2, -1)).T
     above = read_mass.flip(1).cumsum(1).flip(1) - read_mass  # read above each height
     passed = torch.zeros(heads, heights, num_slots + 1, dtype=torch.float64, device=v.device)
     torch.cumsum(above, 2, dtype=torch.float64, out=passed[..., 1:])
-    _decay_kernel[(heads, num_slots)](
-        row_mass, written_mass, inherited_mass, passed, dlog_decay, slots.token, slots.rows, slots.block, slots.left,
-        num_slots, heads, slots.cap, tiles, C=chunk, num_warps=1,
+    _decay_kernel[programs(heads, num_slots)](
+        row_mass, written_mass, inherited_mass, passed, dlog_decay, slots.token, slots.first, slots.rows, slots.block,
+        slots.origin, slots.oldest, slots.left, slots.reads, num_slots, heads, slots.cap, tiles, C=chunk, num_warps=1,
     )  # fmt: skip
-    return dq.sum(0).to(q.dtype), dk.sum(0).to(k.dtype), dv, dscales if scaled else None, dlog_decay
+    dq, dk = dq.sum(0).to(q.dtype), dk.sum(0).to(k.dtype)
+    return Gradients(dq, dk, dv, dscales if scaled else None, dlog_decay, far, near)
 
 
 def largest_divisor(number: int, at_most: int) -> int:

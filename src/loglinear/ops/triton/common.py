@@ -28,40 +28,77 @@ drop_lowest_bit = _on_device(fenwick.drop_lowest_bit)
 
 
 @triton.jit
-def load_rows(pointer, token, rows, stride, first, ROWS: tl.constexpr, width, WIDTH: tl.constexpr, EVEN: tl.constexpr):
-    """Rows first … first + ROWS of a chunk that starts at row `token` and has `rows` rows: [ROWS, WIDTH], else zero.
+def program_place():
+    """What this program is, and its slot; in two dimensions, of which the second may have 65,535 programs."""
+    return tl.program_id(0), tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
 
-    EVEN: no column is beyond `width`. Within a chunk offsets fit in 32 bits; where it starts takes 64.
-    """
-    row = first + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
-    at = pointer + token.to(tl.int64) * stride + (row[:, None] * stride + column[None, :])
-    if EVEN:
-        return tl.load(at, mask=(row < rows)[:, None], other=0.0)
-    else:
-        return tl.load(at, mask=(row < rows)[:, None] & (column < width)[None, :], other=0.0)
+
+def programs(width: int, slots: int) -> tuple[int, int, int]:
+    """A launch of `width` programs for each slot, side by side, as `program_place` reads it (too many, maybe)."""
+    most = 65_535
+    return width, min(slots, most), -(-slots // most)
 
 
 @triton.jit
-def store_rows(pointer, values, token, rows, stride, ROWS: tl.constexpr, width, WIDTH: tl.constexpr,
+def row_exists(row, first, rows):
+    if first is None:
+        return row < rows
+    else:
+        return (row >= first) & (row < rows)
+
+
+@triton.jit
+def load_rows(pointer, token, first, rows, stride, ROWS: tl.constexpr, width, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """The rows of a chunk that starts at row `token`, of which `first` … `rows` exist: [ROWS, WIDTH], else zero.
+
+    `first` is None where chunks begin with their first row: a comparison less in every mask.
+
+    EVEN: no column is beyond `width`. Within a chunk offsets fit in 32 bits; where it starts takes 64.
+    """
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    at = pointer + token.to(tl.int64) * stride + (row[:, None] * stride + column[None, :])
+    exists = row_exists(row, first, rows)
+    if EVEN:
+        return tl.load(at, mask=exists[:, None], other=0.0)
+    else:
+        return tl.load(at, mask=exists[:, None] & (column < width)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(pointer, values, token, first, rows, stride, ROWS: tl.constexpr, width, WIDTH: tl.constexpr,
                EVEN: tl.constexpr):  # fmt: skip
     """[ROWS, WIDTH] to the rows of a chunk, as `load_rows` reads them."""
     row = tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     at = pointer + token.to(tl.int64) * stride + (row[:, None] * stride + column[None, :])
+    exists = row_exists(row, first, rows)
     if EVEN:
-        tl.store(at, values.to(pointer.dtype.element_ty), mask=(row < rows)[:, None])
+        tl.store(at, values.to(pointer.dtype.element_ty), mask=exists[:, None])
     else:
-        mask = (row < rows)[:, None] & (column < width)[None, :]
+        mask = exists[:, None] & (column < width)[None, :]
         tl.store(at, values.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_column(pointer, token, rows, stride, first, ROWS: tl.constexpr):
+def load_column(pointer, token, first, rows, stride, ROWS: tl.constexpr):
     """One number per row of a chunk, as float32: [ROWS], zero where there is no row."""
-    row = first + tl.arange(0, ROWS)
+    row = tl.arange(0, ROWS)
     at = pointer + token.to(tl.int64) * stride + row * stride
-    return tl.load(at, mask=row < rows, other=0.0).to(tl.float32)
+    return tl.load(at, mask=row_exists(row, first, rows), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def place_of_node(slot, block, origin, oldest, end, remaining):
+    """Slot of a node that chunk `block` of a sequence reads and that ends before chunk `end`.
+
+    Before the sequence's first chunk, `origin`, that is a bucket of its initial state: of these `remaining` are left to
+    read, this one included, and the oldest comes first.
+    """
+    if origin is None:
+        return slot - block + end - 1
+    else:
+        return tl.where(end > origin, slot - block + end - 1, oldest + remaining - 1)
 
 
 @triton.jit
@@ -76,7 +113,9 @@ def load_state(pointer, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: 
 
 
 @triton.jit
-def level_mask(scales, token, rows, stride, sums, L, C: tl.constexpr, HEIGHT: tl.constexpr, SCALED: tl.constexpr):
+def level_mask(
+    scales, token, first, rows, stride, sums, L, C: tl.constexpr, HEIGHT: tl.constexpr, SCALED: tl.constexpr
+):
     """Decay times level scale from source rows (columns) to target rows of one chunk, causal: [C, C].
 
     sums [C]: the inclusive sum of the log2 decays. The level of two rows is that of the smallest block that holds both:
@@ -85,10 +124,10 @@ def level_mask(scales, token, rows, stride, sums, L, C: tl.constexpr, HEIGHT: tl
     row = tl.arange(0, C)
     mask = tl.exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0))
     if SCALED:
-        factor = load_column(scales + tl.minimum(HEIGHT, L - 1), token, rows, stride, 0, C)[:, None]
+        factor = load_column(scales + tl.minimum(HEIGHT, L - 1), token, first, rows, stride, C)[:, None]
         factor = tl.broadcast_to(factor, (C, C))
         for down in tl.static_range(HEIGHT):
-            near = load_column(scales + tl.minimum(HEIGHT - 1 - down, L - 1), token, rows, stride, 0, C)
+            near = load_column(scales + tl.minimum(HEIGHT - 1 - down, L - 1), token, first, rows, stride, C)
             same = in_same_block(row[:, None], row[None, :], HEIGHT - 1 - down)
             factor = tl.where(same, near[:, None], factor)
         mask *= factor

@@ -1,9 +1,11 @@
 """The operator for one decay per head, or none (linear attention, RetNet, Mamba-2), on Triton kernels.
 
-Forward: `nodes.py`, then `read.py`. Backward: `backward.py`, which makes the nodes again rather than keep them.
+Forward: `nodes.py`, then `read.py`. Backward: `backward.py`, which makes the nodes again rather than keep them. States
+that are carried in and out: `carried.py` for their near buckets, the kernels for the others.
 
 Legend
-    B batch, T tokens, G groups, H heads, K key width, V value width, L levels
+    B batch, T tokens, G groups, H heads, K key width, V value width, L levels, S sequences (B, or the packed ones)
+    F far buckets of a state, those of whole chunks and the last one
 """
 
 from __future__ import annotations
@@ -14,54 +16,102 @@ import torch
 from torch import Tensor
 
 from loglinear import fenwick
+from loglinear.fenwick import Slots
+from loglinear.ops.packing import check_bounds, check_positions
+from loglinear.ops.triton import carried
 from loglinear.ops.triton.backward import gradients
-from loglinear.ops.triton.nodes import make_nodes
+from loglinear.ops.triton.nodes import Carried, decay_offsets, leaving, make_nodes
 from loglinear.ops.triton.read import read
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CHUNK = 16 if INTERPRETED else 64  # the interpreter pays by the product, and small chunks make more of a tree
-LARGEST_WIDTH = 128
-LARGEST_GRID = 65_535  # programs along the second dimension of a launch
-
-
-def num_slots(v: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Slots of a call: exact for a batch, enough for packed sequences, whose lengths the host does not know."""
-    batch, tokens = v.shape[:2]
-    return batch * -(-tokens // CHUNK) if cu_seqlens is None else tokens // CHUNK + len(cu_seqlens) - 1
+WIDEST_KEY = 128  # wider states are taken apart: every tile of a state is a state of its own
+WIDEST_VALUE = {torch.bfloat16: 128, torch.float16: 64, torch.float32: 64}  # float16 is computed in float32
+MOST_PROGRAMS = 2**31 - 1  # of a launch
 
 
 def unsupported(
-    q: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, cu_seqlens: Tensor | None, initial_state,
-    return_state: bool,
+    q: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, num_sequences: int
 ) -> str | None:  # fmt: skip
     """Why these kernels do not cover a call, or None."""
-    if num_slots(v, cu_seqlens) > LARGEST_GRID:
-        return f"more than {LARGEST_GRID} chunks of {CHUNK} tokens in a call"
     if beta is not None:
         return "the delta rule (beta)"
     if log_decay is not None and log_decay.ndim == 4:
         return "a decay per channel"
     if q.dtype == torch.float64:
         return "float64"
-    if max(q.shape[-1], v.shape[-1]) > LARGEST_WIDTH:
-        return f"a key or value width above {LARGEST_WIDTH}"
-    if q.dtype != torch.bfloat16 and v.shape[-1] > LARGEST_WIDTH // 2:  # computed in float32: twice the shared memory
-        return f"a value width above {LARGEST_WIDTH // 2} in {q.dtype}"
-    if initial_state is not None or return_state:
-        return "a state carried in or out"
     if q.numel() == 0 or v.numel() == 0:
         return "an empty batch"
+    tiles = -(-WIDEST_KEY * WIDEST_VALUE[q.dtype] // 1024)
+    chunks = v.shape[0] * v.shape[1] // CHUNK + 64 * num_sequences  # with the slots of far buckets
+    if chunks * v.shape[2] * tiles > MOST_PROGRAMS:
+        return f"more than {MOST_PROGRAMS} programs in a launch"
     return None
 
 
-def log_linear_attention_scalar(q, k, v, level_scales, *, log_decay, scale: float, cu_seqlens) -> Tensor:
-    """o [B, T, H, V]; shapes as in `log_linear_attention`. Nothing is read back by the host."""
-    return _forward_op(q, k, v, level_scales, log_decay, scale, cu_seqlens)
+def log_linear_attention_scalar(
+    q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, *, log_decay: Tensor | None, beta: Tensor | None,
+    scale: float, cu_seqlens: Tensor | None, initial_state, return_state: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """o [B, T, H, V], buckets and positions; shapes as in `log_linear_attention`.
+
+    Nothing is read back by the host but bounds and positions that it has not seen before (`packing.check_bounds`).
+    """
+    assert beta is None  # see `unsupported`
+    buckets, positions = (None, None) if initial_state is None else initial_state
+    if cu_seqlens is None:
+        bounds = torch.arange(v.shape[0] + 1, device=v.device) * v.shape[1]
+    else:
+        bounds = cu_seqlens
+    num_levels = 1 if level_scales is None else level_scales.shape[-1]
+    edges = fenwick.edges(bounds, positions, CHUNK, num_levels) if buckets is not None or return_state else None
+
+    # columns of q and k are summed over, those of v are independent of each other
+    o, final = [], []
+    widest = WIDEST_VALUE[v.dtype]
+    for columns, values in enumerate(v.split(widest, -1)):
+        partial, states = None, []
+        for rows, (queries, keys) in enumerate(zip(q.split(WIDEST_KEY, -1), k.split(WIDEST_KEY, -1), strict=True)):
+            state = None
+            if buckets is not None:
+                state = buckets.split(WIDEST_KEY, -2)[rows].split(widest, -1)[columns].float()
+            found, left = _one_tile(
+                queries, keys, values, level_scales, log_decay, scale, cu_seqlens, positions, state, edges, return_state
+            )
+            partial = found if partial is None else partial + found
+            states.append(left)
+        o.append(partial)
+        final.append(torch.cat(states, -2) if return_state and len(states) > 1 else states[0])
+    o = torch.cat(o, -1) if len(o) > 1 else o[0]
+    if not return_state:
+        return o, None, None
+    return o, torch.cat(final, -1) if len(final) > 1 else final[0], edges.end
 
 
-def _prepare(q, k, v, level_scales, log_decay, cu_seqlens):
+def _one_tile(q, k, v, level_scales, log_decay, scale, cu_seqlens, positions, buckets, edges, return_state):
+    near = far = entering = None
+    if buckets is not None:
+        num_far = fenwick.num_far_buckets(buckets.shape[1], CHUNK)
+        far = buckets[:, -num_far:]
+        near = carried.near_buckets(buckets, edges)
+        entering = near.sum(1)
+    o, left = _forward_op(q, k, v, level_scales, log_decay, scale, cu_seqlens, positions, far, entering, return_state)
+    if near is not None and near.shape[1] > 0:
+        o = carried.add_near_reads(o, q, level_scales, log_decay, near, edges, scale)
+    if not return_state:
+        return o, None
+    num_levels = 1 if level_scales is None else level_scales.shape[-1]
+    return o, carried.final_buckets(k, v, log_decay, near, left, edges, num_levels)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Two operators, for autograd and the compiler
+# ----------------------------------------------------------------------------------------------------
+
+
+def _prepare(q, k, v, level_scales, log_decay, cu_seqlens, positions, return_state):
     """Rows [B · T, …] of all inputs, slots, and the precision of products of float32."""
-    (batch, tokens, heads, _), num_levels = v.shape, 1 if level_scales is None else level_scales.shape[-1]
+    batch, tokens, heads, _ = v.shape
     if log_decay is None:
         log_decay = torch.zeros(batch, tokens, heads, dtype=torch.float32, device=v.device)
     inputs = [q, k, v, level_scales, log_decay]
@@ -69,13 +119,22 @@ def _prepare(q, k, v, level_scales, log_decay, cu_seqlens):
     if q.dtype == torch.float16 or INTERPRETED:
         inputs[:3] = [x.float() for x in inputs[:3]]
     rows = [None if x is None else _rows(x) for x in inputs]
-    if cu_seqlens is None:
-        slots = fenwick.uniform_slots(batch, tokens, CHUNK, num_levels, v.device)
-    else:
-        _assert_bounds(cu_seqlens, tokens)
-        slots = fenwick.slots(cu_seqlens, num_slots(v, cu_seqlens), CHUNK, num_levels)
+    num_levels = 1 if level_scales is None else level_scales.shape[-1]
+    slots = _slots(batch, tokens, num_levels, v.device, cu_seqlens, positions, return_state)
     exact = v.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return rows, slots, "ieee" if exact else "tf32"
+
+
+def _slots(batch, tokens, num_levels, device, cu_seqlens, positions, return_state) -> Slots:
+    carried = positions is not None or return_state
+    if cu_seqlens is None and positions is None:
+        # what is made while a graph is captured belongs to that graph
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        uniform = fenwick.uniform_slots.__wrapped__ if capturing else fenwick.uniform_slots
+        return uniform(batch, tokens, CHUNK, num_levels, device, carried)
+    bounds = torch.arange(batch + 1, device=device) * tokens if cu_seqlens is None else cu_seqlens
+    count = fenwick.num_slots(batch * tokens, len(bounds) - 1, CHUNK, num_levels, positions is not None)
+    return fenwick.slots(bounds, count, CHUNK, num_levels, positions, carried)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -83,41 +142,52 @@ def _rows(x: Tensor) -> Tensor:
     return (x if x.stride(-1) == 1 else x.contiguous()).flatten(0, 1)
 
 
-def _assert_bounds(cu_seqlens: Tensor, tokens: int) -> None:
-    """Checked where the bounds are, so that the host need not wait: wrong ones stop the device with this message."""
-    right = (cu_seqlens[0] == 0).logical_and(cu_seqlens[-1] == tokens).logical_and((cu_seqlens.diff() >= 0).all())
-    torch._assert_async(right, f"cu_seqlens must rise from 0 to the {tokens} tokens of q")
-
-
 @torch.library.custom_op("loglinear::scalar", mutates_args=())
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None, scale: float,
-    cu_seqlens: Tensor | None,
-) -> Tensor:  # fmt: skip
+    cu_seqlens: Tensor | None, positions: Tensor | None, far: Tensor | None, near: Tensor | None, return_state: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o, and the far buckets of the final state [S, F, H, K, V] (none of them unless `return_state`)."""
+    if cu_seqlens is not None:
+        check_bounds(cu_seqlens, v.shape[1])
+    if positions is not None:
+        check_positions(positions)
     with torch.cuda.device_of(v):  # kernels are launched on the current device
-        rows, slots, precision = _prepare(q, k, v, level_scales, log_decay, cu_seqlens)
+        rows, slots, precision = _prepare(q, k, v, level_scales, log_decay, cu_seqlens, positions, return_state)
         queries, keys, values, scales, decays = rows
-        nodes, logs, gamma = make_nodes(keys, values, decays, slots, CHUNK, precision)
+        state = None if far is None or near is None else Carried(far, near)
+        nodes, logs, gamma = make_nodes(keys, values, decays, slots, CHUNK, precision, state)
         height = fenwick.chunk_height(CHUNK)
         o = read(queries, keys, values, scales, nodes, logs, gamma, slots, CHUNK, height, scale, precision)
-    return o.view(v.shape).to(v.dtype)
+        left = leaving(nodes, decay_offsets(gamma), slots).far if return_state else v.new_empty(0, dtype=torch.float32)
+    return o.view(v.shape).to(v.dtype), left
 
 
 @_forward_op.register_fake
-def _(q, k, v, level_scales, log_decay, scale, cu_seqlens):
-    return torch.empty_like(v, memory_format=torch.contiguous_format)
+def _(q, k, v, level_scales, log_decay, scale, cu_seqlens, positions, far, near, return_state):
+    left = v.new_empty(0, dtype=torch.float32)
+    if return_state:
+        sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        num_far = fenwick.num_far_buckets(1 if level_scales is None else level_scales.shape[-1], CHUNK)
+        left = v.new_empty(sequences, num_far, v.shape[2], q.shape[-1], v.shape[-1], dtype=torch.float32)
+    return torch.empty_like(v, memory_format=torch.contiguous_format), left
 
 
 @torch.library.custom_op("loglinear::scalar_backward", mutates_args=())
 def _backward_op(
-    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None,
-    scale: float, cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_o: Tensor, grad_left: Tensor, q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None,
+    log_decay: Tensor | None, cu_seqlens: Tensor | None, positions: Tensor | None, far: Tensor | None,
+    near: Tensor | None, scale: float, return_state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(v):
-        rows, slots, precision = _prepare(q, k, v, level_scales, log_decay, cu_seqlens)
+        rows, slots, precision = _prepare(q, k, v, level_scales, log_decay, cu_seqlens, positions, return_state)
+        state = None if far is None or near is None else Carried(far, near)
         grad_o = _rows(grad_o.to(rows[2].dtype))
-        found = gradients(*rows, grad_o, slots, CHUNK, fenwick.chunk_height(CHUNK), scale, precision)
-    inputs = (q, k, v, level_scales, log_decay)
+        found = gradients(
+            *rows, state, grad_o, grad_left if return_state else None, slots, CHUNK, fenwick.chunk_height(CHUNK),
+            scale, precision,
+        )  # fmt: skip
+    inputs = (q, k, v, level_scales, log_decay, far, near)
     return tuple(
         v.new_empty(0) if x is None or g is None else g.view(x.shape).to(x.dtype)
         for g, x in zip(found, inputs, strict=True)
@@ -125,22 +195,27 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(grad_o, q, k, v, level_scales, log_decay, scale, cu_seqlens):
-    inputs = (q, k, v, level_scales, log_decay)
+def _(grad_o, grad_left, q, k, v, level_scales, log_decay, cu_seqlens, positions, far, near, scale, return_state):
+    inputs = (q, k, v, level_scales, log_decay, far, near)
     return tuple(
         v.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs
     )
 
 
 def _keep_inputs(ctx, inputs, output):
-    *tensors, ctx.scale, cu_seqlens = inputs
-    ctx.save_for_backward(*tensors, cu_seqlens)
+    q, k, v, level_scales, log_decay, ctx.scale, cu_seqlens, positions, far, near, ctx.return_state = inputs
+    ctx.save_for_backward(q, k, v, level_scales, log_decay, cu_seqlens, positions, far, near)
 
 
-def _run_backward(ctx, grad_o):
-    *tensors, cu_seqlens = ctx.saved_tensors
-    grads = _backward_op(grad_o, *tensors, ctx.scale, cu_seqlens)
-    return *(g if x is not None else None for g, x in zip(grads, tensors, strict=True)), None, None
+def _run_backward(ctx, grad_o, grad_left):
+    q, k, v, level_scales, log_decay, cu_seqlens, positions, far, near = ctx.saved_tensors
+    inputs = (q, k, v, level_scales, log_decay, far, near)
+    found = _backward_op(
+        grad_o, grad_left, q, k, v, level_scales, log_decay, cu_seqlens, positions, far, near, ctx.scale,
+        ctx.return_state,
+    )  # fmt: skip
+    *grads, grad_far, grad_near = (g if x is not None else None for g, x in zip(found, inputs, strict=True))
+    return *grads, None, None, None, grad_far, grad_near, None
 
 
 _forward_op.register_autograd(_run_backward, setup_context=_keep_inputs)
