@@ -396,6 +396,7 @@ def bench(
     model: list[str] = typer.Option(
         [], "--model", help="Measure training steps of these presets instead of operators (repeat)."
     ),
+    compile_blocks: bool = typer.Option(False, "--compile", help="With --model: compile the blocks of the models."),
     budget: float | None = typer.Option(None, help="Seconds spent on repeating one call. Default: 1 (CPU), 0.2 (GPU)."),
     cap: float | None = typer.Option(
         None, help="Seconds after which a case is given up, compiling included. Default: 180 (CPU), 60 (GPU)."
@@ -444,7 +445,9 @@ def bench(
         cap_s=cap,
     )
     if model:
-        suite = command.only_models(suite, model, chosen or command.MODEL_LENGTHS)
+        suite = command.only_models(suite, model, chosen or command.MODEL_LENGTHS, compile_blocks)
+    elif compile_blocks:
+        raise ValueError("got --compile, wanted --model with it: operators are measured as they are")
     elif tokens is not None and "tokens" not in suite.batches:
         raise ValueError("got --tokens, wanted --batch tokens with it: one sequence a call has its own length")
     command.run(suite, output, name)

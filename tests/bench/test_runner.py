@@ -16,6 +16,7 @@ from loglinear.bench.rows import read_rows
 from loglinear.bench.runner import Worker, cpu_suite, gpu_suite, operator_cases, run_models, run_operators
 from loglinear.bench.worker import BOTH, FORWARD, Case, Result, check_operator, guarded, run_case
 from loglinear.cli import main
+from loglinear.models import LogLinearForCausalLM
 
 
 def tiny(**changes):
@@ -207,6 +208,33 @@ def test_training_steps_of_a_preset_are_measured():
     results = list(run_model_case(ModelCase("tiny-gated-deltanet", 64, 128, "cpu", 0.01)))
     assert [(result.direction, result.status, result.batch) for result in results] == [("training step", "ok", 2)]
     assert results[0].time_ms and results[0].repeats
+
+
+def test_activations_are_recomputed_where_one_sequence_does_not_fit(monkeypatch):
+    forward = LogLinearForCausalLM.forward
+
+    def full(self, *args, **kwargs):
+        if not self.model.gradient_checkpointing:
+            raise torch.OutOfMemoryError
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LogLinearForCausalLM, "forward", full)
+    (result,) = run_model_case(ModelCase("tiny-gated-deltanet", 64, 128, "cpu", 0.01))
+    assert (result.direction, result.status, result.batch) == ("training step, activations recomputed", "ok", 1)
+
+
+def test_blocks_are_compiled_if_asked(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    (result,) = run_model_case(ModelCase("tiny-gated-deltanet", 64, 64, "cpu", 0.01, compile=True))
+    assert result.direction == "training step, compiled"
+    assert set(compiled) == {"LogLinearBlock"}
+
+
+def test_compiling_is_refused_without_models():
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "--cpu", "--compile"])
+    assert stop.value.code == 2
 
 
 def test_a_preset_becomes_a_row_with_its_speed(monkeypatch):

@@ -160,6 +160,6 @@ def refuse_operator_options(given: Mapping[str, object]) -> None:
         )
 
 
-def only_models(suite: Suite, presets: Sequence[str], lengths: Sequence[int]) -> Suite:
+def only_models(suite: Suite, presets: Sequence[str], lengths: Sequence[int], compile: bool = False) -> Suite:
     """The same suite with whole models in place of operators."""
-    return replace(suite, lengths=(), presets=tuple(presets), model_lengths=tuple(lengths))
+    return replace(suite, lengths=(), presets=tuple(presets), model_lengths=tuple(lengths), compile=compile)

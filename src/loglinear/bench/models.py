@@ -3,6 +3,7 @@ second.
 """
 
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,12 +16,15 @@ if TYPE_CHECKING:
     from loglinear.bench.worker import Result
 
 STEP = "training step"
+COMPILED, RECOMPUTED = "compiled", "activations recomputed"
 
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A preset trained at one length, `tokens` per step; the batch is halved until a step fits into
-    memory.
+    """A preset trained at one length, `tokens` per step; the batch is halved until a step fits into memory, and
+    where one sequence does not fit, activations are recomputed in the backward pass (gradient checkpointing).
+
+    `compile`: blocks go through `torch.compile`.
     """
 
     preset: str
@@ -28,7 +32,7 @@ class ModelCase:
     tokens: int
     device: str
     budget_s: float
-    gradient_checkpointing: bool = False
+    compile: bool = False
 
 
 def run_model_case(case: ModelCase) -> Iterator["Result"]:
@@ -43,10 +47,11 @@ def run_model_case(case: ModelCase) -> Iterator["Result"]:
     config = LogLinearConfig.preset(case.preset, max_position_embeddings=case.length)
     model = LogLinearForCausalLM(config).train()
     torch.nn.Module.to(model, device)  # in place
-    if case.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    if case.compile:
+        for block in model.model.layers:
+            block.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    batch = max(1, case.tokens // case.length)
+    batch, recompute = max(1, case.tokens // case.length), False
     while True:
         ids = torch.randint(config.vocab_size, (batch, case.length), device=device)
 
@@ -64,15 +69,21 @@ def run_model_case(case: ModelCase) -> Iterator["Result"]:
                 step()
             timing = time_call(step, device, case.budget_s, time.perf_counter() - started)
         except torch.OutOfMemoryError:
-            if batch == 1:
+            if recompute:
                 raise
+            if batch == 1:
+                recompute = True
+                with warnings.catch_warnings():  # the newest transformers has another name for it, the oldest has not
+                    warnings.simplefilter("ignore", FutureWarning)
+                    model.gradient_checkpointing_enable({"use_reentrant": False})
             optimizer.zero_grad(set_to_none=True)
-            batch //= 2
+            batch = max(1, batch // 2)
         else:
             break
         torch.cuda.empty_cache()
+    how = [COMPILED] * case.compile + [RECOMPUTED] * recompute
     yield Result(
-        STEP,
+        ", ".join([STEP, *how]),
         "ok",
         timing.median_ms,
         timing.low_ms,

@@ -13,7 +13,7 @@ import importlib
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -272,6 +272,12 @@ def _peer(module: str, function: str) -> Callable:
         raise NotSupported(f"this version of flash-linear-attention has no {module}.{function}") from error
 
 
+def _scales_like_values(inputs: Inputs) -> Inputs:
+    """Level scales in the dtype of v, which flash-linear-attention multiplies them with."""
+    assert inputs.level_scales is not None and inputs.v is not None
+    return replace(inputs, level_scales=inputs.level_scales.to(inputs.v.dtype))
+
+
 def _prepare_fla_log_linear(inputs: Inputs) -> Callable[[], Tensor]:
     attend = _peer("fla.ops.log_linear_attn", "chunk_log_linear_attn")
     return lambda: attend(inputs.q, inputs.k, inputs.v, inputs.log_decay, inputs.level_scales, scale=inputs.scale)[0]
@@ -356,6 +362,7 @@ OPERATORS: dict[str, Operator] = {
             "flash-linear-attention, chunk_log_linear_attn",
             families=("scalar",),
             devices=("cuda",),
+            adapt=_scales_like_values,
         ),
         Operator(
             "fla-simple-gla",

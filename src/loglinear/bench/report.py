@@ -9,7 +9,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from loglinear import plots
-from loglinear.bench.models import STEP
+from loglinear.bench.models import COMPILED, RECOMPUTED
 from loglinear.bench.operators import MECHANISMS, OPERATORS
 from loglinear.bench.rows import OK, Growth, Row, fit_growth, t_log_t_exponent
 from loglinear.bench.worker import BOTH, FORWARD
@@ -237,8 +237,8 @@ def model_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     lengths = sorted({row.length for row in rows})
     header = ["preset", *(plots.format_tokens(length) for length in lengths)]
     lines = []
-    for preset in dict.fromkeys(row.operator for row in rows):
-        found = {row.length: row for row in rows if row.operator == preset}
+    for preset in dict.fromkeys(_model_name(row) for row in rows):
+        found = {row.length: row for row in rows if _model_name(row) == preset}
         cells = []
         for length in lengths:
             row = found.get(length)
@@ -247,9 +247,14 @@ def model_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             elif row.tokens_per_second is None:
                 cells.append(row.status.split(":")[0])
             else:
-                cells.append(f"{row.tokens_per_second:,.0f}")
+                recomputed = " (recomputed)" if RECOMPUTED in row.direction else ""
+                cells.append(f"{row.tokens_per_second:,.0f}{recomputed}")
         lines.append([preset, *cells])
     return header, lines
+
+
+def _model_name(row: Row) -> str:
+    return f"{row.operator}, {COMPILED}" if COMPILED in row.direction else row.operator
 
 
 def _series(group: dict[str, list[Row]], value: Callable[[Row], float | None], quartiles: bool) -> list[plots.Series]:
@@ -304,8 +309,8 @@ def plot_models(rows: Sequence[Row]) -> Figure:
     with plots.style():
         figure, (axis,) = plots.new_figure()
         lines = []
-        for preset in dict.fromkeys(row.operator for row in rows):
-            points = [(r.length, r.tokens_per_second) for r in rows if r.operator == preset and r.tokens_per_second]
+        for preset in dict.fromkeys(_model_name(row) for row in rows):
+            points = [(r.length, r.tokens_per_second) for r in rows if _model_name(r) == preset and r.tokens_per_second]
             if points:
                 lines.append(plots.Series(preset, [length for length, _ in points], [speed for _, speed in points]))
         plots.draw_series(axis, lines)
@@ -332,7 +337,7 @@ def write_report(rows: Sequence[Row], folder: str | Path, name: str) -> list[Pat
         device = next(iter(group.values()))[0].device
         figure = plot_group(group, titles[place], device)
         written.append(plots.save(figure, folder / f"{name}-{stems[place]}.png"))
-    models = [row for row in rows if row.suite == "models" and row.direction == STEP and row.status == OK]
+    models = [row for row in rows if row.suite == "models" and row.status == OK]
     if models:
         written.append(plots.save(plot_models(models), folder / f"{name}-models.png"))
     return written

@@ -17,7 +17,7 @@ import torch
 from loglinear import fenwick
 from loglinear.bench import rows as rows_module
 from loglinear.bench.inputs import SHAPES, Shape
-from loglinear.bench.models import STEP, ModelCase
+from loglinear.bench.models import COMPILED, STEP, ModelCase
 from loglinear.bench.operators import OPERATORS, Operator, select
 from loglinear.bench.rows import OK, Environment, Row
 from loglinear.bench.worker import BOTH, DTYPES, FORWARD, Case, Result, tolerance
@@ -46,6 +46,7 @@ class Suite:
     budget_s: float = 1.0
     cap_s: float = 120.0
     presets: tuple[str, ...] = ()
+    compile: bool = False
     model_lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -379,7 +380,7 @@ def run_models(
     """Runs the model part of a suite: a training step of each of `presets` at each of `model_lengths`."""
     environment = rows_module.environment(suite.device)
     cases = [
-        ModelCase(preset, length, max(length, suite.tokens_per_call), suite.device, suite.budget_s)
+        ModelCase(preset, length, max(length, suite.tokens_per_call), suite.device, suite.budget_s, suite.compile)
         for preset in suite.presets
         for length in sorted(suite.model_lengths)
     ]
@@ -397,7 +398,7 @@ def run_models(
                 operator=case.preset,
                 mechanism="model",
                 shape="model",
-                direction=STEP,
+                direction=result.direction or (f"{STEP}, {COMPILED}" if case.compile else STEP),
                 batch=batch,
                 length=case.length,
                 heads=None,
