@@ -93,7 +93,14 @@ def test_a_chunk_that_is_no_power_of_two_is_refused(chunk):
 
 
 def test_chunk_for_is_the_power_of_two_that_holds_a_short_sequence():
-    assert [fenwick.chunk_for(length) for length in (0, 1, 2, 3, 33, 64, 65, 10_000)] == [1, 1, 2, 4, 64, 64, 64, 64]
+    lengths = (0, 1, 2, 3, 33, 64, 65, 10_000)
+    assert [fenwick.chunk_for([length]) for length in lengths] == [1, 1, 2, 4, 64, 64, 64, 64]
+
+
+def test_chunks_are_smaller_where_most_of_their_rows_would_be_empty():
+    assert fenwick.chunk_for([8192] + 8192 * [1]) == 8
+    assert fenwick.chunk_for([8192] + 8192 * [20]) == 64
+    assert fenwick.chunk_for([700, 1, 0, 64, 63]) == 64
 
 
 def sources_read(plan: fenwick.Plan, lengths: list[int], positions: list[int], num_levels: int):

@@ -112,9 +112,18 @@ def chunk_height(chunk: int) -> int:
     return chunk.bit_length() - 1
 
 
-def chunk_for(length: int, largest: int = 64) -> int:
-    """Chunk length for sequences of `length` tokens: `largest`, or the power of two that holds a shorter sequence."""
-    return min(largest, 1 << (max(length, 1) - 1).bit_length())
+def chunk_for(lengths: Sequence[int], largest: int = 64, smallest: int = 8) -> int:
+    """Chunk length for sequences of so many tokens: `largest`, or the power of two that holds the longest.
+
+    Smaller, down to `smallest`, where most of the chunks' rows would be empty: many short sequences beside a long one.
+
+    >>> chunk_for([40, 3]), chunk_for([5000]), chunk_for([5000] + 5000 * [1])
+    (64, 64, 8)
+    """
+    chunk = min(largest, 1 << (max(1, max(lengths, default=1)) - 1).bit_length())
+    while chunk > smallest and sum(-(-length // chunk) for length in lengths) * chunk > 4 * max(sum(lengths), largest):
+        chunk //= 2
+    return chunk
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -455,6 +464,7 @@ class Slots:
     readers: torch.Tensor  # [N] how many do, one after the other
     parent: torch.Tensor  # [N] slot of the node that takes this one in; -1: none does
     order: torch.Tensor  # [N] slots, those with the most readers first
+    tallest: torch.Tensor  # [N] slots, those of the highest nodes first
     base: torch.Tensor  # [S] slot of the first chunk of a sequence
     count: torch.Tensor  # [S] chunks of a sequence
     cap: int  # height from which on slots hold running sums
@@ -494,6 +504,13 @@ def num_slots(tokens: int, sequences: int, chunk: int, num_levels: int, state: b
     return chunks + sequences * num_far_buckets(num_levels, chunk) * state
 
 
+def most_reads(num_slots: int, cap: int) -> int:
+    """At least as many nodes as `num_slots` chunks read, in sequences of any lengths from position 0 on."""
+    ones = sum(((num_slots >> (bit + 1)) << bit) + max(0, (num_slots & ((2 << bit) - 1)) - (1 << bit))
+               for bit in range(min(cap, num_slots.bit_length())))  # fmt: skip
+    return ones + max(0, num_slots - (1 << cap))  # and one each from the cap on
+
+
 def slots(
     cu_seqlens: torch.Tensor, num_slots: int, chunk: int, num_levels: int, positions: torch.Tensor | None = None,
     carried: bool = False,
@@ -531,8 +548,9 @@ def slots(
     first = (start[owner] - position).clamp(min=0)
     rows = (end[owner] - position).clamp(max=chunk)
     powers = 1 << heights[:cap]
-    height = ((block[:, None] + 1) % (2 * powers) == 0).sum(1)
+    height = torch.where(is_chunk, ((block[:, None] + 1) % (2 * powers) == 0).sum(1), 0)
     reads = ((block[:, None] & powers) > 0).sum(1) + (((block >> cap) > 0) | has_last[owner])
+    reads = torch.where(is_chunk, reads, 0)
     left = torch.where(is_chunk, count - local, 0)
     span = 1 << height
     reader, readers = slot + 1, torch.where(is_chunk, torch.minimum(span, left - 1), 0)
@@ -548,7 +566,7 @@ def slots(
             is_bucket = exists & (local < 0) & has_bucket[owner, kind]
             # it is read by what its block's right sibling has of the sequence, and then taken in
             rest = (((origin >> kind) + 1) << kind) - origin
-            height = torch.where(local < 0, kind, height)
+            height = torch.where(exists, torch.where(local < 0, kind, height), 0)
             reader = torch.where(local < 0, base, reader)
             readers = torch.where(is_bucket, torch.minimum(rest, count), readers)
             parent = torch.where(is_bucket & (rest <= count), base + rest - 1, parent)
@@ -564,6 +582,7 @@ def slots(
         "token": bounds[owner] + position - start[owner], "rows": torch.where(is_chunk & (rows > first), rows, 0),
         "block": block, "left": left, "height": height, "reads": reads, "reader": reader, "readers": readers,
         "parent": parent, "order": readers.argsort(descending=True, stable=True), "base": bases, "count": counts,
+        "tallest": torch.where(is_chunk, height, -1).argsort(descending=True, stable=True),
     } | carried_in  # fmt: skip
     return Slots(**{name: table.int() for name, table in tables.items()}, cap=cap, ends=ends)
 

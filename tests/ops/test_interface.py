@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from loglinear import FenwickState, fenwick, log_linear_attention
+from loglinear import FenwickState, fenwick, log_linear_attention, log_linear_attention_step
 from loglinear.ops import chunked
 from operator_cases import MIXERS, TOLERANCES, Shape, assert_close, make_inputs, random_state
 
@@ -90,7 +90,7 @@ REFUSED = {
     "negative position": (
         {"initial_state": FenwickState(zeros(2, 4, 4, 3, 5), torch.tensor([3, -1]))},
         ValueError,
-        r"positions must be at least 0, got \[3, -1\]",
+        r"positions must be at least 0 and below \d+, got \[3, -1\]",
     ),
 }
 
@@ -359,7 +359,7 @@ def test_backward_is_a_well_formed_operator(mixer, return_state):
     arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in opaque_arguments(mixer, return_state, True)]
     o, buckets, _ = chunked._forward_op(*arguments)
     grads = torch.randn_like(o), torch.randn_like(buckets) if return_state else None
-    torch.library.opcheck(chunked._backward_op, (*grads, *arguments[:-1]))
+    torch.library.opcheck(chunked.tree_attention_backward, (*grads, *arguments[:-1]))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -407,3 +407,67 @@ def test_work_grows_with_the_length_times_its_log(mixer):
     assert all(step > 0 for step in steps)
     assert max(steps) <= 1.1 * min(steps)  # every doubling adds the same: O(log T) per token
     assert per_token[-1] < 1.5 * per_token[0]
+
+
+# ----------------------------------------------------------------------------------------------------
+# What is refused even where something else is lenient
+# ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_autocast_does_not_let_other_dtypes_in(dtype):
+    inputs = make_inputs("mamba2", Shape(B=1, T=5, G=1, H=1, K=4, V=4, L=3), torch.float32)
+    inputs.q = inputs.q.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="q must be float64"):
+        log_linear_attention(**inputs.arguments())
+
+
+def test_sparse_tensors_are_refused():
+    inputs = make_inputs("mamba2", Shape(B=1, T=5, G=1, H=1, K=4, V=4, L=3), torch.float32)
+    inputs.v = inputs.v.to_sparse()
+    with pytest.raises(TypeError, match="v must be a dense tensor"):
+        log_linear_attention(**inputs.arguments())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("buckets", [1.0]), ("positions", [0]), ("positions", None), ("positions", 0)]
+)
+def test_a_state_of_other_things_is_refused(name, value):
+    shape = Shape(B=1, T=5, G=1, H=1, K=4, V=4, L=3)
+    state = random_state(shape, [0], torch.float32)._replace(**{name: value})
+    inputs = make_inputs("mamba2", shape, torch.float32)
+    with pytest.raises(TypeError, match=f"the state's {name} must be a tensor"):
+        log_linear_attention(**inputs.arguments(), initial_state=state)
+    with pytest.raises(TypeError, match=f"the state's {name} must be a tensor"):
+        log_linear_attention_step(**inputs.step(0), state=state)
+
+
+def test_positions_too_large_to_count_from_are_refused():
+    shape = Shape(B=1, T=5, G=1, H=1, K=4, V=4, L=3)
+    state = random_state(shape, [2**63 - 3], torch.float32)
+    with pytest.raises(ValueError, match="below"):
+        log_linear_attention(**make_inputs("mamba2", shape, torch.float32).arguments(), initial_state=state)
+
+
+def test_a_step_refuses_a_state_it_cannot_write_before_it_changes_anything():
+    shape = Shape(B=2, T=1, G=1, H=1, K=4, V=4, L=3)
+    inputs = make_inputs("mamba2", shape, torch.float32)
+    expanded = FenwickState(torch.zeros(1, 3, 1, 4, 4).expand(2, -1, -1, -1, -1), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="share memory"):
+        log_linear_attention_step(**inputs.step(0), state=expanded)
+    with torch.inference_mode():
+        made = FenwickState.zeros(2, 3, 1, 4, 4)
+    with pytest.raises(ValueError, match="inference mode"):
+        log_linear_attention_step(**inputs.step(0), state=made)
+    assert expanded.positions.tolist() == made.positions.tolist() == [0, 0]
+
+
+def test_bounds_changed_behind_torchs_back_are_seen():
+    inputs = make_inputs("mamba2", Shape(B=1, T=10, G=1, H=1, K=4, V=4, L=5))
+    bounds = torch.tensor([0, 5, 10])
+    first, _ = log_linear_attention(**inputs.arguments(), cu_seqlens=bounds)
+    bounds.data[1] = 3
+    second, _ = log_linear_attention(**inputs.arguments(), cu_seqlens=bounds)
+    wanted, _ = log_linear_attention(**inputs.arguments(), cu_seqlens=torch.tensor([0, 3, 10]))
+    assert torch.equal(second, wanted)
+    assert not torch.equal(first, second)

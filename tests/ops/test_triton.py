@@ -101,6 +101,30 @@ def test_interpreted_packed_state():
 
 
 @needs_interpreter
+@pytest.mark.parametrize("poisoned_input", ["v", "k", "log_decay", "cotangent"])
+def test_interpreted_nan_stays_in_its_row(poisoned_input):
+    """It is not hidden, and no other row of the batch sees it."""
+    inputs = make_inputs("mamba2", Shape(B=3, T=40, G=1, H=1, K=16, V=16, L=7), torch.float32).leaves()
+    cotangent = torch.randn_like(inputs.v)
+    with torch.no_grad():
+        (cotangent if poisoned_input == "cotangent" else getattr(inputs, poisoned_input))[1, 5] = torch.nan
+    results = []
+    for backend in ("triton", "torch"):
+        o, _ = log_linear_attention(**inputs.arguments(), backend=backend)
+        found = torch.autograd.grad(o, list(inputs.present().values()), cotangent)
+        results.append([x.isfinite().flatten(1) for x in (o, *found)])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours[[0, 2]].all()
+        assert ours[1].all() == theirs[1].all()
+
+
+@needs_interpreter
+def test_interpreted_many_levels():
+    shape = Shape(B=1, T=20, G=1, H=1, K=16, V=16, L=70)
+    compare_with_tree(make_inputs("mamba2", shape, torch.float32), random_state(shape, [5], torch.float32))
+
+
+@needs_interpreter
 def test_interpreted_wide():
     """Keys and values wider than what a program holds are taken apart."""
     shape = Shape(B=1, T=19, G=1, H=1, K=144, V=72, L=6)
@@ -296,10 +320,10 @@ def test_what_no_kernel_covers_goes_to_torch(caplog):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not scalar.INTERPRETED:
         pytest.skip("no GPU, no interpreter")
-    inputs = make_inputs("gated_deltanet", Shape(B=1, T=20, G=1, H=1, K=16, V=16, L=5), torch.float32, device)
+    inputs = make_inputs("kda", Shape(B=1, T=20, G=1, H=1, K=16, V=16, L=5), torch.float32, device)
     with caplog.at_level(logging.DEBUG, logger="loglinear"):
         o, _ = log_linear_attention(**inputs.arguments(), backend="triton")
-    assert "delta rule" in caplog.text
+    assert "a decay per channel" in caplog.text
     assert torch.equal(o, log_linear_attention(**inputs.arguments(), backend="torch")[0])
 
 
@@ -307,7 +331,7 @@ def test_what_no_kernel_covers_goes_to_torch(caplog):
 def test_calls_too_large_for_a_launch_are_left_to_torch(heads, covered):
     tokens = 2**20
     q, v = torch.empty(1, tokens, 1, 16, device="meta"), torch.empty(1, tokens, heads, 16, device="meta")
-    assert (scalar.unsupported(q, v, None, None, 1) is None) == covered
+    assert (scalar.unsupported(q, v, None, None, 1, False) is None) == covered
 
 
 @pytest.mark.parametrize("bounds", [[0, 5, 3, 20], [1, 20], [0, 21], [0, -3, 20]])

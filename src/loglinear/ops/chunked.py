@@ -58,7 +58,7 @@ def tree_attention(
         bounds = sequence_bounds(cu_seqlens, tokens)
         lengths = tuple(hi - lo for lo, hi in zip(bounds, bounds[1:], strict=False))
     num_levels = 1 if level_scales is None else level_scales.shape[-1]
-    chunk = chunk or fenwick.chunk_for(max(lengths, default=1))
+    chunk = chunk or fenwick.chunk_for(lengths)
     starts = None if positions is None else start_positions(positions)
     plan = fenwick.plan(lengths, starts, chunk, num_levels, v.device)
 
@@ -549,7 +549,7 @@ def _(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, buckets, positi
 
 
 @torch.library.custom_op("loglinear::tree_attention_backward", mutates_args=())
-def _backward_op(
+def tree_attention_backward(
     grad_o: Tensor, grad_final: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None, beta: Tensor | None,
     scale: float, cu_seqlens: Tensor | None, buckets: Tensor | None, positions: Tensor | None,
@@ -572,7 +572,7 @@ def _backward_op(
     return dq, dk, dv, d_scales, d_decay, d_beta, d_buckets
 
 
-@_backward_op.register_fake
+@tree_attention_backward.register_fake
 def _(grad_o, grad_final, q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, buckets, positions):
     inputs = (q, k, v, level_scales, log_decay, beta, buckets)
     return tuple(
@@ -588,7 +588,7 @@ def _keep_inputs(ctx, inputs, output):
 
 def _run_backward(ctx, grad_o, grad_final, _):
     *tensors, cu_seqlens, buckets, positions = ctx.saved_tensors
-    grads = _backward_op(
+    grads = tree_attention_backward(
         grad_o, grad_final if ctx.return_state else None, *tensors, ctx.scale, cu_seqlens, buckets, positions
     )
     present = [g if x is not None else None for g, x in zip(grads, (*tensors, buckets), strict=True)]

@@ -19,11 +19,11 @@ from loglinear.ops import chunked, reference, step
 from loglinear.state import FenwickState
 
 try:
-    from loglinear.ops.triton import scalar
+    from loglinear.ops.triton import delta, scalar
 except ModuleNotFoundError as missing:
     if missing.name is None or missing.name.split(".")[0] != "triton":
         raise
-    scalar = None  # Triton is not installed
+    delta = scalar = None  # Triton is not installed
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +80,9 @@ def log_linear_attention(
         return_state: whether to return the state after the last token.
         backend: "reference" (recurrence over tokens, a specification), "torch" (the tree algorithm in O(T log T) time
             and O(T) memory, on any device), "triton" (kernels for CUDA devices), or "auto" (the fastest that is
-            available). What no kernel covers yet (the delta rule, a decay per channel, float64, empty batches) goes to
-            the torch backend by itself; the log says so at debug level.
+            available). What no kernel covers yet (a decay per channel, the delta rule with a state, states of
+            more than 32 levels, float64, empty batches) goes to the torch backend by itself; the log says so at debug
+            level. So does the backward of the delta rule.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the new state (None unless `return_state`).
@@ -114,7 +115,8 @@ def log_linear_attention(
     _check_packing(q, cu_seqlens)
     num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _check_state(q, v, level_scales, initial_state, num_sequences)
-    run = _choose(backend, q, v, log_decay, beta, cu_seqlens)
+    carried = initial_state is not None or return_state
+    run = _choose(backend, q, v, level_scales, log_decay, beta, cu_seqlens, carried)
     with _no_autocast(q):
         o, buckets, positions = run(
             q, k, v, level_scales, log_decay=log_decay, beta=beta, scale=float(scale), cu_seqlens=cu_seqlens,
@@ -144,6 +146,8 @@ def log_linear_attention_step(
     Args:
         q, k: [B, G, K]. v: [B, H, V]. level_scales: [B, H, L] or None. log_decay: [B, H] or [B, H, K]. beta: [B, H].
         state: what this token finds; afterwards, what the next one finds. Its L is that of `level_scales` (1 for None).
+            Its positions are at least 0 and buckets that are not occupied are zero, as in every state that this library
+            makes: neither is checked, for the host would have to wait for the device.
         scale: multiplies q.
 
     Returns:
@@ -166,6 +170,7 @@ def log_linear_attention_step(
     _check_tensors(q, k, v, level_scales, log_decay, beta, tokens="B, ")
     _check_scale(scale)
     _check_state(q, v, level_scales, state, q.shape[0], required=True)
+    _check_writable(state)
     if torch.is_grad_enabled():
         arguments = (q, k, v, level_scales, log_decay, beta, state.buckets)
         if any(x is not None and x.requires_grad for x in arguments):
@@ -182,24 +187,28 @@ def log_linear_attention_step(
 # ----------------------------------------------------------------------------------------------------
 
 
-def _choose(backend: str, q, v, log_decay, beta, cu_seqlens):
+def _choose(backend: str, q, v, level_scales, log_decay, beta, cu_seqlens, carried: bool):
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "reference":
         return reference.log_linear_attention_recurrent
     if backend == "torch" or (backend == "auto" and q.device.type != "cuda"):
         return chunked.log_linear_attention_chunked
-    if scalar is None or (q.device.type != "cuda" and not scalar.INTERPRETED):
+    if scalar is None or delta is None or (q.device.type != "cuda" and not scalar.INTERPRETED):
         if backend == "auto":
             return chunked.log_linear_attention_chunked
         why = "triton is not installed" if scalar is None else f"the tensors are on {q.device}"
         raise RuntimeError(f"backend='triton' needs CUDA tensors and Triton, but {why}; use backend='auto' or 'torch'")
-    num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    missing = scalar.unsupported(q, v, log_decay, beta, num_sequences)
+    if beta is None:
+        num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        missing = scalar.unsupported(q, v, level_scales, log_decay, num_sequences, carried)
+        run = scalar.log_linear_attention_scalar
+    else:
+        missing, run = delta.unsupported(q, v, log_decay, carried), delta.log_linear_attention_delta
     if missing is not None:
         logger.debug("no Triton kernel for %s: the torch backend takes this call", missing)
         return chunked.log_linear_attention_chunked
-    return scalar.log_linear_attention_scalar
+    return run
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -211,7 +220,8 @@ def _autocast(*tensors):
     first = tensors[0]
     if isinstance(first, Tensor) and not first.is_meta and torch.is_autocast_enabled(first.device.type):
         dtype = torch.get_autocast_dtype(first.device.type)
-        return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype != torch.float64 else x for x in tensors)
+        castable = (torch.float32, torch.bfloat16, torch.float16)  # the rest is refused, or kept
+        return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in castable else x for x in tensors)
     return tensors
 
 
@@ -236,6 +246,8 @@ def _check_tensors(q, k, v, level_scales, log_decay, beta, tokens: str) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.dtype not in FLOAT_TYPES:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     for name, x in named.items():
@@ -286,11 +298,27 @@ def _check_packing(q: Tensor, cu_seqlens: Tensor | None) -> None:
         raise ValueError(f"packed sequences (cu_seqlens) need a batch of 1, got {q.shape[0]}")
 
 
+def _check_writable(state: FenwickState) -> None:
+    """A step writes into its state."""
+    for name, x in (("buckets", state.buckets), ("positions", state.positions)):
+        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+            raise ValueError(f"the state's {name} are updated in place, but several entries share memory (strides "
+                             f"{x.stride()} for shape {_shape(x)}): clone the state")  # fmt: skip
+        if x.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(f"the state's {name} were made in inference mode and cannot be updated outside of it: "
+                             "clone the state")  # fmt: skip
+
+
 def _check_state(q, v, level_scales, state, rows: int, required: bool = False) -> None:
     if state is None and not required:
         return
     if not isinstance(state, FenwickState):
         raise TypeError(f"the state must be a FenwickState, got {type(state).__name__}")
+    for name, x in (("buckets", state.buckets), ("positions", state.positions)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"the state's {name} must be a tensor, got {type(x).__name__}")
+        if x.layout != torch.strided:
+            raise TypeError(f"the state's {name} must be a dense tensor, got layout {x.layout}")
     num_levels = 1 if level_scales is None else level_scales.shape[-1]
     wanted = (rows, num_levels, v.shape[-2], q.shape[-1], v.shape[-1])
     if state.buckets.shape != wanted:

@@ -6,25 +6,27 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+FURTHEST = 2**62  # positions below this, and the lengths of sequences, add up in 64 bits
 
-class _Seen:
-    """What the host has read of a tensor, for as long as that lives and is not written to.
+
+class _Checked:
+    """Tensors that the host has looked at, for as long as they live and are not written to.
 
     Layers of a model are given the same `cu_seqlens` one after the other: the host waits for the device once.
     """
 
     def __init__(self):
-        self._read = WeakIdKeyDictionary()
+        self._versions = WeakIdKeyDictionary()
 
-    def values(self, x: Tensor) -> list[int]:
-        if x.is_inference():  # counts no writes
-            return x.tolist()
-        if x not in self._read or self._read[x][0] != x._version:
-            self._read[x] = x._version, x.tolist()
-        return self._read[x][1]
+    def __contains__(self, x: Tensor) -> bool:
+        return not x.is_inference() and x in self._versions and self._versions[x] == x._version
+
+    def add(self, x: Tensor) -> None:
+        if not x.is_inference():  # which counts no writes
+            self._versions[x] = x._version
 
 
-_seen = _Seen()
+_checked = _Checked()
 
 
 def _capturing(x: Tensor) -> bool:
@@ -37,7 +39,7 @@ def sequence_bounds(cu_seqlens: Tensor, tokens: int) -> list[int]:
     Raises:
         ValueError: they do not.
     """
-    bounds = _seen.values(cu_seqlens)
+    bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or any(lo > hi for lo, hi in zip(bounds, bounds[1:], strict=False)):
         shown = bounds if len(bounds) <= 12 else [*bounds[:6], "…", *bounds[-5:]]
         raise ValueError(f"cu_seqlens must rise from 0 to the {tokens} tokens of q, got [{', '.join(map(str, shown))}]")
@@ -45,32 +47,36 @@ def sequence_bounds(cu_seqlens: Tensor, tokens: int) -> list[int]:
 
 
 def start_positions(positions: Tensor) -> list[int]:
-    """The positions of a state as ints, after checking that none is negative.
+    """The positions of a state as ints, after checking that none is negative or too large to count from.
 
     Raises:
         ValueError: one is.
     """
-    starts = _seen.values(positions)
-    if any(start < 0 for start in starts):
-        raise ValueError(f"the state's positions must be at least 0, got {starts}")
+    starts = positions.tolist()
+    if any(not 0 <= start < FURTHEST for start in starts):
+        raise ValueError(f"the state's positions must be at least 0 and below {FURTHEST}, got {starts}")
     return starts
 
 
 def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
     """`sequence_bounds`, for who needs no more than that they are right.
 
-    While a CUDA graph is captured the host cannot wait: wrong bounds then stop the device, when the graph is run.
+    The host waits for tensors that it sees for the first time. Others (and all of them while a CUDA graph is captured,
+    where it cannot wait) are checked by the device, which stops if they were changed behind torch's back.
     """
-    if _capturing(cu_seqlens):
+    if cu_seqlens in _checked or _capturing(cu_seqlens):
         rising = (cu_seqlens[0] == 0).logical_and(cu_seqlens[-1] == tokens).logical_and((cu_seqlens.diff() >= 0).all())
         torch._assert_async(rising, f"cu_seqlens must rise from 0 to the {tokens} tokens of q")
     else:
         sequence_bounds(cu_seqlens, tokens)
+        _checked.add(cu_seqlens)
 
 
 def check_positions(positions: Tensor) -> None:
     """`start_positions`, in the same way."""
-    if _capturing(positions):
-        torch._assert_async((positions >= 0).all(), "the state's positions must be at least 0")
+    if positions in _checked or _capturing(positions):
+        right = (positions >= 0).logical_and(positions < FURTHEST).all()
+        torch._assert_async(right, f"the state's positions must be at least 0 and below {FURTHEST}")
     else:
         start_positions(positions)
+        _checked.add(positions)

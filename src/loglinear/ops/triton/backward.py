@@ -27,6 +27,7 @@ from torch import Tensor
 from loglinear.fenwick import Slots
 from loglinear.ops.triton.common import (
     block_end,
+    decays_between,
     drop_lowest_bit,
     in_same_block,
     is_right_half,
@@ -69,7 +70,7 @@ def _inside_kernel(q, k, v, scales, grad_o, gamma, dq, dscales, grad_scores, row
         sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
         values = load_rows(v + head.to(tl.int64) * stride_vh, token, first, rows, stride_v, C, V, BV, V == BV)
         grad = load_rows(grad_o + head.to(tl.int64) * stride_gh, token, first, rows, stride_g, C, V, BV, V == BV)
-        decay = tl.exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0))
+        decay = decays_between(sums)
         decay = tl.where(row[:, None] >= row[None, :], decay, 0.0)
         decay *= tl.dot(grad, tl.trans(values), input_precision=PRECISION)
         product = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * decay  # of a pair, before scale and λ
@@ -345,12 +346,32 @@ def _keys_kernel(q, v, grad_nodes, grad_scores, gamma, dk, tokens, firsts, rows_
     store_rows(dk + share, grad_k, token, first, rows, G * K, C, K, BK, K == BK)
 
 
+@triton.jit(do_not_specialize=["N", "J"])
+def _passed_kernel(read_mass, passed_mass, bases, counts, N, H, J, BLOCK: tl.constexpr):
+    """passed_mass [H, J, N] float64: what the chunks of a sequence, up to and with each, have read above a height.
+
+    Sequence by sequence, so that what is not finite stays in its own.
+    """
+    sequence, head, height = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    base, count = tl.load(bases + sequence), tl.load(counts + sequence)
+    before = tl.zeros((1,), tl.float64)
+    for start in range(0, count, BLOCK):
+        number = start + tl.arange(0, BLOCK)
+        mass = tl.zeros((BLOCK,), tl.float64)
+        for above in range(height + 1, J):
+            at = read_mass + (head * J + above).to(tl.int64) * N + base + number
+            mass += tl.load(at, mask=number < count, other=0.0).to(tl.float64)
+        at = passed_mass + (head * J + height).to(tl.int64) * N + base + number
+        tl.store(at, before + tl.cumsum(mass, 0), mask=number < count)
+        before += tl.sum(mass, 0)
+
+
 @triton.jit(do_not_specialize=["N", "cap", "tiles"])
 def _decay_kernel(row_mass, written_mass, inherited_mass, passed_mass, dlog_decay, tokens, firsts, rows_of, blocks,
                   origins, oldests, lefts, reads, N, H, cap, tiles, C: tl.constexpr):  # fmt: skip
     """Gradient of the log decays [T, H] from the sums over pairs of tokens.
 
-    passed_mass [H, cap + 1, N + 1] float64: sum, over the chunks before, of what they read above a height.
+    passed_mass [H, cap + 1, N]: see `_passed_kernel`.
     """
     head, slot = program_place()
     rows = tl.load(rows_of + slot, mask=slot < N, other=0)
@@ -375,7 +396,7 @@ def _decay_kernel(row_mass, written_mass, inherited_mass, passed_mass, dlog_deca
             start = slot - block + end + 1
             stop = tl.minimum(start + size, slot + left)
             if start < stop:
-                at = passed_mass + (head * (cap + 1) + height).to(tl.int64) * (N + 1)
+                at = passed_mass + (head * (cap + 1) + height).to(tl.int64) * N - 1
                 spanning += (tl.load(at + stop) - tl.load(at + start)).to(tl.float32)
     row = tl.arange(0, C)
     mass = tl.load(row_mass + (head.to(tl.int64) * N + slot) * C + row)
@@ -411,7 +432,7 @@ def gradients(q, k, v, scales, log_decay, state, grad_o, grad_far, slots: Slots,
     lam = scales if scaled else v
     num_levels = lam.shape[-1] if scaled else 1
     float32 = {"dtype": torch.float32, "device": v.device}
-    offsets = decay_offsets(gamma)
+    offsets = decay_offsets(gamma, slots)
     together = largest_divisor(heads // groups, 16)
     parts = heads // groups // together
     dq = torch.empty(2 * parts, *q.shape, **float32)
@@ -482,9 +503,10 @@ def gradients(q, k, v, scales, log_decay, state, grad_o, grad_far, slots: Slots,
         far = torch.where(slots.ends.has_bucket[..., None, None, None], far, 0)
         near = grad_nodes[slots.base] * torch.exp2(gamma[:, slots.base, -1]).T[..., None, None]
         written_mass[:, slots.base] += (near * state.near).sum((-2, -1)).T
-    above = read_mass.flip(1).cumsum(1).flip(1) - read_mass  # read above each height
-    passed = torch.zeros(heads, heights, num_slots + 1, dtype=torch.float64, device=v.device)
-    torch.cumsum(above, 2, dtype=torch.float64, out=passed[..., 1:])
+    passed = torch.empty(read_mass.shape, dtype=torch.float64, device=v.device)
+    _passed_kernel[(len(slots.base), heads, heights)](
+        read_mass, passed, slots.base, slots.count, num_slots, heads, heights, BLOCK=128, num_warps=1,
+    )  # fmt: skip
     _decay_kernel[programs(heads, num_slots)](
         row_mass, written_mass, inherited_mass, passed, dlog_decay, slots.token, slots.first, slots.rows, slots.block,
         slots.origin, slots.oldest, slots.left, slots.reads, num_slots, heads, slots.cap, tiles, C=chunk, num_warps=1,

@@ -13,6 +13,8 @@ import triton.language as tl
 
 from loglinear import fenwick
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
 
 def _on_device(function):
     """A function of operators as a device function; the interpreter wants `tl` among its globals, so it gets ours."""
@@ -113,22 +115,48 @@ def load_state(pointer, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: 
 
 
 @triton.jit
+def log2_decays(log_decay, token, first, rows, stride, C: tl.constexpr):
+    """Base-2 logs of the decays of a chunk's rows: [C], zero where there is no row. NaN stays NaN.
+
+    2^-126 is as good as zero; a reset (-inf, or a huge number) would drown what is summed after it.
+    """
+    logs = load_column(log_decay, token, first, rows, stride, C) * LOG2E
+    return tl.maximum(logs, -126.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def decays_between(sums):
+    """2^(sums of the row - sums of the column): [C, C]; 1 where that is not a decay."""
+    return tl.exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def level_factor(scales, token, first, rows, stride, L, C: tl.constexpr, HEIGHT: tl.constexpr):
+    """Level scale from source rows (columns) to target rows of one chunk: [C, C], where it is causal.
+
+    The level of two rows is that of the smallest block that holds both: from the whole chunk (2^HEIGHT rows) down,
+    smaller blocks overwrite.
+    """
+    row = tl.arange(0, C)
+    factor = load_column(scales + tl.minimum(HEIGHT, L - 1), token, first, rows, stride, C)[:, None]
+    factor = tl.broadcast_to(factor, (C, C))
+    for down in tl.static_range(HEIGHT):
+        near = load_column(scales + tl.minimum(HEIGHT - 1 - down, L - 1), token, first, rows, stride, C)
+        same = in_same_block(row[:, None], row[None, :], HEIGHT - 1 - down)
+        factor = tl.where(same, near[:, None], factor)
+    return factor
+
+
+@triton.jit
 def level_mask(
     scales, token, first, rows, stride, sums, L, C: tl.constexpr, HEIGHT: tl.constexpr, SCALED: tl.constexpr
 ):
     """Decay times level scale from source rows (columns) to target rows of one chunk, causal: [C, C].
 
-    sums [C]: the inclusive sum of the log2 decays. The level of two rows is that of the smallest block that holds both:
-    from the whole chunk (2^HEIGHT rows) down, smaller blocks overwrite.
+    sums [C]: the inclusive sum of the log2 decays.
     """
     row = tl.arange(0, C)
-    mask = tl.exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0))
+    mask = decays_between(sums)
     if SCALED:
-        factor = load_column(scales + tl.minimum(HEIGHT, L - 1), token, first, rows, stride, C)[:, None]
-        factor = tl.broadcast_to(factor, (C, C))
-        for down in tl.static_range(HEIGHT):
-            near = load_column(scales + tl.minimum(HEIGHT - 1 - down, L - 1), token, first, rows, stride, C)
-            same = in_same_block(row[:, None], row[None, :], HEIGHT - 1 - down)
-            factor = tl.where(same, near[:, None], factor)
-        mask *= factor
+        mask *= level_factor(scales, token, first, rows, stride, L, C, HEIGHT)
     return tl.where(row[:, None] >= row[None, :], mask, 0.0)

@@ -20,18 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.fenwick import Slots
-from loglinear.ops.triton.common import load_column, load_rows, program_place, programs
+from loglinear.ops.triton.common import load_rows, log2_decays, program_place, programs
 
 SUBTREE_HEIGHT = 2  # of the subtrees whose nodes are made in registers
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _leaf(k, v, log_decay, gamma, token, first, rows, present, slot, head, N, stride_k, stride_v, stride_d, K, V,
           write_gamma, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """State that one chunk adds, [BK, BV], and the log of its decay."""
-    # 2^-126 is as good as zero; a reset (-inf, or a huge number) would drown what is summed after it
-    decay = tl.maximum(load_column(log_decay + head, token, first, rows, stride_d, C) * LOG2E, -126.0)
+    decay = log2_decays(log_decay + head, token, first, rows, stride_d, C)
     sums = tl.cumsum(decay, 0)
     total = tl.sum(decay, 0)
     if write_gamma:
@@ -197,10 +195,30 @@ def make_nodes(k: Tensor, v: Tensor, log_decay: Tensor, slots: Slots, chunk: int
     return nodes, logs, gamma
 
 
-def decay_offsets(gamma: Tensor) -> Tensor:
-    """offsets [H, N + 1] float64: log decay from the first slot to the beginning of each."""
-    offsets = gamma.new_zeros(gamma.shape[0], gamma.shape[1] + 1, dtype=torch.float64)
-    torch.cumsum(gamma[..., -1], 1, dtype=torch.float64, out=offsets[:, 1:])
+@triton.jit(do_not_specialize=["N"])
+def _offsets_kernel(gamma, offsets, bases, counts, N, C: tl.constexpr, BLOCK: tl.constexpr):
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    base, count = tl.load(bases + sequence), tl.load(counts + sequence)
+    before = tl.zeros((1,), tl.float64)
+    for start in range(0, count, BLOCK):
+        number = start + tl.arange(0, BLOCK)
+        at = gamma + (head.to(tl.int64) * N + base + number) * C + C - 1
+        totals = tl.load(at, mask=number < count, other=0.0).to(tl.float64)
+        at = offsets + head.to(tl.int64) * (N + 1) + base + number + 1
+        tl.store(at, before + tl.cumsum(totals, 0), mask=number < count)
+        before += tl.sum(totals, 0)
+
+
+def decay_offsets(gamma: Tensor, slots: Slots) -> Tensor:
+    """offsets [H, N + 1] float64: log decay from the beginning of a sequence to the end of the slot before each.
+
+    Sequence by sequence, so that what is not finite stays in its own. Differences lose nothing that matters.
+    """
+    heads, num_slots, chunk = gamma.shape
+    offsets = gamma.new_zeros(heads, num_slots + 1, dtype=torch.float64)
+    _offsets_kernel[(len(slots.base), heads)](
+        gamma, offsets, slots.base, slots.count, num_slots, C=chunk, BLOCK=128, num_warps=1
+    )
     return offsets
 
 

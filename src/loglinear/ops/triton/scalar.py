@@ -28,22 +28,25 @@ CHUNK = 16 if INTERPRETED else 64  # the interpreter pays by the product, and sm
 WIDEST_KEY = 128  # wider states are taken apart: every tile of a state is a state of its own
 WIDEST_VALUE = {torch.bfloat16: 128, torch.float16: 64, torch.float32: 64}  # float16 is computed in float32
 MOST_PROGRAMS = 2**31 - 1  # of a launch
+MOST_LEVELS = 32  # of carried states: blocks of 2^26 chunks still count in 32 bits
 
 
 def unsupported(
-    q: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, num_sequences: int
-) -> str | None:  # fmt: skip
+    q: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None, num_sequences: int, carried: bool
+) -> str | None:
     """Why these kernels do not cover a call, or None."""
-    if beta is not None:
-        return "the delta rule (beta)"
     if log_decay is not None and log_decay.ndim == 4:
         return "a decay per channel"
     if q.dtype == torch.float64:
         return "float64"
     if q.numel() == 0 or v.numel() == 0:
         return "an empty batch"
+    if carried and level_scales is not None and level_scales.shape[-1] > MOST_LEVELS:
+        return f"a state of more than {MOST_LEVELS} levels carried in or out"
     tiles = -(-WIDEST_KEY * WIDEST_VALUE[q.dtype] // 1024)
     chunks = v.shape[0] * v.shape[1] // CHUNK + 64 * num_sequences  # with the slots of far buckets
+    if v.shape[0] * v.shape[1] > MOST_PROGRAMS:
+        return f"more than {MOST_PROGRAMS} tokens in a call"
     if chunks * v.shape[2] * tiles > MOST_PROGRAMS:
         return f"more than {MOST_PROGRAMS} programs in a launch"
     return None
@@ -118,14 +121,14 @@ def _prepare(q, k, v, level_scales, log_decay, cu_seqlens, positions, return_sta
     # sums over a sequence overflow 16 bits with a short exponent; the interpreter multiplies bfloat16 wrongly
     if q.dtype == torch.float16 or INTERPRETED:
         inputs[:3] = [x.float() for x in inputs[:3]]
-    rows = [None if x is None else _rows(x) for x in inputs]
+    rows = [None if x is None else as_rows(x) for x in inputs]
     num_levels = 1 if level_scales is None else level_scales.shape[-1]
-    slots = _slots(batch, tokens, num_levels, v.device, cu_seqlens, positions, return_state)
+    slots = slots_of(batch, tokens, num_levels, v.device, cu_seqlens, positions, return_state)
     exact = v.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return rows, slots, "ieee" if exact else "tf32"
 
 
-def _slots(batch, tokens, num_levels, device, cu_seqlens, positions, return_state) -> Slots:
+def slots_of(batch, tokens, num_levels, device, cu_seqlens, positions, return_state) -> Slots:
     carried = positions is not None or return_state
     if cu_seqlens is None and positions is None:
         # what is made while a graph is captured belongs to that graph
@@ -137,7 +140,7 @@ def _slots(batch, tokens, num_levels, device, cu_seqlens, positions, return_stat
     return fenwick.slots(bounds, count, CHUNK, num_levels, positions, carried)
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """[B, T, …] as [B · T, …], a view where the strides allow it; the last dimension is contiguous."""
     return (x if x.stride(-1) == 1 else x.contiguous()).flatten(0, 1)
 
@@ -159,7 +162,9 @@ def _forward_op(
         nodes, logs, gamma = make_nodes(keys, values, decays, slots, CHUNK, precision, state)
         height = fenwick.chunk_height(CHUNK)
         o = read(queries, keys, values, scales, nodes, logs, gamma, slots, CHUNK, height, scale, precision)
-        left = leaving(nodes, decay_offsets(gamma), slots).far if return_state else v.new_empty(0, dtype=torch.float32)
+        left = v.new_empty(0, dtype=torch.float32)
+        if return_state:
+            left = leaving(nodes, decay_offsets(gamma, slots), slots).far
     return o.view(v.shape).to(v.dtype), left
 
 
@@ -182,7 +187,7 @@ def _backward_op(
     with torch.cuda.device_of(v):
         rows, slots, precision = _prepare(q, k, v, level_scales, log_decay, cu_seqlens, positions, return_state)
         state = None if far is None or near is None else Carried(far, near)
-        grad_o = _rows(grad_o.to(rows[2].dtype))
+        grad_o = as_rows(grad_o.to(rows[2].dtype))
         found = gradients(
             *rows, state, grad_o, grad_left if return_state else None, slots, CHUNK, fenwick.chunk_height(CHUNK),
             scale, precision,

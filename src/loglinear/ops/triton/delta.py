@@ -1,0 +1,94 @@
+"""The delta rule with one decay per head, or none (DeltaNet, Gated DeltaNet), on Triton kernels.
+
+Forward: `delta_chunks.py`, `delta_nodes.py`, `delta_read.py`. The backward is the torch backend's: it runs that forward
+again, and differentiates it.
+
+Legend
+    B batch, T tokens, G groups, H heads, K key width, V value width, L levels
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loglinear import fenwick
+from loglinear.ops.chunked import tree_attention_backward
+from loglinear.ops.packing import check_bounds
+from loglinear.ops.triton.delta_chunks import make_chunks
+from loglinear.ops.triton.delta_nodes import make_nodes
+from loglinear.ops.triton.delta_read import read
+from loglinear.ops.triton.scalar import CHUNK, INTERPRETED, as_rows, slots_of
+
+
+def unsupported(q: Tensor, v: Tensor, log_decay: Tensor | None, carried: bool) -> str | None:
+    """Why these kernels do not cover a call, or None."""
+    if log_decay is not None and log_decay.ndim == 4:
+        return "a decay per channel"
+    if q.dtype == torch.float64:
+        return "float64"
+    if q.numel() == 0 or v.numel() == 0:
+        return "an empty batch"
+    if carried:
+        return "a state of the delta rule carried in or out"
+    return None
+
+
+def log_linear_attention_delta(
+    q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, *, log_decay: Tensor | None, beta: Tensor | None,
+    scale: float, cu_seqlens: Tensor | None, initial_state, return_state: bool,
+) -> tuple[Tensor, None, None]:  # fmt: skip
+    """o [B, T, H, V]; shapes as in `log_linear_attention`."""
+    assert beta is not None and initial_state is None and not return_state  # see `unsupported`
+    return _forward_op(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens), None, None
+
+
+@torch.library.custom_op("loglinear::delta", mutates_args=())
+def _forward_op(
+    q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None, beta: Tensor, scale: float,
+    cu_seqlens: Tensor | None,
+) -> Tensor:  # fmt: skip
+    batch, tokens, heads, _ = v.shape
+    if cu_seqlens is not None:
+        check_bounds(cu_seqlens, tokens)
+    with torch.cuda.device_of(v):  # kernels are launched on the current device
+        if log_decay is None:
+            log_decay = torch.zeros(batch, tokens, heads, dtype=torch.float32, device=v.device)
+        inputs = [q, k, v, level_scales, log_decay, beta]
+        # states overflow 16 bits with a short exponent; the interpreter multiplies bfloat16 wrongly
+        if q.dtype == torch.float16 or INTERPRETED:
+            inputs[:3] = [x.float() for x in inputs[:3]]
+        queries, keys, values, scales, decays, strengths = (None if x is None else as_rows(x) for x in inputs)
+        # products of float32 in single tf32 parts, which the hardware cuts off and does not round, err by 9e-3
+        exact = v.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+        precision = "ieee" if exact else "tf32x3" if queries.dtype == torch.float32 else "tf32"
+        num_levels = 1 if level_scales is None else level_scales.shape[-1]
+        slots = slots_of(batch, tokens, num_levels, v.device, cu_seqlens, None, False)
+        places = slots.reads.cumsum(0, dtype=torch.int32) - slots.reads
+        num_reads = fenwick.most_reads(len(slots.token), slots.cap)
+        height = fenwick.chunk_height(CHUNK)
+        chunks = make_chunks(
+            queries, keys, scales, decays, strengths, slots, places, num_reads, CHUNK, height, scale, precision
+        )
+        nodes = make_nodes(keys, values, strengths, chunks, slots, CHUNK, precision)
+        o = read(values, scales, chunks, nodes, slots, places, CHUNK, height, precision)
+    return o.view(v.shape).to(v.dtype)
+
+
+@_forward_op.register_fake
+def _(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens):
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+def _keep_inputs(ctx, inputs, output):
+    *tensors, ctx.scale, cu_seqlens = inputs
+    ctx.save_for_backward(*tensors, cu_seqlens)
+
+
+def _run_backward(ctx, grad_o):
+    *tensors, cu_seqlens = ctx.saved_tensors
+    *grads, _ = tree_attention_backward(grad_o, None, *tensors, ctx.scale, cu_seqlens, None, None)
+    return *(g if x is not None else None for g, x in zip(grads, tensors, strict=True)), None, None
+
+
+_forward_op.register_autograd(_run_backward, setup_context=_keep_inputs)

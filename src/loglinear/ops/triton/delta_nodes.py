@@ -1,0 +1,193 @@
+"""Up the tree, for the delta rule: every node is a map S ↦ P S + U of the state that enters it.
+
+Nodes live in slots, one that ends with each chunk (see `fenwick`, "Slots"). The leaves come first; then, height by
+height, every node that is not yet as high as its slot takes in its left sibling: U + P U_left and P P_left. From the
+cap on, slots hold running states, made one after the other.
+
+A node that grows is read by many programs while it does, so its P changes places: P of height h is in half h mod 2 of
+`maps`. Columns of U are read by the program alone that writes them.
+
+Legend
+    N slots, C rows of a chunk, H heads, G groups, K key width, V value width, KT, VT tiles of BK keys and BV values
+    added [N, H, K, V] U; maps [2, N, H, PARTS, K, K] P, in parts: see `delta_chunks.py`
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loglinear.fenwick import Slots
+from loglinear.ops.triton.common import load_column, program_place, programs
+from loglinear.ops.triton.delta_chunks import (
+    Chunks,
+    dot_parts,
+    load_block,
+    load_tile,
+    parts_of,
+    store_block,
+    store_parts,
+    tile_width,
+)
+
+
+@triton.jit(do_not_specialize=["N", "stride_b"])
+def _leaves_kernel(k, v, beta, inverse, erase, gamma, added, maps, tokens, firsts, rows_of, lefts, N, H, G, stride_k,
+                   stride_kg, stride_v, stride_vh, stride_b, K, V, C: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr,
+                   BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of columns of U, or of P, of one chunk."""
+    part, slot = program_place()
+    head, tile = part // (KT + VT), part % (KT + VT)
+    if tl.load(lefts + slot, mask=slot < N, other=0) <= 1:
+        return  # nobody reads the last chunk of a sequence
+    rows, token = tl.load(rows_of + slot), tl.load(tokens + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    k += (head // (H // G)).to(tl.int64) * stride_kg
+    v += head.to(tl.int64) * stride_vh
+    place = slot.to(tl.int64) * H + head
+    row = tl.arange(0, C)
+    sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
+    end = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1)
+    dtype = added.dtype.element_ty
+    after = tl.exp2(end - sums)
+    if tile < VT:
+        values = load_tile(v, token, first, rows, stride_v, C, tile * BV, V, BV)
+        strength = load_column(beta + head, token, first, rows, stride_b, C)
+        solved = load_block(inverse + place * C * C, 0, C, C, 0, C, C) * strength[None, :]
+        written = dot_parts(solved, values, PARTS, PRECISION)
+        whole = written.to(dtype)
+        lost = (written - whole.to(tl.float32)).to(dtype)
+        for key in range(KT):
+            keys = load_tile(k, token, first, rows, stride_k, C, key * BK, K, BK)
+            keys = (keys.to(tl.float32) * after[:, None]).to(dtype)
+            state = tl.dot(tl.trans(keys), whole, input_precision=PRECISION)
+            if PARTS == 2:
+                state = tl.dot(tl.trans(keys), lost, state, input_precision=PRECISION)
+            store_block(added + place * K * V, state, key * BK, K, BK, tile * BV, V, BV)
+    else:
+        column = (tile - VT) * BK
+        erase += place * PARTS * C * K
+        erased = load_block(erase, 0, C, C, column, K, BK)
+        for key in range(KT):
+            keys = load_tile(k, token, first, rows, stride_k, C, key * BK, K, BK)
+            keys = (keys.to(tl.float32) * after[:, None]).to(dtype)
+            kept = (key * BK + tl.arange(0, BK))[:, None] == (column + tl.arange(0, BK))[None, :]
+            map = tl.where(kept, tl.exp2(end), 0.0) - tl.dot(tl.trans(keys), erased, input_precision=PRECISION)
+            if PARTS == 2:
+                rest = load_block(erase + C * K, 0, C, C, column, K, BK)
+                map -= tl.dot(tl.trans(keys), rest, input_precision=PRECISION)
+            store_parts(maps + place * PARTS * K * K, map, K * K, key * BK, K, BK, column, K, BK, PARTS)
+
+
+@triton.jit(do_not_specialize=["N", "height"])
+def _merge_kernel(added, maps, tallest, heights, N, H, height, K, V, KT: tl.constexpr, VT: tl.constexpr,
+                  ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """Some columns of U or P of the nodes of `height` + 1, from those of `height`; ROWS ≥ K."""
+    part, number = program_place()
+    slot = tl.load(tallest + number, mask=number < N, other=-1)
+    if slot < 0:
+        return
+    if tl.load(heights + slot) <= height:
+        return
+    head, tile = part // (KT + VT), part % (KT + VT)
+    span = tl.exp2(height.to(tl.float32)).to(tl.int32)
+    place = slot.to(tl.int64) * H + head
+    left = place - span.to(tl.int64) * H
+    half = maps + (height % 2).to(tl.int64) * N * H * PARTS * K * K
+    map, size = half + place * PARTS * K * K, K * K
+    if tile < VT:
+        column = tile * BV
+        total = load_block(added + place * K * V, 0, K, ROWS, column, V, BV).to(tl.float32)
+        for key in range(KT):
+            before = load_block(added + left * K * V, key * BK, K, BK, column, V, BV)
+            total = tl.dot(load_block(map, 0, K, ROWS, key * BK, K, BK), before, total, input_precision=PRECISION)
+            if PARTS == 2:
+                rest = load_block(map + size, 0, K, ROWS, key * BK, K, BK)
+                total = tl.dot(rest, before, total, input_precision=PRECISION)
+        store_block(added + place * K * V, total, 0, K, ROWS, column, V, BV)
+    else:
+        column = (tile - VT) * BK
+        earlier = half + left * PARTS * K * K
+        composed = tl.zeros((ROWS, BK), tl.float32)
+        for key in range(KT):
+            first = load_block(map, 0, K, ROWS, key * BK, K, BK)
+            second = load_block(earlier, key * BK, K, BK, column, K, BK)
+            composed = tl.dot(first, second, composed, input_precision=PRECISION)
+            if PARTS == 2:
+                first_lost = load_block(map + size, 0, K, ROWS, key * BK, K, BK)
+                composed = tl.dot(first_lost, second, composed, input_precision=PRECISION)
+                second_lost = load_block(earlier + size, key * BK, K, BK, column, K, BK)
+                composed = tl.dot(first, second_lost, composed, input_precision=PRECISION)
+        other = maps + (1 - height % 2).to(tl.int64) * N * H * PARTS * K * K
+        store_parts(other + place * PARTS * K * K, composed, K * K, 0, K, ROWS, column, K, BK, PARTS)
+
+
+@triton.jit(do_not_specialize=["N", "cap"])
+def _running_kernel(added, maps, heights, bases, counts, N, H, cap, K, V, KT: tl.constexpr, BK: tl.constexpr,
+                    BV: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Adds up what is in the slots of the cap height, in order; a program has BV columns of a head's states."""
+    sequence, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    base, count = tl.load(bases + sequence), tl.load(counts + sequence)
+    span = tl.exp2(cap.to(tl.float32)).to(tl.int32)
+    half = maps + (cap % 2).to(tl.int64) * N * H * PARTS * K * K
+    for step in range(1, (count - 1) // span):
+        place = (base + (step + 1) * span - 1).to(tl.int64) * H + head
+        before = place - span.to(tl.int64) * H
+        map = half + place * PARTS * K * K
+        for row in range(KT):
+            total = load_block(added + place * K * V, row * BK, K, BK, tile * BV, V, BV).to(tl.float32)
+            for key in range(KT):
+                state = load_block(added + before * K * V, key * BK, K, BK, tile * BV, V, BV)
+                first = load_block(map, row * BK, K, BK, key * BK, K, BK)
+                total = tl.dot(first, state, total, input_precision=PRECISION)
+                if PARTS == 2:
+                    rest = load_block(map + K * K, row * BK, K, BK, key * BK, K, BK)
+                    total = tl.dot(rest, state, total, input_precision=PRECISION)
+            store_block(added + place * K * V, total, row * BK, K, BK, tile * BV, V, BV)
+        tl.debug_barrier()
+
+
+class Nodes(NamedTuple):
+    """See the legend of this file."""
+
+    added: Tensor
+    maps: Tensor
+
+
+def make_nodes(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, slots: Slots, chunk: int, precision: str) -> Nodes:
+    """Nodes of k [T, G, K], v [T, H, V] and beta [T, H]. The last chunks of sequences have none."""
+    num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), k.shape, v.shape
+    parts = parts_of(k)
+    nodes = Nodes(
+        added=v.new_empty(num_slots, heads, key_dim, value_dim),
+        maps=v.new_empty(2, num_slots, heads, parts, key_dim, key_dim),
+    )
+    block_k, block_v = tile_width(key_dim), tile_width(value_dim)
+    wide_v = tile_width(value_dim, 2 * block_v) if parts == 2 else block_v  # of float32 only so much fits
+    keys = {"KT": triton.cdiv(key_dim, block_k), "BK": block_k, "PARTS": parts, "PRECISION": precision}
+    values = {"VT": triton.cdiv(value_dim, wide_v), "BV": wide_v}
+    columns = keys["KT"] + values["VT"]
+    _leaves_kernel[programs(heads * columns, num_slots)](
+        k, v, beta, chunks.inverse, chunks.erase, chunks.gamma, *nodes, slots.token, slots.first, slots.rows,
+        slots.left, num_slots, heads, groups, k.stride(0), k.stride(1), v.stride(0), v.stride(1), beta.stride(0),
+        key_dim, value_dim, C=chunk, num_warps=4, num_stages=2, **keys, **values,
+    )  # fmt: skip
+    rows = max(16, triton.next_power_of_2(key_dim))
+    for height in range(slots.cap):
+        highest = num_slots // 2 ** (height + 1)  # there are no more nodes above this height
+        if highest:
+            _merge_kernel[programs(heads * columns, highest)](
+                *nodes, slots.tallest, slots.height, num_slots, heads, height, key_dim, value_dim, ROWS=rows,
+                num_warps=8 if rows > 128 else 4, num_stages=2, **keys, **values,
+            )  # fmt: skip
+    if num_slots > 2**slots.cap:
+        # one program after the other has each head's columns: narrow tiles make more of them
+        _running_kernel[(len(slots.base), heads, triton.cdiv(value_dim, block_v))](
+            *nodes, slots.height, slots.base, slots.count, num_slots, heads, slots.cap, key_dim, value_dim,
+            BV=block_v, num_warps=4, num_stages=3, **keys,
+        )  # fmt: skip
+    return nodes

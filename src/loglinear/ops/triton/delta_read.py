@@ -1,0 +1,126 @@
+"""Down the tree, for the delta rule: chunks read the nodes on their left, and their queries pass what they have read.
+
+Queries first, from node to node, all of them kept (R ↦ R P); then every chunk's output, a sum of products over all of
+its reads.
+
+Legend
+    N slots, C rows of a chunk, H heads, K key width, V value width, L levels, M reads of all chunks
+    KT tiles of BK keys; seen [M, H, C, K], scores [N, H, C, C]: see `delta_chunks.py`
+    added [N, H, K, V], maps [2, N, H, PARTS, K, K]: see `delta_nodes.py`
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loglinear.fenwick import Slots
+from loglinear.ops.triton.common import (
+    drop_lowest_bit,
+    load_column,
+    place_of_node,
+    program_place,
+    programs,
+    row_exists,
+)
+from loglinear.ops.triton.delta_chunks import Chunks, load_block, load_tile, store_block, tile_width
+from loglinear.ops.triton.delta_nodes import Nodes
+
+
+@triton.jit(do_not_specialize=["N"])
+def _descend_kernel(seen, maps, rows_of, blocks, heights, reads, places, N, H, K, C: tl.constexpr, KT: tl.constexpr,
+                    BK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The queries of one chunk as they meet each node that it reads, the nearest first."""
+    head, slot = program_place()
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
+    if rows == 0:
+        return
+    block, count = tl.load(blocks + slot), tl.load(reads + slot)
+    here = (tl.load(places + slot).to(tl.int64) * H + head) * C * K
+    rest = block
+    dtype = seen.dtype.element_ty
+    for number in range(count - 1):
+        node = place_of_node(slot, block, None, None, rest, count - number)
+        half = (tl.load(heights + node) % 2).to(tl.int64) * N * H
+        map = maps + (half + node.to(tl.int64) * H + head) * PARTS * K * K
+        there = here + H * C * K
+        for column in range(KT):
+            total = tl.zeros((C, BK), tl.float32)
+            for key in range(KT):
+                queries = load_block(seen + here, 0, C, C, key * BK, K, BK)
+                total = tl.dot(queries, load_block(map, key * BK, K, BK, column * BK, K, BK), total,
+                               input_precision=PRECISION)  # fmt: skip
+                if PARTS == 2:
+                    lost = load_block(map + K * K, key * BK, K, BK, column * BK, K, BK)
+                    total = tl.dot(queries, lost, total, input_precision=PRECISION)
+            store_block(seen + there, total.to(dtype), 0, C, C, column * BK, K, BK)
+        tl.debug_barrier()
+        here = there
+        rest = drop_lowest_bit(rest)
+
+
+@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
+def _read_kernel(v, scales, o, scores, seen, added, tokens, firsts, rows_of, blocks, heights, reads, places, N, H,
+                 stride_v, stride_vh, stride_s, stride_sh, K, V, L, C: tl.constexpr, HEIGHT: tl.constexpr,
+                 KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """BV columns of what the rows of one chunk read."""
+    part, slot = program_place()
+    head, tile = part // VT, part % VT
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
+    if rows == 0:
+        return
+    token, block, count = tl.load(tokens + slot), tl.load(blocks + slot), tl.load(reads + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    column = tile * BV
+    values = load_tile(v + head.to(tl.int64) * stride_vh, token, first, rows, stride_v, C, column, V, BV)
+    inside = load_block(scores + (slot.to(tl.int64) * H + head) * C * C, 0, C, C, 0, C, C)
+    out = tl.dot(inside, values, input_precision=PRECISION)
+    lam = scales + head.to(tl.int64) * stride_sh
+    queries = seen + (tl.load(places + slot).to(tl.int64) * H + head) * C * K
+    rest = block
+    for number in range(count):
+        node = place_of_node(slot, block, None, None, rest, count - number)
+        state = added + (node.to(tl.int64) * H + head) * K * V
+        read = tl.zeros((C, BV), tl.float32)
+        for key in range(KT):
+            read = tl.dot(load_block(queries, 0, C, C, key * BK, K, BK),
+                          load_block(state, key * BK, K, BK, column, V, BV), read,
+                          input_precision=PRECISION)  # fmt: skip
+        if SCALED:
+            level = tl.minimum(HEIGHT + 1 + tl.load(heights + node), L - 1)
+            read *= load_column(lam + level, token, first, rows, stride_s, C)[:, None]
+        out += read
+        queries += H * C * K
+        rest = drop_lowest_bit(rest)
+    row, columns = tl.arange(0, C), column + tl.arange(0, BV)
+    at = o + token.to(tl.int64) * H * V + head * V + (row[:, None] * (H * V) + columns[None, :])
+    exists = row_exists(row, first, rows)[:, None] & (columns < V)[None, :]
+    tl.store(at, out.to(o.dtype.element_ty), mask=exists)
+
+
+def read(v: Tensor, scales: Tensor | None, chunks: Chunks, nodes: Nodes, slots: Slots, places: Tensor, chunk: int,
+         height: int, precision: str) -> Tensor:  # fmt: skip
+    """o [T, H, V] for v [T, H, V] and level scales [T, H, L] (None: 1)."""
+    num_slots, (_, heads, value_dim), key_dim = len(slots.token), v.shape, chunks.seen.shape[-1]
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    block_k, block_v = tile_width(key_dim), tile_width(value_dim)
+    if v.dtype == torch.bfloat16:  # of float32 only so much fits
+        block_v = tile_width(value_dim, 2 * block_v)
+    keys = {"KT": triton.cdiv(key_dim, block_k), "BK": block_k}
+    _descend_kernel[programs(heads, num_slots)](
+        chunks.seen, nodes.maps, slots.rows, slots.block, slots.height, slots.reads, places, num_slots, heads, key_dim,
+        C=chunk, PARTS=nodes.maps.shape[3], PRECISION=precision, num_warps=4, num_stages=3, **keys,
+    )  # fmt: skip
+    scaled = scales is not None
+    lam = scales if scaled else v
+    values = triton.cdiv(value_dim, block_v)
+    _read_kernel[programs(heads * values, num_slots)](
+        v, lam, o, chunks.scores, chunks.seen, nodes.added, slots.token, slots.first, slots.rows, slots.block,
+        slots.height, slots.reads, places, num_slots, heads, v.stride(0), v.stride(1), lam.stride(0), lam.stride(1),
+        key_dim, value_dim, lam.shape[-1] if scaled else 1, C=chunk, HEIGHT=height, VT=values, BV=block_v,
+        SCALED=scaled, PRECISION=precision, num_warps=4, num_stages=3, **keys,
+    )  # fmt: skip
+    return o
