@@ -342,3 +342,16 @@ def test_cache_housekeeping(kind):
             cache.reset()
             assert int(cache.get_seq_length()) == 0
             assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+
+
+@pytest.mark.parametrize("length", [16_384, 32_768])
+@pytest.mark.parametrize("kind", ["mamba2", "gated_deltanet"])
+def test_across_the_lengths_where_others_stop(kind, length):
+    """A prompt that ends just before, a continuation that ends just after, and more tokens than the model has levels
+    for: the last level takes in what is older.
+    """
+    model, ids = small_model(kind), tokens(1, length - 3)
+    generated = generate(model, ids, count=7)
+    with torch.no_grad():
+        logits = model(torch.cat((ids, generated[:, :-1]), dim=1), logits_to_keep=7).logits
+    assert torch.equal(generated, logits.argmax(-1))

@@ -75,6 +75,25 @@ def test_state_passes_between_steps_and_whole_sequences(mixer):
     assert_close(state.buckets, end.buckets, 1e-13, "state")
 
 
+@pytest.mark.parametrize("mixer", ["mamba2", "gated_deltanet"])
+def test_thousands_of_steps(mixer):
+    """Rounding does not pile up: the recurrence in fp64, 3,000 tokens from two places, one with a capped last level."""
+    shape = Shape(B=2, T=3000, G=1, H=1, K=4, V=4, L=11)
+    inputs = make_inputs(mixer, shape, decay=0.02)
+    begin = random_state(shape, [0, 1_047_000])
+    begin = FenwickState(begin.buckets.nan_to_num(), begin.positions)
+    exact, after = log_linear_attention(
+        **inputs.arguments(), scale=0.7, initial_state=begin, return_state=True, backend="reference"
+    )
+    assert after is not None
+    single = FenwickState(begin.buckets.float(), begin.positions.clone())
+    found = steps(inputs.to(torch.float32), single)
+    assert_close(found, exact, 2e-6, "o in float32")
+    assert_close(single.buckets, after.buckets, 2e-6, "state in float32")
+    assert_close(steps(inputs, begin), exact, 1e-12, "o")
+    assert begin.positions.tolist() == [3000, 1_050_000]
+
+
 def test_far_out():
     """Positions beyond 2^40 carry into the right bucket."""
     start = 2**40 - 1
