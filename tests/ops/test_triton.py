@@ -380,3 +380,23 @@ def test_known_bounds_cost_no_wait():
         step(state)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_interpreter
+@pytest.mark.parametrize("carried", [False, True])
+def test_well_formed_operators(carried):
+    """Schemas, shapes without data, and gradients under the compiler."""
+    shape = Shape(B=2, T=20, G=1, H=2, K=16, V=16, L=7)
+    q, k, v, scales, decay, _ = make_inputs("mamba2", shape, torch.float32).leaves().values()
+    positions = far = near = None
+    if carried:
+        state = random_state(shape, [3, 40], torch.float32)
+        positions = state.positions
+        far = state.buckets[:, -fenwick.num_far_buckets(7, CHUNK) :].nan_to_num().requires_grad_()
+        near = torch.randn(2, 2, 16, 16, requires_grad=True)
+    arguments = (q, k, v, scales, decay, 0.7, None, positions, far, near, carried)
+    torch.library.opcheck(scalar._forward_op, arguments)
+    o, left = scalar._forward_op(*(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments))
+    inputs = [x if x is None else x.detach() for x in (q, k, v, scales, decay, None, positions, far, near)]
+    backward = (torch.randn_like(o), torch.randn_like(left), *inputs, 0.7, carried)
+    torch.library.opcheck(scalar._backward_op, backward, test_utils=("test_schema", "test_faketensor"))

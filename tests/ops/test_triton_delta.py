@@ -135,3 +135,9 @@ def test_same_bits_compiled_and_in_a_graph():
     captured.zero_()
     graph.replay()
     assert torch.equal(captured, first)
+
+
+@needs_interpreter
+def test_well_formed_operator():
+    inputs = make_inputs("gated_deltanet", Shape(B=2, T=20, G=1, H=2, K=16, V=16, L=7), torch.float32).leaves()
+    torch.library.opcheck(delta._forward_op, (*inputs.values(), 0.7, None))

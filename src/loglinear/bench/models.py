@@ -48,8 +48,7 @@ def run_model_case(case: ModelCase) -> Iterator["Result"]:
     model = LogLinearForCausalLM(config).train()
     torch.nn.Module.to(model, device)  # in place
     if case.compile:
-        for block in model.model.layers:
-            block.compile()
+        model.model.compile_blocks()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batch, recompute = max(1, case.tokens // case.length), False
     while True:

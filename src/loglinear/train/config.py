@@ -7,6 +7,7 @@ that `--help` is quick.
 
 import dataclasses
 import json
+import math
 import re
 import tomllib
 import types
@@ -39,7 +40,7 @@ class TrainConfig:
     """What a training run does. Values are checked when it is made.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value out of its range, or a number that is not finite.
         TypeError: a value of the wrong type.
 
     >>> TrainConfig(steps=100, learning_rate=1e-3).schedule
@@ -123,7 +124,11 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = _option(
         "Machine", "auto", "bf16 is autocast with fp32 weights; auto takes it on GPUs that have it."
     )
-    compile: bool = _option("Machine", False, "Compile the model with torch.compile.")
+    compile: bool = _option(
+        "Machine",
+        False,
+        "Compile the model's blocks with torch.compile: on a GPU 1.8 times as fast, after a minute at the start.",
+    )
     recompute: bool = _option(
         "Machine",
         False,
@@ -233,7 +238,7 @@ class TrainConfig:
         values = self.to_dict()
         del values["resume"], values["stop_after"]
         text = yaml.dump(values, Dumper=_yaml_classes()[1], sort_keys=False, allow_unicode=True)
-        Path(path).write_text(text)
+        Path(path).write_text(text, encoding="utf-8")
 
     def check_resumes(self, saved: "TrainConfig") -> None:
         """Refuse to go on as another run.
@@ -301,13 +306,14 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     suffix = path.suffix.lower()
     if suffix == ".toml":
         try:
-            return tomllib.loads(path.read_text())
-        except tomllib.TOMLDecodeError as error:
+            return tomllib.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
             raise ValueError(f"{path}: got a file that is not TOML: {error}") from error
     if suffix not in (".yaml", ".yml", ".json"):
         raise ValueError(f"{path}: got the suffix {suffix or '(none)'!r}, wanted .yaml, .yml, .toml or .json")
     try:
-        values = json.loads(path.read_text()) if suffix == ".json" else parse_yaml(path.read_text())
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if suffix == ".json" else parse_yaml(text)
     except ValueError as error:
         raise ValueError(f"{path}: got a file that cannot be parsed: {error}") from error
     if values is None:
@@ -356,6 +362,19 @@ def _yaml_classes() -> tuple[type, type]:
     return Loader, Dumper
 
 
+def _finite(name: str, value: str | int | float) -> float:
+    """The value as a number: the one check of every float field, before those of its range, which NaN may pass."""
+    try:
+        number = float(value)
+    except ValueError:
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), wanted float") from None
+    except OverflowError:  # an integer beyond the largest float
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: got {value}, wanted a finite number")
+    return number
+
+
 def _checked(name: str, value: Any, wanted: Any) -> Any:
     """The value as the field's type, where that loses nothing: 3.0 for 3, and a number that is text."""
     origin = get_origin(wanted)
@@ -380,13 +399,8 @@ def _checked(name: str, value: Any, wanted: Any) -> Any:
         return dict(value)
     if wanted is str and isinstance(value, Path):
         return str(value)
-    if wanted is float and isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if wanted is float and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return _finite(name, value)
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
         raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), wanted {wanted.__name__}")
     return value

@@ -124,6 +124,8 @@ def train(config: TrainConfig, *, prepare: Callable[[LogLinearForCausalLM], None
                 # Newer releases of transformers have another name for it and warn; the older ones have this name only.
                 warnings.simplefilter("ignore", FutureWarning)
                 model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.compile:
+            model.model.compile_blocks()
         rows = PackedRows(training, config.sequence_length, config.seed)
         arguments.max_steps = steps = _number_of_steps(config, training, arguments.world_size)
         arguments.use_cache = model.config.use_cache  # which the Trainer writes into the checkpoint
@@ -551,7 +553,6 @@ def _training_arguments(config: TrainConfig) -> TrainingArguments:
         bf16=dtype == torch.bfloat16,
         use_cpu=not on_gpu,
         seed=config.seed,
-        torch_compile=config.compile,
         dataloader_num_workers=config.workers,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
