@@ -1,7 +1,7 @@
 """The delta rule with one decay per head, or none (DeltaNet, Gated DeltaNet), on Triton kernels.
 
-Forward: `delta_chunks.py`, `delta_nodes.py`, `delta_read.py`. The backward is the torch backend's: it runs that forward
-again, and differentiates it.
+Forward: `delta_chunks.py`, `delta_nodes.py`, `delta_read.py`. Backward: `delta_backward.py`, for which all of that is
+made again rather than kept.
 
 Legend
     B batch, T tokens, G groups, H heads, K key width, V value width, L levels
@@ -9,16 +9,23 @@ Legend
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from loglinear import fenwick
 from loglinear.ops.chunked import tree_attention_backward
 from loglinear.ops.packing import check_bounds
-from loglinear.ops.triton.delta_chunks import make_chunks
-from loglinear.ops.triton.delta_nodes import make_nodes
+from loglinear.ops.triton.delta_backward import gradients
+from loglinear.ops.triton.delta_chunks import Chunks, make_chunks
+from loglinear.ops.triton.delta_nodes import Nodes, make_nodes
 from loglinear.ops.triton.delta_read import read
 from loglinear.ops.triton.scalar import CHUNK, INTERPRETED, as_rows, slots_of
+
+# The backward has been compared with float64 through the interpreter alone. Until it has been compared and timed on a
+# GPU, the torch backend's is taken there, which runs that backend's forward again.
+BACKWARD_KERNELS = INTERPRETED
 
 
 def unsupported(q: Tensor, v: Tensor, log_decay: Tensor | None, carried: bool) -> str | None:
@@ -48,36 +55,83 @@ def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None, beta: Tensor, scale: float,
     cu_seqlens: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    batch, tokens, heads, _ = v.shape
     if cu_seqlens is not None:
-        check_bounds(cu_seqlens, tokens)
+        check_bounds(cu_seqlens, v.shape[1])
     with torch.cuda.device_of(v):  # kernels are launched on the current device
-        if log_decay is None:
-            log_decay = torch.zeros(batch, tokens, heads, dtype=torch.float32, device=v.device)
-        inputs = [q, k, v, level_scales, log_decay, beta]
-        # states overflow 16 bits with a short exponent; the interpreter multiplies bfloat16 wrongly
-        if q.dtype == torch.float16 or INTERPRETED:
-            inputs[:3] = [x.float() for x in inputs[:3]]
-        queries, keys, values, scales, decays, strengths = (None if x is None else as_rows(x) for x in inputs)
-        # products of float32 in single tf32 parts, which the hardware cuts off and does not round, err by 9e-3
-        exact = v.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-        precision = "ieee" if exact else "tf32x3" if queries.dtype == torch.float32 else "tf32"
-        num_levels = 1 if level_scales is None else level_scales.shape[-1]
-        slots = slots_of(batch, tokens, num_levels, v.device, cu_seqlens, None, False)
-        places = slots.reads.cumsum(0, dtype=torch.int32) - slots.reads
-        num_reads = fenwick.most_reads(len(slots.token), slots.cap)
-        height = fenwick.chunk_height(CHUNK)
-        chunks = make_chunks(
-            queries, keys, scales, decays, strengths, slots, places, num_reads, CHUNK, height, scale, precision
-        )
-        nodes = make_nodes(keys, values, strengths, chunks, slots, CHUNK, precision)
-        o = read(values, scales, chunks, nodes, slots, places, CHUNK, height, precision)
-    return o.view(v.shape).to(v.dtype)
+        made, _ = _forward(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens)
+    return made.o.view(v.shape).to(v.dtype)
+
+
+class _Made(NamedTuple):
+    """A forward pass, with what its backward needs."""
+
+    rows: list[Tensor]  # q, k, v, level scales, log decays and beta, [B · T, …]
+    slots: fenwick.Slots
+    places: Tensor
+    precision: str
+    chunks: Chunks
+    nodes: Nodes
+    o: Tensor
+
+
+def _forward(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, rights: bool = False):
+    batch, tokens, heads, _ = v.shape
+    if log_decay is None:
+        log_decay = torch.zeros(batch, tokens, heads, dtype=torch.float32, device=v.device)
+    inputs = [q, k, v, level_scales, log_decay, beta]
+    # states overflow 16 bits with a short exponent; the interpreter multiplies bfloat16 wrongly
+    if q.dtype == torch.float16 or INTERPRETED:
+        inputs[:3] = [x.float() for x in inputs[:3]]
+    rows = queries, keys, values, scales, decays, strengths = [None if x is None else as_rows(x) for x in inputs]
+    # products of float32 in single tf32 parts, which the hardware cuts off and does not round, err by 9e-3
+    exact = v.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    precision = "ieee" if exact else "tf32x3" if queries.dtype == torch.float32 else "tf32"
+    num_levels = 1 if level_scales is None else level_scales.shape[-1]
+    slots = slots_of(batch, tokens, num_levels, v.device, cu_seqlens, None, False)
+    places = slots.reads.cumsum(0, dtype=torch.int32) - slots.reads
+    num_reads = fenwick.most_reads(len(slots.token), slots.cap)
+    height = fenwick.chunk_height(CHUNK)
+    chunks = make_chunks(
+        queries, keys, scales, decays, strengths, slots, places, num_reads, CHUNK, height, scale, precision
+    )
+    kept = None
+    if rights:
+        kept = values.new_empty(len(slots.token), heads, q.shape[-1], q.shape[-1])
+    nodes = make_nodes(keys, values, strengths, chunks, slots, CHUNK, precision, kept)
+    o = read(values, scales, chunks, nodes, slots, places, CHUNK, height, precision)
+    return _Made(rows, slots, places, precision, chunks, nodes, o), kept
 
 
 @_forward_op.register_fake
 def _(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens):
     return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("loglinear::delta_backward", mutates_args=())
+def _backward_op(
+    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None,
+    beta: Tensor, scale: float, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    with torch.cuda.device_of(v):
+        made, rights = _forward(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, rights=True)
+        queries, keys, values, scales, _, strengths = made.rows
+        found = gradients(
+            queries, keys, values, scales, strengths, as_rows(grad_o.to(values.dtype)), made.chunks, made.nodes, rights,
+            made.slots, made.places, CHUNK, fenwick.chunk_height(CHUNK), scale, made.precision,
+        )  # fmt: skip
+    inputs = (q, k, v, level_scales, log_decay, beta)
+    return tuple(
+        v.new_empty(0) if x is None or g is None else g.view(x.shape).to(x.dtype)
+        for g, x in zip(found, inputs, strict=True)
+    )
+
+
+@_backward_op.register_fake
+def _(grad_o, q, k, v, level_scales, log_decay, beta, scale, cu_seqlens):
+    inputs = (q, k, v, level_scales, log_decay, beta)
+    return tuple(
+        v.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs
+    )
 
 
 def _keep_inputs(ctx, inputs, output):
@@ -87,7 +141,10 @@ def _keep_inputs(ctx, inputs, output):
 
 def _run_backward(ctx, grad_o):
     *tensors, cu_seqlens = ctx.saved_tensors
-    *grads, _ = tree_attention_backward(grad_o, None, *tensors, ctx.scale, cu_seqlens, None, None)
+    if BACKWARD_KERNELS:
+        grads = _backward_op(grad_o, *tensors, ctx.scale, cu_seqlens)
+    else:
+        *grads, _ = tree_attention_backward(grad_o, None, *tensors, ctx.scale, cu_seqlens, None, None)
     return *(g if x is not None else None for g, x in zip(grads, tensors, strict=True)), None, None
 
 

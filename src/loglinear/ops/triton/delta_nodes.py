@@ -83,7 +83,7 @@ def _leaves_kernel(k, v, beta, inverse, erase, gamma, added, maps, tokens, first
 
 
 @triton.jit(do_not_specialize=["N", "height"])
-def _merge_kernel(added, maps, tallest, heights, N, H, height, K, V, KT: tl.constexpr, VT: tl.constexpr,
+def _merge_kernel(added, maps, rights, tallest, heights, N, H, height, K, V, KT: tl.constexpr, VT: tl.constexpr,
                   ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
     """Some columns of U or P of the nodes of `height` + 1, from those of `height`; ROWS ≥ K."""
@@ -122,6 +122,8 @@ def _merge_kernel(added, maps, tallest, heights, N, H, height, K, V, KT: tl.cons
                 composed = tl.dot(first_lost, second, composed, input_precision=PRECISION)
                 second_lost = load_block(earlier + size, key * BK, K, BK, column, K, BK)
                 composed = tl.dot(first, second_lost, composed, input_precision=PRECISION)
+        if rights is not None:  # the backward needs P of this node, the right sibling of the one on its left
+            store_block(rights + left * K * K, load_block(map, 0, K, ROWS, column, K, BK), 0, K, ROWS, column, K, BK)
         other = maps + (1 - height % 2).to(tl.int64) * N * H * PARTS * K * K
         store_parts(other + place * PARTS * K * K, composed, K * K, 0, K, ROWS, column, K, BK, PARTS)
 
@@ -158,8 +160,12 @@ class Nodes(NamedTuple):
     maps: Tensor
 
 
-def make_nodes(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, slots: Slots, chunk: int, precision: str) -> Nodes:
-    """Nodes of k [T, G, K], v [T, H, V] and beta [T, H]. The last chunks of sequences have none."""
+def make_nodes(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, slots: Slots, chunk: int, precision: str,
+               rights: Tensor | None = None) -> Nodes:  # fmt: skip
+    """Nodes of k [T, G, K], v [T, H, V] and beta [T, H]. The last chunks of sequences have none.
+
+    rights [N, H, K, K], if given, gets P of the right sibling of the node in each slot, where it has one.
+    """
     num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), k.shape, v.shape
     parts = parts_of(k)
     nodes = Nodes(
@@ -181,7 +187,7 @@ def make_nodes(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, slots: Slots,
         highest = num_slots // 2 ** (height + 1)  # there are no more nodes above this height
         if highest:
             _merge_kernel[programs(heads * columns, highest)](
-                *nodes, slots.tallest, slots.height, num_slots, heads, height, key_dim, value_dim, ROWS=rows,
+                *nodes, rights, slots.tallest, slots.height, num_slots, heads, height, key_dim, value_dim, ROWS=rows,
                 num_warps=8 if rows > 128 else 4, num_stages=2, **keys, **values,
             )  # fmt: skip
     if num_slots > 2**slots.cap:

@@ -1,0 +1,585 @@
+"""Gradients of the delta rule: `delta_read.py` and `delta_nodes.py` run backwards, then each chunk by itself.
+
+With G_j = λ_j ⊙ dO U_jᵀ for the nodes j that a chunk reads, nearest first, and R_j its queries as they meet them:
+
+    dR_j = G_j + dR_{j+1} P_jᵀ        dU_n = Σ R_jᵀ (λ_j ⊙ dO)        dP_n = Σ R_jᵀ dR_{j+1}
+
+over all chunks that read n. Then from parents to children, for the composition U = U_r + P_r U_l, P = P_r P_l:
+
+    dU_l += P_rᵀ dU       dP_l += P_rᵀ dP       dU_r = dU       dP_r = dU U_lᵀ + dP P_lᵀ
+
+In a chunk (names as in `delta_chunks.py`; X = (I + A)⁻¹, T = X diag(β), Y = T v, k̂ = k e^γ, k̄ = k e^{Γ-γ}, M the scores
+before T, S after it and times Λ; dW = -k̄ dP, dY = k̄ dU):
+
+    d(MT) = dO vᵀ ⊙ Λ - dR_0 k̂ᵀ         dT = Mᵀ d(MT) + dY vᵀ + dW k̂ᵀ         dA = -Xᵀ dT Tᵀ, strictly lower
+    dv = Sᵀ dO + Tᵀ dY                  dk̂ = Tᵀ dW - (MT)ᵀ dR_0               dk̄ = Y dUᵀ - W dPᵀ
+
+and M, A, k̂ and k̄ are functions of q, k, β and γ. Nothing of the decay gradient leaves the chunk: what decays beyond
+it is part of P. What is stored is as wide as the inputs, single; accumulation is float32.
+
+Legend
+    N slots, C rows of a chunk, H heads, G groups, K key width, V value width, L levels, M reads of all chunks
+    KT, VT tiles of BK keys and BV values; ROWS ≥ K
+    pulled [M, H, C, K] dR; d_added [N, H, K, V], d_maps, rights [N, H, K, K] gradients of nodes, and P of the right
+    sibling of the node in a slot; d_erase [N, H, C, K] dW; mixed, d_pairs, d_overlap [N, H, C, C] MT and the gradients
+    of q kᵀ and k kᵀ; d_scores, d_solved [N, H, C, C] float32: dO vᵀ, and dT as far as it writes
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loglinear.fenwick import Slots
+from loglinear.ops.triton.common import (
+    decays_between,
+    drop_lowest_bit,
+    in_same_block,
+    level_factor,
+    load_column,
+    place_of_node,
+    program_place,
+    programs,
+    row_exists,
+)
+from loglinear.ops.triton.delta_chunks import Chunks, load_block, load_tile, store_block, tile_width
+from loglinear.ops.triton.delta_nodes import Nodes
+
+
+@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
+def _pull_kernel(grad_o, scales, seen, added, pulled, dscales, tokens, firsts, rows_of, blocks, heights, reads, places,
+                 N, H, stride_g, stride_gh, stride_s, stride_sh, K, V, L, C: tl.constexpr, HEIGHT: tl.constexpr,
+                 KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """What each read of a chunk gets from the output: gradients of its queries, and of λ."""
+    head, slot = program_place()
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
+    if rows == 0:
+        return
+    token, block, count = tl.load(tokens + slot), tl.load(blocks + slot), tl.load(reads + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    row = tl.arange(0, C)
+    exists = row_exists(row, first, rows)
+    grad_o += head.to(tl.int64) * stride_gh
+    here = (tl.load(places + slot).to(tl.int64) * H + head) * C * K
+    lam, dlam = scales + head.to(tl.int64) * stride_sh, dscales + (token + row).to(tl.int64) * H * L + head * L
+    last = tl.zeros((C,), tl.float32)
+    rest = block
+    for number in range(count):
+        node = place_of_node(slot, block, None, None, rest, count - number)
+        state = added + (node.to(tl.int64) * H + head) * K * V
+        level = tl.minimum(HEIGHT + 1 + tl.load(heights + node), L - 1)
+        weight = tl.full((C,), 1.0, tl.float32)
+        if SCALED:
+            weight = load_column(lam + level, token, first, rows, stride_s, C)
+        found = tl.zeros((C,), tl.float32)
+        for key in range(KT):
+            pull = tl.zeros((C, BK), tl.float32)
+            for tile in range(VT):
+                grad = load_tile(grad_o, token, first, rows, stride_g, C, tile * BV, V, BV)
+                part = load_block(state, key * BK, K, BK, tile * BV, V, BV)
+                pull = tl.dot(grad, tl.trans(part), pull, input_precision=PRECISION)
+            if SCALED:
+                queries = load_block(seen + here, 0, C, C, key * BK, K, BK).to(tl.float32)
+                found += tl.sum(queries * pull, 1)
+            store_block(pulled + here, pull * weight[:, None], 0, C, C, key * BK, K, BK)
+        if SCALED:
+            if level < L - 1:
+                tl.store(dlam + level, found, mask=exists)
+            else:
+                last += found
+        here += H * C * K
+        rest = drop_lowest_bit(rest)
+    if SCALED:
+        tl.store(dlam + L - 1, last, mask=exists)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _ascend_kernel(pulled, maps, rows_of, blocks, heights, reads, places, N, H, K, C: tl.constexpr, KT: tl.constexpr,
+                   BK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Adds to the gradient of each read's queries what comes through the node that they pass next."""
+    head, slot = program_place()
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
+    if rows == 0:
+        return
+    block, count = tl.load(blocks + slot), tl.load(reads + slot)
+    base = (tl.load(places + slot).to(tl.int64) * H + head) * C * K
+    for step in range(count - 1):
+        number = count - 2 - step
+        rest = block
+        for _ in range(number):
+            rest = drop_lowest_bit(rest)
+        node = place_of_node(slot, block, None, None, rest, count - number)
+        half = (tl.load(heights + node) % 2).to(tl.int64) * N * H
+        map = maps + (half + node.to(tl.int64) * H + head) * PARTS * K * K
+        here = base + number * H * C * K
+        for column in range(KT):
+            total = load_block(pulled + here, 0, C, C, column * BK, K, BK).to(tl.float32)
+            for key in range(KT):
+                after = load_block(pulled + here + H * C * K, 0, C, C, key * BK, K, BK)
+                part = load_block(map, column * BK, K, BK, key * BK, K, BK)
+                total = tl.dot(after, tl.trans(part), total, input_precision=PRECISION)
+            store_block(pulled + here, total, 0, C, C, column * BK, K, BK)
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
+def _gather_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens, firsts, rows_of, heights, lefts, reads,
+                   places, reader, readers, order, N, H, stride_g, stride_gh, stride_s, stride_sh, K, V, L,
+                   C: tl.constexpr, HEIGHT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, ROWS: tl.constexpr,
+                   BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Some columns of the gradient of a node's U or P, from the chunks that read it."""
+    part, number = program_place()
+    head, tile = part // (KT + VT), part % (KT + VT)
+    slot = tl.load(order + number, mask=number < N, other=0)
+    chunk, span, height = tl.load(reader + slot), tl.load(readers + slot), tl.load(heights + slot)
+    if (number >= N) | ((span == 0) & (tl.load(lefts + slot) == 0)):
+        return
+    place = slot.to(tl.int64) * H + head
+    lam = scales + head.to(tl.int64) * stride_sh + tl.minimum(HEIGHT + 1 + height, L - 1)
+    grad_o += head.to(tl.int64) * stride_gh
+    nearest = tl.load(reads + chunk, mask=chunk < N, other=0)  # of the first reader, this node is the nearest
+    if tile < VT:
+        total = tl.zeros((ROWS, BV), tl.float32)
+        for _ in range(span):
+            read = tl.load(places + chunk) + tl.load(reads + chunk) - nearest
+            token, rows = tl.load(tokens + chunk), tl.load(rows_of + chunk)
+            first = None if firsts is None else tl.load(firsts + chunk)
+            queries = load_block(seen + (read.to(tl.int64) * H + head) * C * K, 0, C, C, 0, K, ROWS)
+            grad = load_tile(grad_o, token, first, rows, stride_g, C, tile * BV, V, BV)
+            if SCALED:
+                weight = load_column(lam, token, first, rows, stride_s, C)
+                grad = (grad.to(tl.float32) * weight[:, None]).to(queries.dtype)
+            total = tl.dot(tl.trans(queries), grad, total, input_precision=PRECISION)
+            chunk += 1
+        store_block(d_added + place * K * V, total, 0, K, ROWS, tile * BV, V, BV)
+    else:
+        column = (tile - VT) * BK
+        change = tl.zeros((ROWS, BK), tl.float32)
+        for _ in range(span):
+            count = tl.load(reads + chunk)
+            number_of_read = count - nearest
+            if number_of_read + 1 < count:
+                at = ((tl.load(places + chunk) + number_of_read).to(tl.int64) * H + head) * C * K
+                queries_of = load_block(seen + at, 0, C, C, 0, K, ROWS)
+                after = load_block(pulled + at + H * C * K, 0, C, C, column, K, BK)
+                change = tl.dot(tl.trans(queries_of), after, change, input_precision=PRECISION)
+            chunk += 1
+        store_block(d_maps + place * K * K, change, 0, K, ROWS, column, K, BK)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _running_back_kernel(maps, d_added, bases, counts, N, H, cap, K, V, KT: tl.constexpr, BK: tl.constexpr,
+                         BV: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Back over the running states: each owes P of the next, transposed, times that one's gradient."""
+    sequence, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    base, count = tl.load(bases + sequence), tl.load(counts + sequence)
+    span = tl.exp2(cap.to(tl.float32)).to(tl.int32)
+    half = maps + (cap % 2).to(tl.int64) * N * H * PARTS * K * K
+    steps = (count - 1) // span
+    for step in range(steps - 1):
+        place = (base + (steps - step) * span - 1).to(tl.int64) * H + head
+        before = place - span.to(tl.int64) * H
+        map = half + place * PARTS * K * K
+        for row in range(KT):
+            total = load_block(d_added + before * K * V, row * BK, K, BK, tile * BV, V, BV).to(tl.float32)
+            for key in range(KT):
+                grad = load_block(d_added + place * K * V, key * BK, K, BK, tile * BV, V, BV)
+                part = load_block(map, key * BK, K, BK, row * BK, K, BK)
+                total = tl.dot(tl.trans(part), grad, total, input_precision=PRECISION)
+            store_block(d_added + before * K * V, total, row * BK, K, BK, tile * BV, V, BV)
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["N", "height"])
+def _left_kernel(rights, d_added, d_maps, tallest, heights, lefts, N, H, height, K, V, KT: tl.constexpr,
+                 VT: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """Some columns of what the left halves of the nodes of `height` + 1 owe to them."""
+    part, number = program_place()
+    slot = tl.load(tallest + number, mask=number < N, other=-1)
+    if slot < 0:
+        return
+    if (tl.load(heights + slot) <= height) | (tl.load(lefts + slot) <= 1):
+        return
+    head, tile = part // (KT + VT), part % (KT + VT)
+    span = tl.exp2(height.to(tl.float32)).to(tl.int32)
+    place = slot.to(tl.int64) * H + head
+    left = place - span.to(tl.int64) * H
+    right = rights + left * K * K
+    if tile < VT:
+        column = tile * BV
+        total = load_block(d_added + left * K * V, 0, K, ROWS, column, V, BV).to(tl.float32)
+        for key in range(KT):
+            grad = load_block(d_added + place * K * V, key * BK, K, BK, column, V, BV)
+            map = load_block(right, key * BK, K, BK, 0, K, ROWS)
+            total = tl.dot(tl.trans(map), grad, total, input_precision=PRECISION)
+        store_block(d_added + left * K * V, total, 0, K, ROWS, column, V, BV)
+    else:
+        column = (tile - VT) * BK
+        change = load_block(d_maps + left * K * K, 0, K, ROWS, column, K, BK).to(tl.float32)
+        for key in range(KT):
+            grad_map = load_block(d_maps + place * K * K, key * BK, K, BK, column, K, BK)
+            map_again = load_block(right, key * BK, K, BK, 0, K, ROWS)
+            change = tl.dot(tl.trans(map_again), grad_map, change, input_precision=PRECISION)
+        store_block(d_maps + left * K * K, change, 0, K, ROWS, column, K, BK)
+
+
+@triton.jit(do_not_specialize=["N", "height"])
+def _right_kernel(added, maps, d_added, d_maps, tallest, heights, lefts, blocks, N, H, height, K, V, KT: tl.constexpr,
+                  VT: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,
+                  RUNNING: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Some rows of the gradient of P of the right halves of the nodes of `height` + 1.
+
+    RUNNING: of the nodes of the cap height, which took in the running state before them; that has no P.
+    """
+    part, number = program_place()
+    slot = tl.load(tallest + number, mask=number < N, other=-1)
+    if slot < 0:
+        return
+    if RUNNING:
+        if tl.load(heights + slot) < height:
+            return
+    else:
+        if tl.load(heights + slot) <= height:
+            return
+    if tl.load(lefts + slot) <= 1:
+        return
+    head, row = part // KT, part % KT * BK
+    span = tl.exp2(height.to(tl.float32)).to(tl.int32)
+    if RUNNING:
+        if tl.load(blocks + slot) < span:
+            return  # the first of its sequence
+    place = slot.to(tl.int64) * H + head
+    left = place - span.to(tl.int64) * H
+    total = tl.zeros((BK, ROWS), tl.float32)
+    if RUNNING:
+        total += load_block(d_maps + place * K * K, row, K, BK, 0, K, ROWS).to(tl.float32)
+    for tile in range(VT):
+        grad = load_block(d_added + place * K * V, row, K, BK, tile * BV, V, BV)
+        state = load_block(added + left * K * V, 0, K, ROWS, tile * BV, V, BV)
+        total = tl.dot(grad, tl.trans(state), total, input_precision=PRECISION)
+    if not RUNNING:
+        half = maps + (height % 2).to(tl.int64) * N * H * PARTS * K * K
+        for key in range(KT):
+            grad_map = load_block(d_maps + place * K * K, row, K, BK, key * BK, K, BK)
+            map = load_block(half + left * PARTS * K * K, 0, K, ROWS, key * BK, K, BK)
+            total = tl.dot(grad_map, tl.trans(map), total, input_precision=PRECISION)
+    tl.debug_barrier()
+    store_block(d_maps + place * K * K, total, row, K, BK, 0, K, ROWS)
+
+
+@triton.jit(do_not_specialize=["N", "stride_b"])
+def _values_kernel(k, v, beta, grad_o, inverse, scores, gamma, d_added, dv, d_scores, d_solved, tokens, firsts, rows_of,
+                   lefts, N, H, G, stride_k, stride_kg, stride_v, stride_vh, stride_b, stride_g, stride_gh, K, V,
+                   C: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
+    """Gradient of v; and, summed over its columns, of the scores, and of T as far as it writes."""
+    head, slot = program_place()
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
+    if rows == 0:
+        return
+    token = tl.load(tokens + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    writes = tl.load(lefts + slot) > 1
+    k += (head // (H // G)).to(tl.int64) * stride_kg
+    v += head.to(tl.int64) * stride_vh
+    grad_o += head.to(tl.int64) * stride_gh
+    place = slot.to(tl.int64) * H + head
+    row = tl.arange(0, C)
+    sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
+    after = tl.exp2(tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1) - sums)
+    strength = load_column(beta + head, token, first, rows, stride_b, C)
+    dtype = scores.dtype.element_ty
+    solved = (load_block(inverse + place * C * C, 0, C, C, 0, C, C) * strength[None, :]).to(dtype)
+    inside = load_block(scores + place * C * C, 0, C, C, 0, C, C)
+    of_scores, of_solved = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    for tile in range(VT):
+        grad = load_tile(grad_o, token, first, rows, stride_g, C, tile * BV, V, BV)
+        values = load_tile(v, token, first, rows, stride_v, C, tile * BV, V, BV)
+        of_scores = tl.dot(grad, tl.trans(values), of_scores, input_precision=PRECISION)
+        grad_v = tl.dot(tl.trans(inside), grad, input_precision=PRECISION)
+        if writes:
+            written = tl.zeros((C, BV), tl.float32)
+            for key in range(KT):
+                keys = load_tile(k, token, first, rows, stride_k, C, key * BK, K, BK)
+                keys = (keys.to(tl.float32) * after[:, None]).to(dtype)
+                state = load_block(d_added + place * K * V, key * BK, K, BK, tile * BV, V, BV)
+                written = tl.dot(keys, state, written, input_precision=PRECISION)
+            written = written.to(dtype)
+            of_solved = tl.dot(written, tl.trans(values), of_solved, input_precision=PRECISION)
+            grad_v = tl.dot(tl.trans(solved), written, grad_v, input_precision=PRECISION)
+        columns = tile * BV + tl.arange(0, BV)
+        at = dv + token.to(tl.int64) * H * V + head * V + (row[:, None] * (H * V) + columns[None, :])
+        exists = row_exists(row, first, rows)[:, None] & (columns < V)[None, :]
+        tl.store(at, grad_v.to(dv.dtype.element_ty), mask=exists)
+    store_block(d_scores + place * C * C, of_scores, 0, C, C, 0, C, C)
+    store_block(d_solved + place * C * C, of_solved, 0, C, C, 0, C, C)
+
+
+@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
+def _inside_kernel(q, k, scales, beta, inverse, pulled, gamma, d_maps, d_scores, d_solved, d_erase, mixed, d_pairs,
+                   d_overlap, dscales, d_beta, d_gamma, tokens, firsts, rows_of, lefts, reads, places, N, H, G, scale,
+                   stride_q, stride_qg, stride_k, stride_kg, stride_s, stride_sh, stride_b, K, L, C: tl.constexpr,
+                   HEIGHT: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
+                   PRECISION: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """Back through a chunk's scores and its inverse: gradients of pairs of rows, of β and of λ."""
+    head, slot = program_place()
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
+    if rows == 0:
+        return
+    token = tl.load(tokens + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    writes, is_read = tl.load(lefts + slot) > 1, tl.load(reads + slot) > 0
+    group = head // (H // G)
+    q += group.to(tl.int64) * stride_qg
+    k += group.to(tl.int64) * stride_kg
+    place = slot.to(tl.int64) * H + head
+    read = (tl.load(places + slot).to(tl.int64) * H + head) * C * K
+    row = tl.arange(0, C)
+    exists = row_exists(row, first, rows)
+    sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
+    end = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1)
+    entering, after = tl.exp2(sums), tl.exp2(end - sums)
+    strength = load_column(beta + head, token, first, rows, stride_b, C)
+    dtype = mixed.dtype.element_ty
+    of_solved = load_block(d_solved + place * C * C, 0, C, C, 0, C, C)
+    of_mixed = tl.zeros((C, C), tl.float32)
+    product, turned, overlap = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    for column in range(KT):
+        keys = load_tile(k, token, first, rows, stride_k, C, column * BK, K, BK)
+        queries = load_tile(q, token, first, rows, stride_q, C, column * BK, K, BK)
+        product = tl.dot(queries, tl.trans(keys), product, input_precision=PRECISION)
+        turned = tl.dot(keys, tl.trans(queries), turned, input_precision=PRECISION)
+        overlap = tl.dot(keys, tl.trans(keys), overlap, input_precision=PRECISION)
+        met = (keys.to(tl.float32) * entering[:, None]).to(dtype)
+        if writes:
+            erased = tl.zeros((C, BK), tl.float32)
+            for key in range(KT):
+                others = load_tile(k, token, first, rows, stride_k, C, key * BK, K, BK)
+                others = (others.to(tl.float32) * after[:, None]).to(dtype)
+                map = load_block(d_maps + place * K * K, key * BK, K, BK, column * BK, K, BK)
+                erased = tl.dot(others, map, erased, input_precision=PRECISION)
+            store_block(d_erase + place * C * K, -erased, 0, C, C, column * BK, K, BK)
+            of_solved -= tl.dot(erased.to(dtype), tl.trans(met), input_precision=PRECISION)
+        if is_read:
+            pull = load_block(pulled + read, 0, C, C, column * BK, K, BK)
+            of_mixed -= tl.dot(pull, tl.trans(met), input_precision=PRECISION)
+    causal, strict = row[:, None] >= row[None, :], row[:, None] > row[None, :]
+    passing = tl.where(causal, decays_between(sums), 0.0)
+    inverted = load_block(inverse + place * C * C, 0, C, C, 0, C, C)
+    solved = inverted * strength[None, :]
+    product = product * passing * scale
+    both = tl.dot(product, solved, input_precision=EXACT)
+    store_block(mixed + place * C * C, both, 0, C, C, 0, C, C)
+    of_scores = load_block(d_scores + place * C * C, 0, C, C, 0, C, C)
+    if SCALED:
+        lam, dlam = scales + head.to(tl.int64) * stride_sh, dscales + (token + row).to(tl.int64) * H * L + head * L
+        pairs = tl.where(causal, both * of_scores, 0.0)
+        within, last = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+        for level in tl.static_range(HEIGHT + 1):
+            upto = tl.sum(tl.where(in_same_block(row[:, None], row[None, :], level), pairs, 0.0), 1)
+            if level < L - 1:
+                tl.store(dlam + level, upto - within, mask=exists)
+            else:
+                last += upto - within
+            within = upto
+        if L - 1 <= HEIGHT:
+            tl.store(dlam + L - 1, last + tl.load(dlam + L - 1, mask=exists, other=0.0), mask=exists)
+        of_scores *= level_factor(lam, token, first, rows, stride_s, L, C, HEIGHT)
+    of_mixed = tl.where(causal, of_mixed + of_scores, 0.0)
+    # the transposed product is made directly: a product, cast and turned, is silently wrong on Hopper before 3.7.1
+    turned = tl.where(
+        row[:, None] <= row[None, :], turned * tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0)), 0.0
+    )
+    of_solved += tl.dot(turned * scale, of_mixed, input_precision=EXACT)
+    of_product = tl.dot(of_mixed, tl.trans(solved), input_precision=EXACT)
+    of_lower = tl.dot(tl.trans(inverted), of_solved, input_precision=EXACT)
+    of_lower = tl.where(strict, -tl.dot(of_lower, tl.trans(solved), input_precision=EXACT), 0.0)
+    raw = of_lower * overlap * passing  # with β of the row: A ⊙ dA
+    grad_beta = tl.sum(of_solved * inverted, 0) + tl.sum(raw, 1)
+    tl.store(d_beta + (head.to(tl.int64) * N + slot) * C + row, grad_beta)
+    mass = product * of_product + raw * strength[:, None]
+    mass = tl.where(causal, mass, 0.0)
+    tl.store(d_gamma + (head.to(tl.int64) * N + slot) * C + row, tl.sum(mass, 1) - tl.sum(mass, 0))
+    store_block(d_pairs + place * C * C, tl.where(causal, of_product * passing * scale, 0.0), 0, C, C, 0, C, C)
+    store_block(d_overlap + place * C * C, of_lower * passing * strength[:, None], 0, C, C, 0, C, C)
+
+
+@triton.jit(do_not_specialize=["N", "stride_b"])
+def _keys_kernel(q, k, v, beta, inverse, erase, pulled, gamma, d_added, d_maps, d_erase, mixed, d_pairs, d_overlap, dq,
+                 dk, d_gamma, tokens, firsts, rows_of, lefts, reads, places, N, H, G, scale, stride_q, stride_qg,
+                 stride_k, stride_kg, stride_v, stride_vh, stride_b, K, V, C: tl.constexpr, KT: tl.constexpr,
+                 VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """Gradients of q and k by head, [T, H, K] each, and of the log decays of a chunk (d_gamma becomes theirs)."""
+    head, slot = program_place()
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
+    if rows == 0:
+        return
+    token = tl.load(tokens + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    writes, is_read = tl.load(lefts + slot) > 1, tl.load(reads + slot) > 0
+    group = head // (H // G)
+    q += group.to(tl.int64) * stride_qg
+    k += group.to(tl.int64) * stride_kg
+    v += head.to(tl.int64) * stride_vh
+    place = slot.to(tl.int64) * H + head
+    read = (tl.load(places + slot).to(tl.int64) * H + head) * C * K
+    row = tl.arange(0, C)
+    sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
+    end = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1)
+    entering, after = tl.exp2(sums), tl.exp2(end - sums)
+    strength = load_column(beta + head, token, first, rows, stride_b, C)
+    dtype = mixed.dtype.element_ty
+    solved = (load_block(inverse + place * C * C, 0, C, C, 0, C, C) * strength[None, :]).to(dtype)
+    of_pairs = load_block(d_pairs + place * C * C, 0, C, C, 0, C, C)
+    of_overlap = load_block(d_overlap + place * C * C, 0, C, C, 0, C, C)
+    both = load_block(mixed + place * C * C, 0, C, C, 0, C, C)
+    mass, to_end = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+    through = tl.zeros((BK,), tl.float32)
+    for column in range(KT):
+        keys = load_tile(k, token, first, rows, stride_k, C, column * BK, K, BK)
+        queries = load_tile(q, token, first, rows, stride_q, C, column * BK, K, BK)
+        grad_q = tl.dot(of_pairs, keys, input_precision=PRECISION)
+        grad_k = tl.dot(tl.trans(of_pairs), queries, input_precision=PRECISION)
+        grad_k = tl.dot(of_overlap, keys, grad_k, input_precision=PRECISION)
+        grad_k = tl.dot(tl.trans(of_overlap), keys, grad_k, input_precision=PRECISION)
+        met = tl.zeros((C, BK), tl.float32)  # gradient of the keys as they meet the state that enters
+        if is_read:
+            pull = load_block(pulled + read, 0, C, C, column * BK, K, BK)
+            met -= tl.dot(tl.trans(both), pull, input_precision=PRECISION)
+            seen = pull.to(tl.float32) * (entering * scale)[:, None]
+            grad_q += seen
+            mass += tl.sum(seen * queries.to(tl.float32), 1)
+        if writes:
+            of_erase = load_block(d_erase + place * C * K, 0, C, C, column * BK, K, BK)
+            met = tl.dot(tl.trans(solved), of_erase, met, input_precision=PRECISION)
+            kept = tl.zeros((C, BK), tl.float32)  # gradient of the keys as they write to the state that leaves
+            for tile in range(VT):
+                values = load_tile(v, token, first, rows, stride_v, C, tile * BV, V, BV)
+                written = tl.dot(solved, values, input_precision=PRECISION).to(dtype)
+                state = load_block(d_added + place * K * V, column * BK, K, BK, tile * BV, V, BV)
+                kept = tl.dot(written, tl.trans(state), kept, input_precision=PRECISION)
+            for key in range(KT):
+                erased = load_block(erase + place * PARTS * C * K, 0, C, C, key * BK, K, BK)
+                map = load_block(d_maps + place * K * K, column * BK, K, BK, key * BK, K, BK)
+                kept -= tl.dot(erased, tl.trans(map), input_precision=PRECISION)
+            kept *= after[:, None]
+            grad_k += kept
+            to_end += tl.sum(kept * keys.to(tl.float32), 1)
+            diagonal = column * BK + tl.arange(0, BK)
+            through += tl.load(d_maps + place * K * K + diagonal * (K + 1), mask=diagonal < K, other=0.0).to(tl.float32)
+        met *= entering[:, None]
+        grad_k += met
+        mass += tl.sum(met * keys.to(tl.float32), 1)
+        columns = column * BK + tl.arange(0, BK)
+        at = token.to(tl.int64) * H * K + head * K + (row[:, None] * (H * K) + columns[None, :])
+        exists = row_exists(row, first, rows)[:, None] & (columns < K)[None, :]
+        tl.store(dq + at, grad_q, mask=exists)
+        tl.store(dk + at, grad_k, mask=exists)
+    at = d_gamma + (head.to(tl.int64) * N + slot) * C + row
+    mass += tl.load(at) - to_end
+    # what depends on the sum over the whole chunk reaches every row
+    whole = tl.sum(to_end, 0) + tl.exp2(end) * tl.sum(through, 0)
+    tl.store(at, tl.sum(mass, 0) - tl.cumsum(mass, 0) + mass + whole)
+
+
+class Gradients(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    level_scales: Tensor | None
+    log_decay: Tensor
+    beta: Tensor
+
+
+def gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, nodes: Nodes, rights: Tensor, slots: Slots, places,
+              chunk: int, height: int, scale: float, precision: str) -> Gradients:  # fmt: skip
+    """After the forward's chunks, nodes and descent have been made again."""
+    num_slots, (tokens, groups, key_dim), (_, heads, value_dim) = len(slots.token), q.shape, v.shape
+    block_k, block_v = tile_width(key_dim), tile_width(value_dim)
+    keys = {"KT": triton.cdiv(key_dim, block_k), "BK": block_k, "PRECISION": precision}
+    values = {"VT": triton.cdiv(value_dim, block_v), "BV": block_v}
+    columns, rows = keys["KT"] + values["VT"], max(16, triton.next_power_of_2(key_dim))
+    parts = nodes.maps.shape[3]
+    scaled = scales is not None
+    lam = scales if scaled else v
+    num_levels = lam.shape[-1] if scaled else 1
+    float32 = {"dtype": torch.float32, "device": v.device}
+    dscales = torch.zeros(tokens, heads, num_levels, **float32) if scaled else lam
+    of_g, of_s = grad_o.stride()[:2], lam.stride()[:2]
+    pulled = torch.empty_like(chunks.seen)
+    tables = (slots.rows, slots.block, slots.height, slots.reads, places)
+    options = {"C": chunk, "num_warps": 4, "num_stages": 2}
+    _pull_kernel[programs(heads, num_slots)](
+        grad_o, lam, chunks.seen, nodes.added, pulled, dscales, slots.token, slots.first, *tables, num_slots, heads,
+        *of_g, *of_s, key_dim, value_dim, num_levels, HEIGHT=height, SCALED=scaled, **keys, **values, **options,
+    )  # fmt: skip
+    _ascend_kernel[programs(heads, num_slots)](
+        pulled, nodes.maps, *tables, num_slots, heads, key_dim, PARTS=parts, **keys, **options,
+    )  # fmt: skip
+    merge = {"num_warps": 8 if rows > 128 else 4, "num_stages": 2, "ROWS": rows}
+    d_added, d_maps = torch.empty_like(nodes.added), torch.empty_like(rights)
+    _gather_kernel[programs(heads * columns, num_slots)](
+        grad_o, lam, chunks.seen, pulled, d_added, d_maps, slots.token, slots.first, slots.rows, slots.height,
+        slots.left, slots.reads, places, slots.reader, slots.readers, slots.order, num_slots, heads, *of_g, *of_s,
+        key_dim, value_dim, num_levels, HEIGHT=height, C=chunk, SCALED=scaled, **keys, **values, **merge,
+    )  # fmt: skip
+    if num_slots > 2**slots.cap:
+        _running_back_kernel[(len(slots.base), heads, values["VT"])](
+            nodes.maps, d_added, slots.base, slots.count, num_slots, heads, slots.cap, key_dim, value_dim,
+            BV=block_v, PARTS=parts, num_warps=4, num_stages=2, **keys,
+        )  # fmt: skip
+        _right_kernel[programs(heads * keys["KT"], num_slots // 2**slots.cap)](
+            nodes.added, nodes.maps, d_added, d_maps, slots.tallest, slots.height, slots.left, slots.block, num_slots,
+            heads, slots.cap, key_dim, value_dim, PARTS=parts, RUNNING=True, **keys, **values, **merge,
+        )  # fmt: skip
+    for level in reversed(range(slots.cap)):
+        highest = num_slots // 2 ** (level + 1)
+        if highest:
+            _left_kernel[programs(heads * columns, highest)](
+                rights, d_added, d_maps, slots.tallest, slots.height, slots.left, num_slots, heads, level, key_dim,
+                value_dim, **keys, **values, **merge,
+            )  # fmt: skip
+            _right_kernel[programs(heads * keys["KT"], highest)](
+                nodes.added, nodes.maps, d_added, d_maps, slots.tallest, slots.height, slots.left, slots.block,
+                num_slots, heads, level, key_dim, value_dim, PARTS=parts, RUNNING=False, **keys, **values, **merge,
+            )  # fmt: skip
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    square = (num_slots, heads, chunk, chunk)
+    d_scores, d_solved = torch.empty(square, **float32), torch.empty(square, **float32)
+    of_q, of_k, of_v = q.stride()[:2], k.stride()[:2], v.stride()[:2]
+    _values_kernel[programs(heads, num_slots)](
+        k, v, beta, grad_o, chunks.inverse, chunks.scores, chunks.gamma, d_added, dv, d_scores, d_solved, slots.token,
+        slots.first, slots.rows, slots.left, num_slots, heads, groups, *of_k, *of_v, beta.stride(0), *of_g, key_dim,
+        value_dim, **keys, **values, **options,
+    )  # fmt: skip
+    d_erase = v.new_empty(num_slots, heads, chunk, key_dim)
+    mixed, d_pairs, d_overlap = (v.new_empty(square) for _ in range(3))
+    d_beta, d_gamma = torch.empty_like(chunks.gamma), torch.empty_like(chunks.gamma)
+    _inside_kernel[programs(heads, num_slots)](
+        q, k, lam, beta, chunks.inverse, pulled, chunks.gamma, d_maps, d_scores, d_solved, d_erase, mixed, d_pairs,
+        d_overlap, dscales, d_beta, d_gamma, slots.token, slots.first, slots.rows, slots.left, slots.reads, places,
+        num_slots, heads, groups, scale, *of_q, *of_k, *of_s, beta.stride(0), key_dim, num_levels, HEIGHT=height,
+        SCALED=scaled, EXACT=precision, C=chunk, num_warps=8, num_stages=1, **keys,
+    )  # fmt: skip
+    dq, dk = (torch.empty(tokens, heads, key_dim, **float32) for _ in range(2))
+    _keys_kernel[programs(heads, num_slots)](
+        q, k, v, beta, chunks.inverse, chunks.erase, pulled, chunks.gamma, d_added, d_maps, d_erase, mixed, d_pairs,
+        d_overlap, dq, dk, d_gamma, slots.token, slots.first, slots.rows, slots.left, slots.reads, places, num_slots,
+        heads, groups, scale, *of_q, *of_k, *of_v, beta.stride(0), key_dim, value_dim, PARTS=parts, C=chunk,
+        num_warps=8, num_stages=2, **keys, **values,
+    )  # fmt: skip
+    dq, dk = (x.unflatten(1, (groups, -1)).sum(2) for x in (dq, dk))
+    # from rows of chunks to rows of the call
+    row = torch.arange(chunk, device=v.device)
+    inside = row < slots.rows[:, None]
+    at = (slots.token[:, None] + row)[inside]
+    d_decay, d_strength = (torch.empty(tokens, heads, **float32) for _ in range(2))
+    d_decay[at], d_strength[at] = d_gamma.permute(1, 2, 0)[inside], d_beta.permute(1, 2, 0)[inside]
+    return Gradients(dq, dk, dv, dscales if scaled else None, d_decay, d_strength)
