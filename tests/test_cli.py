@@ -1,6 +1,7 @@
 """The command line: what it prints, what it refuses, and every flag being a field of the configuration."""
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def test_generate_from_argument_file_and_pipe(capsys, trained, tmp_path, monkeyp
     assert (
         run(capsys, "generate", trained / "checkpoint-4", "--prompt-file", tmp_path / "prompt.txt", *flags)[1] == shown
     )
-    monkeypatch.setattr("sys.stdin", __import__("io").StringIO("line 7 é"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("line 7 é"))
     assert run(capsys, "generate", trained, *flags)[1] == shown
     drawn = ["--temperature", 0.9, "--top-k", 50, "--top-p", 0.9, "--seed", 3, "-n", 12, "--precision", "fp32"]
     first = run(capsys, "generate", trained, "x", *drawn)[1]
@@ -144,6 +145,13 @@ def test_generate_from_argument_file_and_pipe(capsys, trained, tmp_path, monkeyp
         (["generate", "absent", "x"], "got absent, wanted the folder of a checkpoint or of a training run"),
         (["generate", "absent", "x", "--prompt-file", "f"], "got a prompt and --prompt-file, wanted one of them"),
         (["generate", "absent", "--prompt-file", "absent.txt"], "no prompt file absent.txt"),
+        (["train", "--epochs", "inf"], "epochs: got inf, wanted a finite number"),
+        (["train", "--gradient-clip", "nan"], "gradient_clip: got nan, wanted a finite number"),
+        (
+            ["train", "--text-field", "x"],
+            "got text_field='x', but no source has fields; wanted JSONL, Parquet or a hub",
+        ),
+        (["inspect", "tiny-gla", "--text-file", "absent.txt"], "no text file absent.txt"),
     ],
     ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
 )
@@ -152,6 +160,37 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, ar
     code, shown, told = run(capsys, *arguments)
     assert code == 2 and shown == ""
     assert told.startswith(f"loglinear: error: {message}") and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["-n", 0], "max_new_tokens: got 0, wanted at least 1"),
+        (["--temperature", -1], "temperature: got -1.0, wanted a finite number, more than 0"),
+        (["--temperature", "nan"], "temperature: got nan, wanted a finite number, more than 0"),
+        (["--top-p", "nan"], "top_p: got nan, wanted more than 0 and at most 1"),
+        (["--greedy", "--top-k", 3], "got greedy together with top_k"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_generate_checks_its_options_before_it_shows_the_prompt(capsys, trained, flags, message):
+    code, shown, told = run(capsys, "generate", trained, "the prompt", "--device", "cpu", *flags)
+    assert code == 2 and shown == "" and told.startswith(f"loglinear: error: {message}")
+
+
+def test_text_that_is_not_utf8_is_refused_by_name(capsys, tmp_path, monkeypatch):
+    file, output = tmp_path / "latin.txt", tmp_path / "out"
+    file.write_bytes("un café".encode("latin-1"))
+    for what, arguments in (
+        ("prompt", ["generate", tmp_path, "-f", file]),
+        ("text", ["inspect", "tiny-gla", "-f", file, "-o", output]),
+    ):
+        code, shown, told = run(capsys, *arguments)
+        assert code == 2 and shown == "" and not output.exists()
+        assert f"got the {what} file {file}, wanted it in utf-8: unexpected end of data at byte 6" in told
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(file.read_bytes()), encoding="utf-8"))
+    code, shown, told = run(capsys, "generate", tmp_path)
+    assert code == 2 and shown == "" and "got standard input, wanted it in utf-8" in told
 
 
 def test_unknown_key_in_a_file_is_named_with_its_nearest(capsys, tmp_path):

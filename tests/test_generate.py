@@ -129,7 +129,10 @@ def test_draws_are_from_the_whole_distribution_unless_narrowed(model):
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
-        ({"temperature": 0.0}, "temperature: got 0.0, wanted more than 0"),
+        ({"temperature": 0.0}, "temperature: got 0.0, wanted a finite number, more than 0"),
+        ({"temperature": float("inf")}, "temperature: got inf, wanted a finite number"),
+        ({"temperature": float("nan")}, "temperature: got nan, wanted a finite number"),
+        ({"top_p": float("nan")}, "top_p: got nan, wanted more than 0 and at most 1"),
         ({"top_k": 0}, "top_k: got 0"),
         ({"top_p": 0.0}, "top_p: got 0.0"),
         ({"top_p": 1.5}, "top_p: got 1.5"),

@@ -193,13 +193,41 @@ def test_an_earlier_quickstart_is_not_overwritten(tmp_path):
     (tmp_path / "report.md").write_text("precious")
     with pytest.raises(FileExistsError, match="is not empty"):
         quickstart.run(quickstart.choose("cpu", output=str(tmp_path)))
+    with pytest.raises(FileExistsError, match="wanted a folder that is there or can be made"):
+        quickstart.run(quickstart.choose("cpu", output=str(tmp_path / "report.md")))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--preset", "tiny-gdn"], "unknown preset 'tiny-gdn'"),
+        (["--data", "stdlib", "--text-field", "body"], "got text_field='body', but no source has fields"),
+        (["--steps", "3", "--seconds", "5"], "got steps=3 and training_seconds=5.0 (--seconds)"),
+        (["--seconds", "nan"], "training_seconds must be a finite number"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_is_refused_leaves_no_folder(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as ended:
+        main(["quickstart", "--device", "cpu", "--output", str(tmp_path / "out"), *flags])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"training_seconds": 0.0}, "training_seconds must be more than 0"),
+        ({"training_seconds": 0.0}, "training_seconds must be a finite number, more than 0, got 0"),
+        ({"training_seconds": float("nan")}, "training_seconds must be a finite number, more than 0, got nan"),
+        ({"training_seconds": float("inf")}, "training_seconds must be a finite number, more than 0, got inf"),
+        ({"learning_rate": float("inf")}, "learning_rate must be a finite number, more than 0, got inf"),
+        ({"steps": 3, "training_seconds": 5.0}, r"got steps=3 and training_seconds=5.0 \(--seconds\), wanted one of"),
+        (
+            {"preset": "tiny-attention"},
+            "got the preset 'tiny-attention', a softmax model, wanted one with a linear mixer",
+        ),
+        ({"linear_model": "small-transformer"}, "got the preset 'small-transformer', a softmax model"),
     ],
 )
 def test_wrong_numbers_are_refused(changes, message):

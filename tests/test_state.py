@@ -63,3 +63,32 @@ def test_detach_drops_the_history():
 def test_to_converts_buckets_only():
     moved = make().to("cpu", torch.float64)
     assert moved.buckets.dtype == torch.float64 and moved.positions.dtype == torch.int64
+
+
+def test_cat_is_the_opposite_of_select():
+    state = make()
+    rows = [state.select(torch.tensor(part)) for part in ([0], [1, 2])]
+    joined = FenwickState.cat(rows)
+    assert torch.equal(joined.buckets, state.buckets) and torch.equal(joined.positions, state.positions)
+    joined.buckets.zero_()
+    assert rows[0].buckets.any(), "the joined state is a copy"
+    assert FenwickState.cat([FenwickState.zeros(0, 4, 2, 5, 6), state]).positions.tolist() == [0, 3, 9]
+
+
+def test_cat_keeps_the_history():
+    buckets = torch.randn(1, 2, 1, 3, 3, requires_grad=True)
+    state = FenwickState(buckets, torch.zeros(1, dtype=torch.int64))
+    FenwickState.cat([state, state]).buckets.sum().backward()
+    assert torch.equal(buckets.grad, torch.full_like(buckets, 2))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [FenwickState.zeros(1, 5, 2, 5, 6), FenwickState.zeros(1, 4, 2, 5, 6, dtype=torch.float64)],
+    ids=["levels", "dtype"],
+)
+def test_cat_refuses_states_that_differ(other):
+    with pytest.raises(ValueError, match="same levels, heads, widths, dtype and device.* at index 1"):
+        FenwickState.cat([make(), other])
+    with pytest.raises(ValueError, match="got no states"):
+        FenwickState.cat([])

@@ -23,7 +23,19 @@ STAGES = [
     {"ops"},
     {"layers"},
     {"models"},
-    {"data", "train", "generate", "evals", "bench", "plots", "quickstart"},
+    {
+        "data",
+        "train",
+        "generate",
+        "conversation",
+        "interactive",
+        "evals",
+        "bench",
+        "folders",
+        "plots",
+        "quickstart",
+        "serve",
+    },
     {"cli"},
 ]
 

@@ -143,6 +143,27 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def _read_text(file: Path, what: str) -> str:
+    """The text of a file that a flag names; `what` says in an error what it was to be."""
+    if not file.is_file():
+        raise FileNotFoundError(f"no {what} file {file}")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(_undecodable(f"the {what} file {file}", error)) from error
+
+
+def _read_standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(_undecodable("standard input", error)) from error
+
+
+def _undecodable(source: str, error: UnicodeDecodeError) -> str:
+    return f"got {source}, wanted it in {error.encoding}: {error.reason} at byte {error.start}"
+
+
 @app.command()
 def generate(
     checkpoint: Path = typer.Argument(
@@ -152,6 +173,13 @@ def generate(
         None, help="The text to go on from. Without it and --prompt-file: standard input."
     ),
     prompt_file: Path | None = typer.Option(None, "--prompt-file", "-f", help="Read the prompt from this file."),
+    interactive: bool = typer.Option(
+        False,
+        "--interactive",
+        "-i",
+        help="Take turns: a chat if the tokenizer has a template for one, else a text that both go on with. The prompt "
+        "is the first turn, lines of standard input are the others; /help lists commands.",
+    ),
     max_new_tokens: int = typer.Option(
         256, "--max-new-tokens", "-n", help="Stop after this many tokens at the latest."
     ),
@@ -176,18 +204,20 @@ def generate(
     The text goes to standard output as it is produced (the prompt first); speed and the size of the model's state go to
     standard error.
 
+    With --interactive the model's state is kept from turn to turn, so that a turn costs what is new in it. Ctrl-C stops
+    an answer; at the prompt it ends the program.
+
     Example: loglinear generate runs/first "def main(" --temperature 0.8 --max-new-tokens 500
     """
     if prompt is not None and prompt_file is not None:
         raise ValueError("got a prompt and --prompt-file, wanted one of them")
     if prompt_file is not None:
-        if not prompt_file.is_file():
-            raise FileNotFoundError(f"no prompt file {prompt_file}")
-        prompt = prompt_file.read_text(encoding="utf-8")
-    text = sys.stdin.read() if prompt is None else prompt
-    from loglinear.generate import generate_text
+        prompt = _read_text(prompt_file, "prompt")
+    from loglinear.generate import check_sampling, generate_text
     from loglinear.train.checkpoints import choose_device, load_checkpoint
 
+    check_sampling(max_new_tokens, greedy, temperature, top_k, top_p, seed)
+    text = prompt if interactive or prompt is not None else _read_standard_input()
     place, dtype = choose_device(device, precision)
     model, tokenizer = load_checkpoint(checkpoint, device=place, dtype=dtype)
 
@@ -198,6 +228,11 @@ def generate(
     # What was generated can hold characters that a narrow terminal encoding cannot show.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+    if interactive:
+        sampling = {"greedy": greedy, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        _converse(model, tokenizer, text, seed, max_new_tokens=max_new_tokens, **sampling)
+        return
+    assert text is not None
     show(text)
     result = generate_text(
         model,
@@ -218,6 +253,48 @@ def generate(
         f"state {result.state_bytes:,} bytes",
         file=sys.stderr,
     )
+
+
+@app.command()
+def serve(
+    checkpoint: Path = typer.Argument(
+        help="Folder of a checkpoint, or of a training run (its newest checkpoint is taken). Requests call the "
+        "model by this path."
+    ),
+    host: str = typer.Option("127.0.0.1", help="Address to listen on; nobody is asked for a password."),
+    port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0 takes a free one."),
+    device: str = typer.Option(
+        "auto", metavar="auto|cpu|cuda", help="Where to run: auto takes the GPU when there is one."
+    ),
+    precision: str = typer.Option(
+        "auto", metavar="auto|bf16|fp32", help="Type of the weights; auto takes bf16 on GPUs that have it."
+    ),
+) -> None:
+    """Answer OpenAI-compatible requests with a trained model.
+
+    Chat completions and completions, streamed or whole, one at a time, until Ctrl-C.
+    Needs pip install 'log-linear-attention\\[serve]'.
+
+    Example: loglinear serve runs/first --port 8000
+    """
+    from loglinear.serve import serve as run
+
+    run(checkpoint, host=host, port=port, device=device, precision=precision)
+
+
+def _converse(model: Any, tokenizer: Any, first: str | None, seed: int | None, **sampling: Any) -> None:
+    """The turns of `generate --interactive`; `seed` makes the whole conversation repeatable."""
+    import torch
+
+    from loglinear.conversation import Conversation
+    from loglinear.interactive import converse
+
+    if seed is not None:
+        torch.manual_seed(seed)
+    try:
+        converse(Conversation(model, tokenizer), first, **sampling)
+    except UnicodeDecodeError as error:
+        raise ValueError(_undecodable("standard input", error)) from error
 
 
 @evaluation.command("position-loss")
@@ -299,9 +376,7 @@ def inspect_model(
     if text is not None and text_file is not None:
         raise ValueError("got --text and --text-file, wanted one of them")
     if text_file is not None:
-        if not text_file.is_file():
-            raise FileNotFoundError(f"no text file {text_file}")
-        text = text_file.read_text(encoding="utf-8")
+        text = _read_text(text_file, "text")
     from loglinear.bench.command import parse_lengths
     from loglinear.evals.command import run_inspect
     from loglinear.evals.inspection import COST_LENGTHS

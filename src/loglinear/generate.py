@@ -1,6 +1,7 @@
 """Text from a model, handed out as it is produced."""
 
 import codecs
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 from loglinear.data import ByteTokenizer, encode_prompt
@@ -22,7 +24,8 @@ class Generation:
         text: the new text, without the prompt and special tokens.
         tokens: ids of the new tokens, with the one that ended the text where there was one.
         prompt_tokens: tokens read before the first new one.
-        first_token_seconds: until the first new token, so mostly reading the prompt.
+        first_token_seconds: until the first new token, so mostly reading the prompt (until it was stopped, where
+            there is none).
         tokens_per_second: of the tokens after the first; 0 where there is only one.
         state_bytes: size of everything the model carries from token to token, at the end.
     """
@@ -80,12 +83,18 @@ class TextStream:
         return str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
 
-class _Streamer(BaseStreamer):
+class TokenStreamer(BaseStreamer):
     """Receives the tokens of `model.generate` as they come and passes their text on."""
 
-    def __init__(self, stream: TextStream, on_text: Callable[[str], None] | None):
+    def __init__(
+        self,
+        stream: TextStream,
+        on_text: Callable[[str], None] | None = None,
+        on_token: Callable[[], None] | None = None,
+    ):
         self.stream = stream
         self.on_text = on_text
+        self.on_token = on_token
         self.prompt_seen = False
         self.tokens: list[int] = []
         self.pieces: list[str] = []
@@ -100,9 +109,23 @@ class _Streamer(BaseStreamer):
             self.times.append(time.perf_counter())
             self.tokens.append(token)
             self._show(self.stream.push(token))
+            if self.on_token is not None:
+                self.on_token()
 
     def end(self) -> None:
         self._show(self.stream.finish())
+
+    def generation(self, begin: float, prompt_tokens: int, cache: Cache) -> Generation:
+        """What came, since `begin` and after so many tokens of a prompt, and the state that it left."""
+        times = self.times
+        return Generation(
+            text="".join(self.pieces),
+            tokens=self.tokens,
+            prompt_tokens=prompt_tokens,
+            first_token_seconds=(times[0] if times else time.perf_counter()) - begin,
+            tokens_per_second=(len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0,
+            state_bytes=cache_nbytes(cache),
+        )
 
     def _show(self, text: str) -> None:
         if text:
@@ -139,10 +162,30 @@ def generate_text(
     Raises:
         ValueError: an argument out of its range, or `greedy` together with one that only drawing heeds.
     """
-    _check_sampling(max_new_tokens, greedy, temperature, top_k, top_p, seed)
+    check_sampling(max_new_tokens, greedy, temperature, top_k, top_p, seed)
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
+    settings = generation_settings(tokenizer, max_new_tokens, greedy, temperature, top_k, top_p)
+    streamer = TokenStreamer(TextStream(tokenizer), on_text)
+    devices = [model.device] if model.device.type == "cuda" else []
+    begin = time.perf_counter()
+    with torch.random.fork_rng(devices, enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        output = cast(Any, model).generate(ids, generation_config=settings, streamer=streamer)
+    return streamer.generation(begin, ids.shape[1], output.past_key_values)
+
+
+def generation_settings(
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    greedy: bool,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+) -> GenerationConfig:
+    """The options of `generate_text`, as `model.generate` takes them."""
     sampling = {} if greedy else {"temperature": temperature or 1.0, "top_k": top_k or 0, "top_p": top_p or 1.0}
-    settings = GenerationConfig(
+    return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=not greedy,
         bos_token_id=tokenizer.bos_token_id,
@@ -151,25 +194,21 @@ def generate_text(
         return_dict_in_generate=True,
         **sampling,
     )
-    streamer = _Streamer(TextStream(tokenizer), on_text)
-    devices = [model.device] if model.device.type == "cuda" else []
-    begin = time.perf_counter()
-    with torch.random.fork_rng(devices, enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        output = cast(Any, model).generate(ids, generation_config=settings, streamer=streamer)
-    times = streamer.times
-    return Generation(
-        text="".join(streamer.pieces),
-        tokens=streamer.tokens,
-        prompt_tokens=ids.shape[1],
-        first_token_seconds=times[0] - begin,
-        tokens_per_second=(len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0,
-        state_bytes=cache_nbytes(output.past_key_values),
-    )
 
 
-def _check_sampling(max_new_tokens, greedy, temperature, top_k, top_p, seed) -> None:
+def check_sampling(
+    max_new_tokens: int = 256,
+    greedy: bool = False,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+) -> None:
+    """Refuses options of `generate_text` as it does, for callers that show or load something before.
+
+    Raises:
+        ValueError: as `generate_text`.
+    """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: got {max_new_tokens}, wanted at least 1")
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
@@ -178,8 +217,10 @@ def _check_sampling(max_new_tokens, greedy, temperature, top_k, top_p, seed) -> 
         raise ValueError(
             f"got greedy together with {', '.join(ignored)}, which only drawing heeds; wanted one or the other"
         )
-    if temperature is not None and not temperature > 0:
-        raise ValueError(f"temperature: got {temperature}, wanted more than 0 (greedy takes the likeliest token)")
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise ValueError(
+            f"temperature: got {temperature}, wanted a finite number, more than 0 (greedy takes the likeliest token)"
+        )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k: got {top_k}, wanted at least 1")
     if top_p is not None and not 0 < top_p <= 1:

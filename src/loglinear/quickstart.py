@@ -7,6 +7,7 @@ this machine. Everything that comes out is in one folder, with a `report.md` tha
 """
 
 import json
+import math
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from loglinear.bench.rows import environment
 from loglinear.data import PackedRows, join_rows, load_tokenizer
 from loglinear.evals import inspection, position_loss
 from loglinear.evals.command import default_text, print_table
+from loglinear.folders import check_output_folder
 from loglinear.generate import Generation, generate_text
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.train import TrainConfig, TrainResult, load_checkpoint, train
@@ -88,8 +90,16 @@ class QuickstartConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.training_seconds <= 0:
-            raise ValueError(f"training_seconds must be more than 0, got {self.training_seconds}")
+        for name in ("training_seconds", "learning_rate"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a finite number, more than 0, got {value}")
+        for name in dict.fromkeys((self.log_linear_model, self.linear_model)):
+            if name in LogLinearConfig.presets() and LogLinearConfig.preset(name).mixer == "attention":
+                raise ValueError(
+                    f"got the preset {name!r}, a softmax model, wanted one with a linear mixer: the quickstart "
+                    "compares a log-linear model with its linear twin, and a softmax model has none"
+                )
 
 
 @dataclass(frozen=True)
@@ -119,9 +129,15 @@ def choose(device: str = "auto", preset: str | None = None, **changes) -> Quicks
         changes: fields of `QuickstartConfig`; None leaves a field as it is.
 
     Raises:
-        ValueError: a field out of its range, or options of data without data.
+        ValueError: a field out of its range, a softmax preset, options of data without data, or both steps
+            and training_seconds.
     """
     changes = {name: value for name, value in changes.items() if value is not None}
+    if "steps" in changes and "training_seconds" in changes:
+        raise ValueError(
+            f"got steps={changes['steps']} and training_seconds={changes['training_seconds']} (--seconds), wanted one "
+            "of them"
+        )
     data_options = [name for name in ("text_field", "hub_subset", "hub_split") if name in changes]
     if data_options and "data" not in changes:
         raise ValueError(f"got {', '.join(data_options)} without data, wanted the documents that they are for")
@@ -148,20 +164,22 @@ def run(config: QuickstartConfig, console: Console | None = None) -> QuickstartR
     """Runs the whole quickstart.
 
     Raises:
-        FileExistsError: the output folder already holds one.
+        FileExistsError: the output folder already holds one, or is none.
+        PermissionError: it cannot be written.
         ValueError: data or presets that do not fit.
     """
     console = console or Console()
     started = time.perf_counter()
     folder = Path(config.output)
+    check_output_folder(folder)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"the folder {folder} is not empty: name another one with --output, or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
     configs = {name: _train_config(config, name, config.steps or 1) for name in (LINEAR, LOG_LINEAR)}
     initial = _initial_model(configs[LOG_LINEAR])
     mixer = MIXER_NAMES[initial.config.mixer]
     console.print(f"Reading {_corpus_name(config)} …", highlight=False, soft_wrap=True)
     documents, whole = _documents_to_compare(config, configs[LINEAR])
+    folder.mkdir(parents=True, exist_ok=True)
     if not whole:
         console.print(_short_documents(config), highlight=False)
     steps = config.steps

@@ -5,6 +5,7 @@ Legend: B rows (sequences), L levels, H heads, K key width, V value width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -76,6 +77,30 @@ class FenwickState(NamedTuple):
     def select(self, indices: Tensor) -> FenwickState:
         """The rows `indices` [M] int64 as a new state (for example the beams that survive)."""
         return FenwickState(self.buckets.index_select(0, indices), self.positions.index_select(0, indices))
+
+    @classmethod
+    def cat(cls, states: Sequence[FenwickState]) -> FenwickState:
+        """The rows of several states, one after the other, as a new state: the opposite of `select`. Each row keeps
+        its position.
+
+        Raises:
+            ValueError: no states, or states that differ in more than their rows.
+
+        Example:
+            >>> first, second = (FenwickState.zeros(batch, 5, 4, 16, 32) for batch in (2, 1))
+            >>> FenwickState.cat([first, second]).positions.tolist()
+            [0, 0, 0]
+        """
+        if not states:
+            raise ValueError("got no states, wanted at least one")
+        kinds = [(tuple(state.buckets.shape[1:]), state.buckets.dtype, state.buckets.device) for state in states]
+        for row, kind in enumerate(kinds):
+            if kind != kinds[0]:
+                raise ValueError(
+                    "states to be joined must have the same levels, heads, widths, dtype and device: got "
+                    f"{', '.join(map(str, kinds[0]))} and, at index {row}, {', '.join(map(str, kind))}"
+                )
+        return cls(torch.cat([state.buckets for state in states]), torch.cat([state.positions for state in states]))
 
     def clone(self) -> FenwickState:
         return FenwickState(self.buckets.clone(), self.positions.clone())

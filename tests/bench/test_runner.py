@@ -197,6 +197,18 @@ def test_a_number_of_tokens_is_refused_where_a_call_is_one_sequence(capsys, monk
     assert suites[0].tokens_per_call == 128
 
 
+@pytest.mark.parametrize("flag", ["--budget", "--cap"])
+def test_seconds_that_are_no_number_are_refused_before_anything_runs(capsys, monkeypatch, flag):
+    monkeypatch.setattr("loglinear.bench.command.run", lambda *arguments: pytest.fail("ran"))
+    assert "must be a finite number of seconds, more than 0, got nan" in refusal(capsys, flag, "nan")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("loglinear.bench.command.run_operators", lambda *arguments: pytest.fail("ran"))
+    (tmp_path / "file").write_text("precious")
+    assert f"output: got {tmp_path / 'file'}" in refusal(capsys, "--output", str(tmp_path / "file"))
+
+
 def test_the_command_lists_what_can_be_measured(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "--list"])
@@ -352,6 +364,10 @@ def test_lengths_are_read_as_people_write_them():
         ({"batches": ("two",)}, "batches must be among one, tokens, got two"),
         ({"dtype": "float8"}, "dtype must be among float32"),
         ({"lengths": (0,)}, "lengths must be at least 1"),
+        ({"budget_s": float("inf")}, "budget_s must be a finite number of seconds, more than 0, got inf"),
+        ({"budget_s": -1.0}, "budget_s must be a finite number of seconds, more than 0, got -1"),
+        ({"cap_s": float("inf")}, "cap_s must be a finite number of seconds, more than 0, got inf"),
+        ({"cap_s": float("nan")}, "cap_s must be a finite number of seconds, more than 0, got nan"),
     ],
 )
 def test_wrong_suites_are_refused(changes, message):
@@ -374,6 +390,7 @@ def test_the_torch_backend_is_not_timed_as_kernels(monkeypatch, operator, check)
     """
     pytest.importorskip("triton")
     monkeypatch.setattr("loglinear.ops.interface.scalar.INTERPRETED", True)
+    monkeypatch.setattr("loglinear.ops.interface.delta.unsupported", lambda *_: "what this test asks for")
     monkeypatch.setattr(
         "loglinear.ops.interface.chunked.log_linear_attention_chunked", lambda *_, **__: pytest.fail("torch ran")
     )
@@ -381,7 +398,7 @@ def test_the_torch_backend_is_not_timed_as_kernels(monkeypatch, operator, check)
     before = logger.level, list(logger.handlers)
     case = case_of(operator, shape="gated-deltanet-128", dtype="bfloat16", length=16, check=check)
     (result,) = guarded(run_case(case))
-    assert result.status == "not supported: no Triton kernel for the delta rule (beta)" and result.time_ms is None
+    assert result.status == "not supported: no Triton kernel for what this test asks for" and result.time_ms is None
     assert (logger.level, list(logger.handlers)) == before
 
 

@@ -158,3 +158,26 @@ def test_sources_that_are_not_there_are_refused(tmp_path):
         Documents([])
     with pytest.raises(ValueError, match="limit=0"):
         Documents("stdlib", limit=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text_field": "body"}, "got text_field='body', but no source has fields; wanted JSONL, Parquet or a hub"),
+        ({"hub_subset": "en"}, "got hub_subset='en', but no source is a hub data set; wanted 'hub:OWNER/NAME'"),
+        ({"hub_subset": "en", "hub_split": "test"}, "got hub_subset='en', hub_split='test', but no source is"),
+    ],
+)
+def test_options_that_no_source_heeds_are_refused(tmp_path, options, message):
+    (tmp_path / "a.txt").write_text("text")
+    for source in ("stdlib", tmp_path, tmp_path / "a.txt"):
+        with pytest.raises(ValueError, match=message):
+            Documents(source, **options)
+
+
+def test_options_that_one_source_heeds_are_taken(tmp_path):
+    (tmp_path / "a.txt").write_text("plain")
+    with gzip.open(tmp_path / "d.jsonl.gz", "wt") as file:
+        file.write('{"body": "packed"}\n')
+    assert texts(tmp_path, text_field="body") == ["plain", "packed"]
+    assert texts(tmp_path / "a.txt", text_field="text", hub_subset=None, hub_split="train") == ["plain"]

@@ -150,6 +150,13 @@ def test_a_hybrid_of_attention_alone_has_no_level_scales(tmp_path):
         run_inspect(str(tmp_path / "model"), tmp_path / "out", text="a text")
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_shown(tmp_path, capsys):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(FileExistsError, match="wanted a folder that is there or can be made"):
+        run_inspect("tiny-mamba2", tmp_path / "file")
+    assert capsys.readouterr().out == ""
+
+
 def test_a_name_that_is_nothing_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nor is 'nothing' a preset"):
         run_inspect("nothing", tmp_path)

@@ -265,6 +265,19 @@ def test_a_model_from_elsewhere_has_no_known_training(tmp_path):
     assert result.trained_lengths == {} and position_loss.beyond_training(result) == []
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr(position_loss, "evaluate_checkpoints", lambda *arguments, **options: pytest.fail("evaluated"))
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(FileExistsError, match="wanted a folder that is there or can be made"):
+        run_position_loss(["run"], tmp_path / "file", device="cpu")
+
+
+def test_options_that_the_data_does_not_heed_are_refused_before_anything_is_loaded(runs, monkeypatch):
+    monkeypatch.setattr(position_loss, "load_checkpoint", lambda *arguments, **options: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="got text_field='body', but no source has fields"):
+        position_loss.evaluate_checkpoints(runs[:1], length=32, data=["stdlib"], data_options={"text_field": "body"})
+
+
 def test_two_checkpoints_with_one_label_are_refused(tmp_path):
     with pytest.raises(ValueError, match="a label of its own, got x, x"):
         position_loss.evaluate_checkpoints([tmp_path / "a", tmp_path / "b"], labels=["x", "x"])

@@ -95,6 +95,12 @@ def test_loss_is_shifted_and_divided_by_the_given_number():
     assert output.past_key_values is None
 
 
+def test_a_loss_of_nothing_is_not_a_number():
+    """As with the other models of transformers: 0 would read as a perfect prediction."""
+    ids = tokens(2, 5)
+    assert small_model("gla")(ids, labels=torch.full_like(ids, -100)).loss.isnan()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_and_loaded(kind, tmp_path):
     model = LogLinearForCausalLM(small_config(kind, tie_word_embeddings=kind == "mamba2")).eval()
@@ -263,6 +269,7 @@ def test_compiles_without_graph_breaks(kind):
         ({"cu_seqlens": torch.tensor([0, 4]), "attention_mask": torch.ones(2, 4)}, ValueError, "not both"),
         ({"labels": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, r"labels must be \(2, 4\) .*, got \(2, 3\)"),
         ({"labels": torch.zeros(2, 4, dtype=torch.int64), "logits_to_keep": 1}, ValueError, "leave logits_to_keep out"),
+        ({"logits_to_keep": -1}, ValueError, "logits_to_keep: got -1, wanted a number of columns .0: all."),
         ({"past_key_values": DynamicCache()}, TypeError, "made for this model, as DynamicCache.config=model.config"),
         ({"past_key_values": (1, 2)}, TypeError, "got tuple"),
         ({"past_key_values": DynamicCache(config=LogLinearConfig.preset("tiny-gla", num_hidden_layers=3))}, ValueError,

@@ -1,11 +1,15 @@
 """The training configuration: values, files, flags that win, and what a resumed run may change."""
 
 import dataclasses
+import math
+from typing import get_args, get_type_hints
 
 import pytest
 
 from loglinear.train import TrainConfig
 from loglinear.train.config import parse_yaml, read_mapping
+
+FLOATS = [name for name, kind in get_type_hints(TrainConfig).items() if kind is float or float in get_args(kind)]
 
 
 def test_defaults_are_valid_and_every_field_says_what_it_is():
@@ -59,7 +63,7 @@ def test_replace_takes_back_the_other_length():
         ({"schedule": "cosin"}, "schedule: got 'cosin', wanted one of 'cosine', 'linear', 'constant'"),
         ({"precision": "fp16"}, "precision: got 'fp16', wanted one of"),
         ({"learning_rate": 0}, "learning_rate: got 0.0, wanted more than 0"),
-        ({"learning_rate": float("nan")}, "learning_rate: got nan, wanted more than 0"),
+        ({"learning_rate": 10**400}, "learning_rate: got 1000"),
         ({"held_out_fraction": 1.0}, "held_out_fraction: got 1.0, wanted at least 0 and less than 1"),
         ({"warmup_fraction": 1.5}, "warmup_fraction: got 1.5, wanted 0 to 1"),
         ({"weight_decay": -0.1}, "weight_decay: got -0.1, wanted at least 0"),
@@ -70,6 +74,13 @@ def test_wrong_values_are_refused(values, message):
     with pytest.raises(ValueError) as caught:
         TrainConfig.from_mapping(values)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, "inf", "nan"], ids=repr)
+@pytest.mark.parametrize("name", FLOATS)
+def test_numbers_that_are_not_finite_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: got {value}, wanted a finite number$"):
+        TrainConfig(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -96,6 +107,10 @@ def test_wrong_files_are_refused(tmp_path):
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=message):
             read_mapping(tmp_path / name)
+    for suffix in ("yaml", "toml", "json"):
+        (tmp_path / f"latin.{suffix}").write_bytes("é".encode("latin-1"))
+        with pytest.raises(ValueError, match=rf"latin\.{suffix}: got a file that .*'utf-8' codec can't decode"):
+            read_mapping(tmp_path / f"latin.{suffix}")
     (tmp_path / "empty.yaml").write_text("")
     assert read_mapping(tmp_path / "empty.yaml") == {}
 

@@ -18,6 +18,7 @@ from loglinear.bench.inputs import SHAPES
 from loglinear.bench.operators import OPERATORS
 from loglinear.bench.rows import Row, merge_rows, read_rows, write_rows
 from loglinear.bench.runner import Suite, cpu_suite, gpu_suite, run_models, run_operators
+from loglinear.folders import check_output_folder
 
 # Training lengths of `--model`, where none are given.
 MODEL_LENGTHS = tuple(1024 * scale for scale in (2, 4, 8, 16, 32, 64))
@@ -74,7 +75,12 @@ def run(suite: Suite, output: str | Path, name: str | None = None, console: Cons
 
     Returns:
         The rows of this run.
+
+    Raises:
+        FileExistsError, PermissionError: the folder cannot be written.
+        ValueError: there is nothing to run.
     """
+    check_output_folder(output)
     console = console or Console()
     name = name or suite.device.split(":")[0]
     path = Path(output) / f"{name}.csv"

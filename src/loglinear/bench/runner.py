@@ -1,6 +1,7 @@
 """Runs suites of cases in worker processes, each under a time cap, and makes rows of what they say."""
 
 import json
+import math
 import os
 import queue
 import subprocess
@@ -66,6 +67,10 @@ class Suite:
                 raise ValueError(f"{name} must be among {', '.join(allowed)}, got {', '.join(wrong)}")
         if any(length < 1 for length in (*self.lengths, *self.model_lengths)):
             raise ValueError(f"lengths must be at least 1, got {self.lengths} and {self.model_lengths}")
+        for name in ("budget_s", "cap_s"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a finite number of seconds, more than 0, got {value}")
         if self.device != "cpu" and not torch.cuda.is_available():
             raise ValueError(
                 f"device {self.device} was asked for, but torch sees no CUDA device here; use the CPU suite"

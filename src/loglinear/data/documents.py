@@ -32,6 +32,8 @@ PARQUET_SUFFIXES = frozenset({".parquet"})
 KNOWN_SUFFIXES = TEXT_SUFFIXES | JSONL_SUFFIXES | PARQUET_SUFFIXES
 STANDARD_LIBRARY = "stdlib"
 HUB_PREFIX = "hub:"
+TEXT_FIELD = "text"
+HUB_SPLIT = "train"
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Documents:
 
     Raises:
         FileNotFoundError: a source that does not exist, or a glob or directory that holds nothing readable.
-        ValueError: a file with a suffix that is not known, or (while iterating) a wrong field or broken line.
+        ValueError: a file with a suffix that is not known, options that none of the sources heeds, or (while
+            iterating) a wrong field or broken line.
         ImportError: a hub data set without the `datasets` package.
 
     >>> next(iter(Documents("stdlib"))).name.endswith(".py")
@@ -67,9 +70,9 @@ class Documents:
         self,
         sources: str | Path | Sequence[str | Path],
         *,
-        text_field: str = "text",
+        text_field: str = TEXT_FIELD,
         hub_subset: str | None = None,
-        hub_split: str = "train",
+        hub_split: str = HUB_SPLIT,
         limit: int | None = None,
     ):
         if isinstance(sources, (str, Path)):
@@ -89,6 +92,24 @@ class Documents:
             _hub_loader()
         files = {file for source in sources if not str(source).startswith(HUB_PREFIX) for file in _files(str(source))}
         self.files = sorted(files)
+        self._refuse_idle_options()
+
+    def _refuse_idle_options(self) -> None:
+        """Refuses options that are not the default and that none of the sources heeds."""
+        with_fields = JSONL_SUFFIXES | PARQUET_SUFFIXES
+        if self.text_field != TEXT_FIELD and not (
+            self.hub_names or any(_suffix(file) in with_fields for file in self.files)
+        ):
+            raise ValueError(
+                f"got text_field={self.text_field!r}, but no source has fields; wanted JSONL, Parquet or a hub data "
+                "set with it"
+            )
+        hub = {"hub_subset": (self.hub_subset, None), "hub_split": (self.hub_split, HUB_SPLIT)}
+        given = [f"{name}={value!r}" for name, (value, default) in hub.items() if value != default]
+        if given and not self.hub_names:
+            raise ValueError(
+                f"got {', '.join(given)}, but no source is a hub data set; wanted 'hub:OWNER/NAME' with it"
+            )
 
     def __iter__(self) -> Iterator[Document]:
         for count, document in enumerate(self._all()):

@@ -13,6 +13,7 @@ from loglinear import fenwick, plots
 from loglinear.data import ByteTokenizer, load_tokenizer
 from loglinear.data.tokenizers import encode_prompt
 from loglinear.evals import inspection, position_loss
+from loglinear.folders import check_output_folder
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.train import load_checkpoint, resolve_checkpoint
 from loglinear.train.checkpoints import choose_device
@@ -43,7 +44,11 @@ def run_position_loss(
 ) -> position_loss.PositionLossResult:
     """Evaluates checkpoints (see `position_loss.evaluate_checkpoints` for the options), prints the table,
     writes CSV and plot.
+
+    Raises:
+        FileExistsError, PermissionError: the output folder cannot be written.
     """
+    check_output_folder(output)
     console = console or Console()
     result = position_loss.evaluate_checkpoints(checkpoints, device=choose_device(device, "fp32")[0], **options)
     unit = loss_unit(checkpoints[0])
@@ -87,8 +92,10 @@ def run_inspect(
 
     Raises:
         FileNotFoundError: neither a model's folder nor a preset.
+        FileExistsError, PermissionError: the output folder cannot be written.
         ValueError: a text, a number of its tokens or a device, where no λ is computed.
     """
+    check_output_folder(output)
     console = console or Console()
     output = Path(output)
     preset = target in LogLinearConfig.presets() and not Path(target).exists()

@@ -450,7 +450,7 @@ def evaluate_checkpoints(
 
     Raises:
         ValueError: nothing to evaluate, tokenizers that differ, held-out documents that differ, or options of data
-            without data.
+            without data, or that this data does not heed.
         FileNotFoundError: no checkpoint there.
     """
     if not checkpoints:
@@ -462,13 +462,14 @@ def evaluate_checkpoints(
     if data_options and not data:
         raise ValueError(f"got {', '.join(data_options)} without data, wanted the documents that they are for")
     paths = [resolve_checkpoint(path) for path in checkpoints]
+    named = Documents(list(data), **(data_options or {})) if data else None
     loaded = [load_checkpoint(path, device=device) for path in paths]
     tokenizer = loaded[0][1]
     for path, (_, other) in zip(paths, loaded, strict=True):
         if fingerprint(other) != fingerprint(tokenizer):
             raise ValueError(f"{path} has another tokenizer than {paths[0]}: their losses per token do not compare")
-    if data:
-        corpus = Corpus.load(Documents(list(data), **(data_options or {})), tokenizer)
+    if named is not None:
+        corpus = Corpus.load(named, tokenizer)
     else:
         corpus = held_out_corpus(paths[0])
         for path in paths[1:]:

@@ -7,11 +7,12 @@ A mixer *consumes* the state it is given: it may update the tensors in place (de
 goes on with the state that it returns. `clone()` a state to keep it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from loglinear.state import FenwickState
@@ -41,6 +42,30 @@ class MixerState:
         """A new state with the given rows (`[R]` int64; repeats allowed): reordering for beam search,
         repeating, dropping."""
         return self._apply(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+
+    @classmethod
+    def cat(cls, states: Sequence[Self]) -> Self:
+        """A new state with the rows of `states`, one after the other.
+
+        Raises:
+            ValueError: states of different kinds, widths, dtypes or devices.
+        """
+        cls._check_kinds(states)
+        joined: dict[str, Any] = {}
+        for field in fields(cls):
+            values = [getattr(state, field.name) for state in states]
+            if isinstance(values[0], Tensor):
+                joined[field.name] = _cat(values, field.name)
+            elif isinstance(values[0], FenwickState):
+                joined[field.name] = FenwickState.cat(values)
+        return replace(states[0], **joined)
+
+    @classmethod
+    def _check_kinds(cls, states: Sequence["MixerState"]) -> None:
+        """Refuses states of other kinds than this one."""
+        kinds = sorted({type(state).__name__ for state in states} | {cls.__name__})
+        if len(kinds) > 1:
+            raise ValueError(f"states to be joined must be of one kind, got {' and '.join(kinds)}")
 
     def clone(self) -> Self:
         return self._apply(torch.clone)
@@ -72,6 +97,15 @@ class MixerState:
     def nbytes(self) -> int:
         """Bytes of all tensors, including places that are allocated and not yet occupied."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+
+def _cat(tensors: Sequence[Tensor], name: str) -> Tensor:
+    """The rows of all tensors; refuses those that differ in more than their rows, calling them `name`."""
+    kinds = [None if tensor is None else (tuple(tensor.shape[1:]), tensor.dtype, tensor.device) for tensor in tensors]
+    for kind in kinds:
+        if kind != kinds[0]:
+            raise ValueError(f"{name} of states to be joined must be alike but for its rows: got {kinds[0]} and {kind}")
+    return torch.cat(list(tensors))
 
 
 @dataclass
@@ -125,6 +159,30 @@ class AttentionState(MixerState):
         self.columns, self.filled = other.columns, other.filled
         return super().copy_(other)
 
+    @classmethod
+    def cat(cls, states: Sequence[Self]) -> Self:
+        """As every state's; growing states become as wide as the widest.
+
+        Raises:
+            ValueError: also for fixed states of different widths, or fixed and growing ones.
+        """
+        cls._check_kinds(states)
+        widths = {(state.fixed, state.capacity if state.fixed else None) for state in states}
+        if len(widths) > 1:
+            sizes = sorted({str(state.capacity) if state.fixed else "growing" for state in states})
+            raise ValueError(f"attention caches to be joined must have one capacity, got {' and '.join(sizes)}")
+        widest = max(state.capacity for state in states)
+        joined = super().cat([state.widened(widest) for state in states])
+        joined.columns = max(state.columns for state in states)
+        counts = [state.filled for state in states]
+        joined.filled = None if None in counts else max(count for count in counts if count is not None)
+        return joined
+
+    def widened(self, capacity: int) -> Self:
+        """This state with at least `capacity` columns, new ones zero."""
+        extra = (0, 0, 0, 0, 0, max(0, capacity - self.capacity))
+        return replace(self, keys=F.pad(self.keys, extra), values=F.pad(self.values, extra))
+
     @property
     def positions(self) -> Tensor:
         return self.seen
@@ -166,9 +224,8 @@ class AttentionState(MixerState):
         if missing > 0:
             # Growing by a quarter keeps the cost of copying per token constant; the first fill is exact.
             extra = missing if self.capacity == 0 else max(missing, 16, self.capacity // 4)
-            grow = (0, 0, 0, 0, 0, extra)
-            self.keys = torch.nn.functional.pad(self.keys, grow)
-            self.values = torch.nn.functional.pad(self.values, grow)
+            wider = self.widened(self.capacity + extra)
+            self.keys, self.values = wider.keys, wider.values
 
     def store(self, keys: Tensor, values: Tensor, rows: Tensor, positions: Tensor) -> None:
         """Puts `keys`, `values` `[..., H, D]` at (`rows`, `positions`), both broadcastable to `[...]`."""

@@ -2,7 +2,17 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from loglinear.models.cache import MixerCacheLayer, cache_nbytes, new_cache
+from loglinear.models.cache import (
+    MixerCacheLayer,
+    cache_nbytes,
+    cache_to,
+    copy_cache,
+    new_cache,
+    repeat_rows,
+    select_rows,
+    stack_caches,
+)
+from loglinear.models.cache_files import SavedCache, load_cache, load_saved, save_cache
 from loglinear.models.config import LogLinearConfig
 from loglinear.models.cost import Cost
 from loglinear.models.model import LogLinearForCausalLM, LogLinearModel
@@ -18,7 +28,16 @@ __all__ = [
     "LogLinearForCausalLM",
     "LogLinearModel",
     "MixerCacheLayer",
+    "SavedCache",
     "cache_nbytes",
+    "cache_to",
+    "copy_cache",
+    "load_cache",
+    "load_saved",
     "new_cache",
     "parameter_groups",
+    "repeat_rows",
+    "save_cache",
+    "select_rows",
+    "stack_caches",
 ]

@@ -8,7 +8,9 @@ attention keep the padding in the cache, so that rows share their positions.
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +28,8 @@ from loglinear.layers.attention import Attention
 from loglinear.layers.recurrent import RecurrentMixer
 from loglinear.layers.state import AttentionState, MixerState, overfull
 from loglinear.models.config import CACHE_LAYER_TYPE, LogLinearConfig
+
+CacheT = TypeVar("CacheT", bound=Cache)
 
 
 class MixerCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
@@ -118,6 +122,14 @@ class MixerCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.newest_output = output.clone()
         if static and not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.newest_output)
+
+    def holding(self, state: MixerState, newest_output: Tensor | None, columns: int) -> MixerCacheLayer:
+        """A new layer of the same kind that holds this state after `columns` columns. The tensors become its own."""
+        layer = type(self)(self.max_cache_len)
+        layer.record(state, columns)
+        if newest_output is not None:
+            layer.record_output(newest_output)
+        return layer
 
     def advance(self, columns: int) -> None:
         """Counts `columns` more columns."""
@@ -229,3 +241,126 @@ def cache_nbytes(cache: Cache) -> int:
     """Bytes of the layers' states that a cache of ours holds at the moment, without the newest outputs."""
     states = (layer.state for layer in cache.layers if isinstance(layer, MixerCacheLayer))
     return sum(state.nbytes for state in states if state is not None)
+
+
+def copy_cache(cache: CacheT) -> CacheT:
+    """A cache of its own: what is read with the copy leaves the original as it was.
+
+    A model consumes the cache that it is given, so this is how one prompt is read once and answered many times.
+
+    Raises:
+        TypeError: it is not a cache of our layers (so do all functions below).
+    """
+    return _rebuilt(cache, [_copied(layer, None) for layer in _own_layers(cache)])
+
+
+def cache_to(cache: CacheT, device: torch.device | str) -> CacheT:
+    """A copy of the cache on another device, for example in CPU memory. A model brings a cache that it is given to its
+    own device.
+    """
+    return _rebuilt(cache, [_copied(layer, device) for layer in _own_layers(cache)])
+
+
+def select_rows(cache: CacheT, rows: Sequence[int] | Tensor) -> CacheT:
+    """A new cache with the given rows, in this order; repeats are allowed.
+
+    Raises:
+        ValueError: the cache is empty, or has no such row.
+    """
+    layers = _own_layers(cache)
+    count = _rows_of(layers)
+    chosen = torch.as_tensor(rows, dtype=torch.int64).flatten().cpu()
+    wrong = [row for row in chosen.tolist() if not 0 <= row < count]
+    if wrong:
+        raise ValueError(f"rows: got {wrong[0]}, wanted 0 to {count - 1}, the rows of the cache")
+    selected = []
+    for layer in layers:
+        assert layer.state is not None
+        output = layer.newest_output
+        if output is not None:
+            output = output.index_select(0, chosen.to(output.device))
+        state = layer.state.select(chosen)
+        selected.append(layer.holding(state, output, int(layer.cumulative_length)))
+    return _rebuilt(cache, selected)
+
+
+def repeat_rows(cache: CacheT, repeats: int) -> CacheT:
+    """A new cache with every row `repeats` times, copies of a row side by side (as `torch.repeat_interleave`).
+
+    Raises:
+        ValueError: the cache is empty, or `repeats` is less than 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats: got {repeats}, wanted at least 1")
+    return select_rows(cache, torch.arange(_rows_of(_own_layers(cache))).repeat_interleave(repeats))
+
+
+def stack_caches(caches: Sequence[CacheT]) -> CacheT:
+    """A new cache with the rows of all caches, one after the other, each at its own position: sequences that were read
+    one by one, also of different lengths, go on as one batch.
+
+    `generate` counts columns, and the stack has seen as many as its longest cache: give it the sequences padded on the
+    left, with their mask.
+
+    Raises:
+        ValueError: no caches, an empty one, or caches that differ in their layers, widths, capacities, dtypes or
+            devices. Caches of different models that are alike in all of these are not told apart.
+    """
+    if not caches:
+        raise ValueError("got no caches, wanted at least one")
+    every = [_own_layers(cache) for cache in caches]
+    numbers = sorted({len(layers) for layers in every})
+    if len(numbers) > 1:
+        raise ValueError(f"caches to be stacked must be of one model, got {' and '.join(map(str, numbers))} layers")
+    for layers in every:
+        _rows_of(layers)
+    stacked = []
+    for parts in zip(*every, strict=True):
+        states = [layer.state for layer in parts if layer.state is not None]
+        outputs = [layer.newest_output for layer in parts if layer.newest_output is not None]
+        if any(layer.max_cache_len != parts[0].max_cache_len for layer in parts):
+            raise ValueError("caches to be stacked must have one capacity: got static and growing ones, or two sizes")
+        state = type(states[0]).cat(states)
+        output = torch.cat(outputs) if outputs else None
+        stacked.append(parts[0].holding(state, output, max(int(layer.cumulative_length) for layer in parts)))
+    return _rebuilt(caches[0], stacked)
+
+
+def _own_layers(cache: Cache) -> list[MixerCacheLayer]:
+    """All layers of a cache of ours.
+
+    Raises:
+        TypeError: some are not ours.
+    """
+    layers = [layer for layer in cache.layers if isinstance(layer, MixerCacheLayer)]
+    if not layers or len(layers) < len(cache.layers):
+        raise TypeError(f"wanted a cache of a log-linear model, got {type(cache).__name__} with other layers")
+    return layers
+
+
+def _rows_of(layers: list[MixerCacheLayer]) -> int:
+    """The rows of a cache that has any."""
+    states = [layer.state for layer in layers if layer.state is not None]
+    if len(states) < len(layers):
+        raise ValueError("got an empty cache, wanted one that has read something: until then it has no rows")
+    return states[0].batch_size
+
+
+def _copied(layer: MixerCacheLayer, device: torch.device | str | None) -> MixerCacheLayer:
+    """A layer with tensors of its own, on `device` (None: where they are)."""
+    columns = int(layer.cumulative_length)
+    if layer.state is None:
+        empty = type(layer)(layer.max_cache_len)
+        empty.advance(columns)
+        return empty
+    state, output = layer.state.clone(), layer.newest_output
+    if device is not None:
+        state, output = state.to(device), None if output is None else output.to(device)
+    return layer.holding(state, output, columns)
+
+
+def _rebuilt(cache: CacheT, layers: list[MixerCacheLayer]) -> CacheT:
+    """A cache like `cache` with other layers."""
+    rebuilt = copy.copy(cache)
+    rebuilt.layers = [*layers]
+    return rebuilt

@@ -217,6 +217,13 @@ class LogLinearModel(LogLinearPreTrainedModel):
         )
         return output.to_tuple() if return_dict is False else output
 
+    def compile_blocks(self) -> None:
+        """Put every block through `torch.compile`. Blocks of a kind share one graph, so that the first step takes
+        seconds and not minutes; names of parameters stay as they are.
+        """
+        for block in self.layers:
+            block.compile()
+
     def check_room(self, states: list[MixerCacheLayer], counts: Tensor | int, most: int) -> None:
         """Refuses tokens that a static cache has no room for: `counts` (`[B]`, or one number for all rows), at most
         `most` in a row. Only attention layers can be full, and all of them hold the same tokens.
@@ -297,7 +304,8 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
 
         Args:
             labels: `[B, T]`, the ids themselves (they are shifted here), -100 where nothing is to be
-                predicted. Padding, and the first token of each row and packed sequence, are never predicted.
+                predicted. Padding, and the first token of each row and packed sequence, are never predicted. Where
+                nothing is left to predict, the loss is NaN, as that of other models of transformers.
             logits_to_keep: how many of the last columns to compute logits for (0: all), or `[P]` indices of
                 columns.
             num_items_in_batch: what to divide the summed loss by (gradient accumulation); default: the
@@ -308,8 +316,13 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
             for.
 
         Raises:
-            ValueError: as `LogLinearModel.forward`; labels of another shape, or together with logits_to_keep.
+            ValueError: as `LogLinearModel.forward`; labels of another shape, or together with logits_to_keep; a
+                negative logits_to_keep.
         """
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(
+                f"logits_to_keep: got {logits_to_keep}, wanted a number of columns (0: all) or their indices"
+            )
         whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if labels is not None and not whole:
             raise ValueError("labels need the logits of every column: leave logits_to_keep out")

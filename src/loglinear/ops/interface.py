@@ -304,6 +304,8 @@ def _check_writable(state: FenwickState) -> None:
         if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
             raise ValueError(f"the state's {name} are updated in place, but several entries share memory (strides "
                              f"{x.stride()} for shape {_shape(x)}): clone the state")  # fmt: skip
+        if torch.compiler.is_compiling():  # which knows no inference tensors
+            continue
         if x.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(f"the state's {name} were made in inference mode and cannot be updated outside of it: "
                              "clone the state")  # fmt: skip

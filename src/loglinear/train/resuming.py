@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from loglinear.data import PackedRows
+from loglinear.folders import check_output_folder
 from loglinear.models import LogLinearConfig
 from loglinear.train.checkpoints import POSITION_FILE, checkpoint_step, newest_checkpoint
 from loglinear.train.config import CONFIG_FILE, TrainConfig
@@ -20,11 +21,11 @@ def starting_point(config: TrainConfig) -> Path | None:
 
     Raises:
         FileExistsError: there is a run and resume is off.
+        FileExistsError, PermissionError: the folder cannot be written.
         ValueError: the saved configuration differs where it must not.
     """
     output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output: got the file {output}, wanted a folder")
+    check_output_folder(output)
     checkpoint = newest_checkpoint(output)
     if not config.resume:
         if checkpoint is not None:

@@ -9,6 +9,7 @@ Legend
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ from loglinear.ops.triton.delta_chunks import Chunks, make_chunks
 from loglinear.ops.triton.delta_nodes import Nodes, make_nodes
 from loglinear.ops.triton.delta_read import read
 from loglinear.ops.triton.scalar import CHUNK, INTERPRETED, as_rows, slots_of
+
+logger = logging.getLogger(__name__)
 
 # The backward has been compared with float64 through the interpreter alone. Until it has been compared and timed on a
 # GPU, the torch backend's is taken there, which runs that backend's forward again.
@@ -144,6 +147,7 @@ def _run_backward(ctx, grad_o):
     if BACKWARD_KERNELS:
         grads = _backward_op(grad_o, *tensors, ctx.scale, cu_seqlens)
     else:
+        logger.debug("no Triton kernel for the gradients of the delta rule: the torch backend takes them")
         *grads, _ = tree_attention_backward(grad_o, None, *tensors, ctx.scale, cu_seqlens, None, None)
     return *(g if x is not None else None for g, x in zip(grads, tensors, strict=True)), None, None
 
