@@ -62,23 +62,25 @@ def make_it_say(model, *answers: bytes) -> None:
     script = [token for answer in answers for token in (*answer, EOS)]
 
     def says(module, inputs, output):
-        output = torch.zeros_like(output)
-        output[..., script.pop(0)] = 1
+        output = torch.full_like(output, -1e4)
+        output[..., script.pop(0)] = 0
         return output
 
     model.lm_head.register_forward_hook(says)
 
 
 def test_each_turn_reads_what_is_new(model):
-    talk, counts, shown = Conversation(model, ByteTokenizer()), count_read(model), []
-    expected = []
+    talk, counts, shown, expected, answers = Conversation(model, ByteTokenizer()), count_read(model), [], [], []
     for text in ("def f(x):", "x = 1\n", "", "é"):
         expected += [256, *text.encode()] if not expected else list(text.encode())
         answer = talk.answer(text, max_new_tokens=7, greedy=True, on_text=shown.append)
-        assert answer.tokens == from_scratch(model, expected, 7)
+        answers.append((list(expected), answer.tokens))
         expected += answer.tokens
         assert talk.tokens == expected and talk.read == len(expected) - 1
     assert counts == [10, *[1] * 6, 7, *[1] * 6, 1, *[1] * 6, 3, *[1] * 6]
+    for before, answer in answers:
+        assert answer == from_scratch(model, before, 7)
+    assert "".join(shown) == "".join(ByteTokenizer().decode(answer) for _, answer in answers)
     assert len(set(expected)) > 8, "the model repeats itself: this would show nothing"
 
 
@@ -88,10 +90,10 @@ def test_a_stopped_answer_goes_on_as_if_it_had_not_been(model, first):
     talk = Conversation(model, ByteTokenizer())
     seen = []
     stopped = talk.answer(
-        "def f(", greedy=True, on_token=lambda: seen.append(1), should_stop=lambda: len(seen) >= first - 1
+        "def f(", greedy=True, on_token=lambda: seen.append(1), should_stop=lambda: len(seen) >= first
     )
-    assert stopped.tokens == whole[: len(stopped.tokens)] and first <= len(stopped.tokens) <= first + 1
-    assert len(seen) == len(stopped.tokens)
+    assert stopped.tokens == whole[: first + 1] and len(seen) == first + 1
+    assert talk.read == len(talk.tokens) - 1 == 7 + first
     rest = talk.answer("", max_new_tokens=16 - len(stopped.tokens), greedy=True)
     assert stopped.tokens + rest.tokens == whole
 
@@ -158,7 +160,8 @@ def test_special_tokens_of_a_template_are_tokens():
     """With a tokenizer that has them; the model's own end and the template's are one."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|eos|>")

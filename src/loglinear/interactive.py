@@ -19,6 +19,7 @@ from rich.text import Text
 
 from loglinear.conversation import Conversation
 from loglinear.generate import Generation
+from loglinear.train.reporting import quiet_transformers
 
 COMMANDS = {
     "/reset": "forget everything and begin anew",
@@ -142,7 +143,7 @@ class TerminalScreen:
 
     def begin(self, conversation: Conversation) -> None:
         self.conversation, self.line, self.tokens = conversation, "", 0
-        self.live = Live(console=self.console, auto_refresh=False, transient=True, redirect_stderr=False)
+        self.live = Live(self, console=self.console, auto_refresh=False, transient=True, redirect_stderr=False)
         self.live.start()
         self._refresh()
 
@@ -153,10 +154,8 @@ class TerminalScreen:
         if len(rows) > 1:
             whole += [row.plain for row in rows[:-1]]
             self.line = rows[-1].plain
-        if whole:
-            self._update()  # or the live line would show again what is now printed above it
-            for line in whole:
-                self.console.print(Text(line))
+        for line in whole:
+            self.console.print(Text(line))
 
     def token(self) -> None:
         now = time.perf_counter()
@@ -172,21 +171,22 @@ class TerminalScreen:
         if self.line:
             self.console.print(Text(self.line))
 
-    def _refresh(self) -> None:
-        self.shown = time.perf_counter()
-        self._update(refresh=True)
-
-    def _update(self, refresh: bool = False) -> None:
-        """Makes the live lines what is true now; they are drawn with the next refresh or printed line."""
-        assert self.conversation is not None and self.live is not None
+    def __rich__(self) -> Group:
+        """The live lines: what is written of the last line, and how it goes."""
+        assert self.conversation is not None
         if self.tokens:
             seconds = time.perf_counter() - self.first
             rate = (self.tokens - 1) / seconds if self.tokens > 1 else 0.0
             status = f"{self.tokens:,} tokens · {rate:,.1f} tokens/s"
         else:
             status = f"reading {len(self.conversation.tokens) - self.conversation.read:,} tokens"
-        status += f" · state {self.conversation.state_bytes:,} bytes · Ctrl-C stops"
-        self.live.update(Group(Text(self.line), Text(status, style="dim", no_wrap=True)), refresh=refresh)
+        status += f" · state {self.conversation.state_bytes:,} bytes"
+        return Group(Text(self.line), Text(status, style="dim", no_wrap=True))
+
+    def _refresh(self) -> None:
+        assert self.live is not None
+        self.shown = time.perf_counter()
+        self.live.refresh()
 
 
 class Interrupts:
@@ -230,22 +230,28 @@ def converse(
         kind = "A chat" if conversation.chat else "A text to go on with"
         screen.note(f"{kind}. Ctrl-C stops an answer, and ends the program here; /help for more.")
     try:
-        if first is not None:
-            screen.given(first)
-            _turn(conversation, first, screen, sampling)
-        while True:
-            line = screen.ask()
-            if line.startswith("/") and not line.startswith("//"):
-                try:
-                    if not _command(conversation, line, screen):
-                        return
-                except (ValueError, OSError) as error:
-                    screen.mistake(error)
-            else:
-                _turn(conversation, line.removeprefix("/") if line.startswith("//") else line, screen, sampling)
+        with quiet_transformers():
+            _take_turns(conversation, first, screen, sampling)
     except (EOFError, KeyboardInterrupt):
         if isinstance(screen, TerminalScreen):
             screen.note("")  # ends the line of the prompt
+
+
+def _take_turns(conversation: Conversation, first: str | None, screen: Screen, sampling: dict[str, Any]) -> None:
+    """Turns and commands, until `/quit` or what ends the input."""
+    if first is not None:
+        screen.given(first)
+        _turn(conversation, first, screen, sampling)
+    while True:
+        line = screen.ask()
+        if line.startswith("/") and not line.startswith("//"):
+            try:
+                if not _command(conversation, line, screen):
+                    return
+            except (ValueError, OSError) as error:
+                screen.mistake(error)
+        else:
+            _turn(conversation, line.removeprefix("/") if line.startswith("//") else line, screen, sampling)
 
 
 def _turn(conversation: Conversation, text: str, screen: Screen, sampling: dict[str, Any]) -> None:

@@ -362,5 +362,5 @@ def _copied(layer: MixerCacheLayer, device: torch.device | str | None) -> MixerC
 def _rebuilt(cache: CacheT, layers: list[MixerCacheLayer]) -> CacheT:
     """A cache like `cache` with other layers."""
     rebuilt = copy.copy(cache)
-    rebuilt.layers = [*layers]
+    rebuilt.layers = list[Any](layers)
     return rebuilt
