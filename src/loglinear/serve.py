@@ -335,7 +335,7 @@ class _Handler:
     fields: tuple[str, ...]
 
     def encode(self, body: Mapping[str, Any]) -> list[int]:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say how it turns a request into tokens")
 
     async def handle_request(self, body: dict, request_id: str) -> Any:
         model, tokenizer = self.served.model, self.served.tokenizer

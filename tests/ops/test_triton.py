@@ -23,6 +23,17 @@ pytest.importorskip("triton")
 from loglinear.ops.triton import scalar
 
 needs_interpreter = pytest.mark.skipif(not scalar.INTERPRETED, reason="kernels are not interpreted here")
+# Every test of what happens before a kernel runs: through the interpreter, and on a GPU.
+each_device = pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param(
+            "cpu", marks=pytest.mark.skipif(not scalar.INTERPRETED, reason="kernels are not interpreted here")
+        ),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
+)
+needs_interpreter = pytest.mark.skipif(not scalar.INTERPRETED, reason="kernels are not interpreted here")
 CHUNK = scalar.CHUNK
 
 
@@ -316,10 +327,8 @@ def test_same_bits_compiled_and_in_a_graph():
     assert torch.equal(captured, first[0])
 
 
-def test_what_no_kernel_covers_goes_to_torch(caplog):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not scalar.INTERPRETED:
-        pytest.skip("no GPU, no interpreter")
+@each_device
+def test_what_no_kernel_covers_goes_to_torch(device, caplog):
     inputs = make_inputs("kda", Shape(B=1, T=20, G=1, H=1, K=16, V=16, L=5), torch.float32, device)
     with caplog.at_level(logging.DEBUG, logger="loglinear"):
         o, _ = log_linear_attention(**inputs.arguments(), backend="triton")
@@ -335,16 +344,16 @@ def test_calls_too_large_for_a_launch_are_left_to_torch(heads, covered):
 
 
 @pytest.mark.parametrize("bounds", [[0, 5, 3, 20], [1, 20], [0, 21], [0, -3, 20]])
-def test_wrong_bounds(bounds):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+@each_device
+def test_wrong_bounds(bounds, device):
     inputs = make_inputs("mamba2", Shape(B=1, T=20, G=1, H=1, K=16, V=16, L=5), torch.float32, device)
     for _ in range(2):  # the second time, too
         with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the 20 tokens"):
             runner("triton", torch.tensor(bounds, device=device), returns_state=False)(inputs, None)
 
 
-def test_bounds_that_were_changed_are_read_again():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+@each_device
+def test_bounds_that_were_changed_are_read_again(device):
     inputs = make_inputs("mamba2", Shape(B=1, T=20, G=1, H=1, K=16, V=16, L=5), torch.float32, device)
     bounds = torch.tensor([0, 5, 20], device=device)
     run = runner("triton", bounds, returns_state=False)
@@ -354,8 +363,8 @@ def test_bounds_that_were_changed_are_read_again():
         run(inputs, None)
 
 
-def test_negative_positions():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+@each_device
+def test_negative_positions(device):
     shape = Shape(B=2, T=20, G=1, H=1, K=16, V=16, L=5)
     state = random_state(shape, [3, 4], torch.float32, device)
     state.positions[1] = -1

@@ -71,6 +71,12 @@ def test_room_for_all_reads(num_slots, cap):
     assert room <= max(1, 2 * reads(num_slots))
 
 
+@pytest.mark.parametrize(("key_dim", "covered"), [(256, True), (257, False)])
+def test_keys_too_wide_for_a_program_are_left_to_torch(key_dim, covered):
+    q, v = torch.empty(1, 20, 1, key_dim, device="meta"), torch.empty(1, 20, 1, 600, device="meta")
+    assert (delta.unsupported(q, v, None, False) is None) == covered
+
+
 ON_GPU = [
     Shape(B=1, T=1, G=1, H=1, K=64, V=64, L=1),
     Shape(B=2, T=65, G=2, H=2, K=128, V=128, L=8),

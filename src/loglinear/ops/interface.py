@@ -80,9 +80,9 @@ def log_linear_attention(
         return_state: whether to return the state after the last token.
         backend: "reference" (recurrence over tokens, a specification), "torch" (the tree algorithm in O(T log T) time
             and O(T) memory, on any device), "triton" (kernels for CUDA devices), or "auto" (the fastest that is
-            available). What no kernel covers yet (a decay per channel, the delta rule with a state, states of
-            more than 32 levels, float64, empty batches) goes to the torch backend by itself; the log says so at debug
-            level. So does the backward of the delta rule.
+            available). What no kernel covers yet (a decay per channel, the delta rule with a state or with
+            keys wider than 256, states of more than 32 levels, float64, empty batches) goes to the torch backend by
+            itself; the log says so at debug level. So does the backward of the delta rule.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the new state (None unless `return_state`).

@@ -22,9 +22,11 @@ from loglinear.ops.triton.delta_backward import gradients
 from loglinear.ops.triton.delta_chunks import Chunks, make_chunks
 from loglinear.ops.triton.delta_nodes import Nodes, make_nodes
 from loglinear.ops.triton.delta_read import read
-from loglinear.ops.triton.scalar import CHUNK, INTERPRETED, as_rows, slots_of
+from loglinear.ops.triton.scalar import CHUNK, INTERPRETED, MOST_PROGRAMS, as_rows, slots_of
 
 logger = logging.getLogger(__name__)
+
+WIDEST_KEY = 256
 
 # The backward has been compared with float64 through the interpreter alone. Until it has been compared and timed on a
 # GPU, the torch backend's is taken there, which runs that backend's forward again.
@@ -39,6 +41,10 @@ def unsupported(q: Tensor, v: Tensor, log_decay: Tensor | None, carried: bool) -
         return "float64"
     if q.numel() == 0 or v.numel() == 0:
         return "an empty batch"
+    if q.shape[-1] > WIDEST_KEY:
+        return f"the delta rule with keys wider than {WIDEST_KEY}"  # a program has all rows of a map
+    if v.shape[0] * v.shape[1] > MOST_PROGRAMS:
+        return f"more than {MOST_PROGRAMS} tokens in a call"
     if carried:
         return "a state of the delta rule carried in or out"
     return None

@@ -46,7 +46,7 @@ from loglinear.ops.triton.common import (
     programs,
     row_exists,
 )
-from loglinear.ops.triton.delta_chunks import Chunks, load_block, load_tile, store_block, tile_width
+from loglinear.ops.triton.delta_chunks import Chunks, load_block, load_tile, store_block, store_tile, tile_width
 from loglinear.ops.triton.delta_nodes import Nodes
 
 
@@ -313,10 +313,7 @@ def _values_kernel(k, v, beta, grad_o, inverse, scores, gamma, d_added, dv, d_sc
             written = written.to(dtype)
             of_solved = tl.dot(written, tl.trans(values), of_solved, input_precision=PRECISION)
             grad_v = tl.dot(tl.trans(solved), written, grad_v, input_precision=PRECISION)
-        columns = tile * BV + tl.arange(0, BV)
-        at = dv + token.to(tl.int64) * H * V + head * V + (row[:, None] * (H * V) + columns[None, :])
-        exists = row_exists(row, first, rows)[:, None] & (columns < V)[None, :]
-        tl.store(at, grad_v.to(dv.dtype.element_ty), mask=exists)
+        store_tile(dv + head * V, grad_v, token, first, rows, H * V, C, tile * BV, V, BV)
     store_block(d_scores + place * C * C, of_scores, 0, C, C, 0, C, C)
     store_block(d_solved + place * C * C, of_solved, 0, C, C, 0, C, C)
 
@@ -477,11 +474,8 @@ def _keys_kernel(q, k, v, beta, inverse, erase, pulled, gamma, d_added, d_maps, 
         met *= entering[:, None]
         grad_k += met
         mass += tl.sum(met * keys.to(tl.float32), 1)
-        columns = column * BK + tl.arange(0, BK)
-        at = token.to(tl.int64) * H * K + head * K + (row[:, None] * (H * K) + columns[None, :])
-        exists = row_exists(row, first, rows)[:, None] & (columns < K)[None, :]
-        tl.store(dq + at, grad_q, mask=exists)
-        tl.store(dk + at, grad_k, mask=exists)
+        store_tile(dq + head * K, grad_q, token, first, rows, H * K, C, column * BK, K, BK)
+        store_tile(dk + head * K, grad_k, token, first, rows, H * K, C, column * BK, K, BK)
     at = d_gamma + (head.to(tl.int64) * N + slot) * C + row
     mass += tl.load(at) - to_end
     # what depends on the sum over the whole chunk reaches every row

@@ -50,6 +50,15 @@ def load_tile(pointer, token, first, rows, stride, C: tl.constexpr, column, widt
 
 
 @triton.jit
+def store_tile(pointer, values, token, first, rows, stride, C: tl.constexpr, column, width, WIDTH: tl.constexpr):
+    """`values` [C, WIDTH] to where `load_tile` reads them."""
+    row, columns = tl.arange(0, C), column + tl.arange(0, WIDTH)
+    at = pointer + token.to(tl.int64) * stride + (row[:, None] * stride + columns[None, :])
+    exists = row_exists(row, first, rows)[:, None] & (columns < width)[None, :]
+    tl.store(at, values.to(pointer.dtype.element_ty), mask=exists)
+
+
+@triton.jit
 def load_block(pointer, row, height, HEIGHT: tl.constexpr, column, width, WIDTH: tl.constexpr):
     """Part of a contiguous matrix [height, width] from `row`, `column` on: [HEIGHT, WIDTH], zero beyond it."""
     rows, columns = row + tl.arange(0, HEIGHT), column + tl.arange(0, WIDTH)

@@ -129,7 +129,7 @@ def _merge_kernel(added, maps, rights, tallest, heights, N, H, height, K, V, KT:
 
 
 @triton.jit(do_not_specialize=["N", "cap"])
-def _running_kernel(added, maps, heights, bases, counts, N, H, cap, K, V, KT: tl.constexpr, BK: tl.constexpr,
+def _running_kernel(added, maps, bases, counts, N, H, cap, K, V, KT: tl.constexpr, BK: tl.constexpr,
                     BV: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Adds up what is in the slots of the cap height, in order; a program has BV columns of a head's states."""
     sequence, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -193,7 +193,7 @@ def make_nodes(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, slots: Slots,
     if num_slots > 2**slots.cap:
         # one program after the other has each head's columns: narrow tiles make more of them
         _running_kernel[(len(slots.base), heads, triton.cdiv(value_dim, block_v))](
-            *nodes, slots.height, slots.base, slots.count, num_slots, heads, slots.cap, key_dim, value_dim,
+            *nodes, slots.base, slots.count, num_slots, heads, slots.cap, key_dim, value_dim,
             BV=block_v, num_warps=4, num_stages=3, **keys,
         )  # fmt: skip
     return nodes

@@ -23,9 +23,8 @@ from loglinear.ops.triton.common import (
     place_of_node,
     program_place,
     programs,
-    row_exists,
 )
-from loglinear.ops.triton.delta_chunks import Chunks, load_block, load_tile, store_block, tile_width
+from loglinear.ops.triton.delta_chunks import Chunks, load_block, load_tile, store_block, store_tile, tile_width
 from loglinear.ops.triton.delta_nodes import Nodes
 
 
@@ -95,10 +94,7 @@ def _read_kernel(v, scales, o, scores, seen, added, tokens, firsts, rows_of, blo
         out += read
         queries += H * C * K
         rest = drop_lowest_bit(rest)
-    row, columns = tl.arange(0, C), column + tl.arange(0, BV)
-    at = o + token.to(tl.int64) * H * V + head * V + (row[:, None] * (H * V) + columns[None, :])
-    exists = row_exists(row, first, rows)[:, None] & (columns < V)[None, :]
-    tl.store(at, out.to(o.dtype.element_ty), mask=exists)
+    store_tile(o + head * V, out, token, first, rows, H * V, C, column, V, BV)
 
 
 def read(v: Tensor, scales: Tensor | None, chunks: Chunks, nodes: Nodes, slots: Slots, places: Tensor, chunk: int,

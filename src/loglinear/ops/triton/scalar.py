@@ -129,15 +129,15 @@ def _prepare(q, k, v, level_scales, log_decay, cu_seqlens, positions, return_sta
 
 
 def slots_of(batch, tokens, num_levels, device, cu_seqlens, positions, return_state) -> Slots:
-    carried = positions is not None or return_state
+    has_ends = positions is not None or return_state
     if cu_seqlens is None and positions is None:
         # what is made while a graph is captured belongs to that graph
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         uniform = fenwick.uniform_slots.__wrapped__ if capturing else fenwick.uniform_slots
-        return uniform(batch, tokens, CHUNK, num_levels, device, carried)
+        return uniform(batch, tokens, CHUNK, num_levels, device, has_ends)
     bounds = torch.arange(batch + 1, device=device) * tokens if cu_seqlens is None else cu_seqlens
     count = fenwick.num_slots(batch * tokens, len(bounds) - 1, CHUNK, num_levels, positions is not None)
-    return fenwick.slots(bounds, count, CHUNK, num_levels, positions, carried)
+    return fenwick.slots(bounds, count, CHUNK, num_levels, positions, has_ends)
 
 
 def as_rows(x: Tensor) -> Tensor:
