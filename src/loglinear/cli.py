@@ -77,14 +77,16 @@ def _train_flags() -> list[inspect.Parameter]:
 def _train_config(file: Path | None, flags: dict[str, Any]) -> TrainConfig:
     """The configuration of a file (or, when resuming without one, that of the run), overridden by the given flags."""
     given = {name: value for name, value in flags.items() if value not in (None, [])}
-    if "model_options" in given:
-        given["model_options"] = _assignments("--model-options", given["model_options"])
+    for name in ("model_options", "task_options"):
+        if name in given:
+            given[name] = _assignments("--" + name.replace("_", "-"), given[name])
     base = TrainConfig() if file is None else TrainConfig.from_file(file)
     output = Path(given.get("output", base.output))
     if file is None and given.get("resume") and (output / CONFIG_FILE).is_file():
         base = TrainConfig.from_file(output / CONFIG_FILE)
-    if base.model_options and "model_options" in given:
-        given["model_options"] = {**base.model_options, **given["model_options"]}
+    for name in ("model_options", "task_options"):
+        if name in given:
+            given[name] = {**getattr(base, name), **given[name]}
     return base.replace(**given)
 
 
@@ -111,7 +113,7 @@ def train(
     ),
     **flags: Any,
 ) -> None:
-    """Train a model on text.
+    """Train a model on text, or on a task.
 
     Documents are packed into rows with their boundaries kept; some are held out for evaluation. The output folder gets
     checkpoints, train_config.yaml and metrics.jsonl. Ctrl-C stops with a checkpoint, and --resume goes on from the
@@ -162,6 +164,29 @@ def _read_standard_input() -> str:
 
 def _undecodable(source: str, error: UnicodeDecodeError) -> str:
     return f"got {source}, wanted it in {error.encoding}: {error.reason} at byte {error.start}"
+
+
+@app.command()
+def sweep(
+    file: Path = typer.Argument(help="YAML, TOML or JSON file of the trainings: see experiments/mqar-tiny.yaml."),
+    output: str = typer.Option("runs/sweep", "--output", "-o", help="Folder for the CSV, the summary and the plot."),
+    workers: int | None = typer.Option(
+        None, min=1, help="Trainings side by side on the device, a process each. (default: what the file says, or 1)"
+    ),
+    device: str = typer.Option(
+        "auto", metavar="auto|cpu|cuda", help="Where to train: auto takes the GPU when there is one."
+    ),
+) -> None:
+    """Train many small models on associative recall, and compare them.
+
+    Every training is one row of sweep.csv as soon as it ends. Called again, those that are there are not run again.
+    The learning rate is chosen on sequences that are neither trained on nor reported.
+
+    Example: loglinear sweep experiments/mqar-tiny.yaml --output runs/mqar-tiny --workers 2
+    """
+    from loglinear.evals.command import run_sweep
+
+    run_sweep(file, output, device, workers)
 
 
 @app.command()
@@ -346,6 +371,46 @@ def position_loss(
         width=bucket,
         labels=label,
         seed=seed,
+    )
+
+
+@evaluation.command("mqar")
+def mqar(
+    checkpoints: list[str] = typer.Argument(help="Folders of runs of `loglinear train --task mqar`, or checkpoints."),
+    output: str = typer.Option("mqar", "--output", "-o", help="Folder for the CSV and the plot."),
+    length: int | None = typer.Option(
+        None, min=1, help="Tokens of a sequence. (default: that of the first one's training; it may be longer)"
+    ),
+    pairs: str | None = typer.Option(
+        None, help="Numbers of key-value pairs, such as 4,8,16. (default: those of the first one's training)"
+    ),
+    power: float | None = typer.Option(
+        None, help="Of the query positions: 1 spreads them evenly, less puts more of them early. (default: as trained)"
+    ),
+    sequences: int = typer.Option(1000, min=1, help="Test sequences of each number of pairs."),
+    label: list[str] = typer.Option([], help="Name of a checkpoint in table and plot, one for each."),
+    device: str = typer.Option(
+        "auto", metavar="auto|cpu|cuda", help="Where to run: auto takes the GPU when there is one."
+    ),
+    precision: str = typer.Option("fp32", metavar="auto|bf16|fp32", help="bf16 is autocast with fp32 weights."),
+) -> None:
+    """Multi-query associative recall, by number of pairs and by distance.
+
+    The test sequences are the same for every model and were in no training.
+
+    Example: loglinear eval mqar runs/mamba2 runs/log-linear-mamba2
+    """
+    from loglinear.evals.command import run_mqar
+
+    run_mqar(
+        checkpoints,
+        output,
+        device=device,
+        precision=precision,
+        length=length,
+        options=_given(pairs=pairs, power=power),
+        sequences=sequences,
+        labels=label,
     )
 
 

@@ -1,4 +1,6 @@
-"""What `loglinear eval position-loss` and `loglinear inspect` do: choose, compute, print, and leave files."""
+"""What the commands of `loglinear eval`, `loglinear sweep` and `loglinear inspect` do: choose, compute, print, and
+leave files.
+"""
 
 import inspect
 import textwrap
@@ -12,11 +14,12 @@ from rich.table import Table
 from loglinear import fenwick, plots
 from loglinear.data import ByteTokenizer, load_tokenizer
 from loglinear.data.tokenizers import encode_prompt
-from loglinear.evals import inspection, position_loss
+from loglinear.evals import inspection, position_loss, recall, sweep
 from loglinear.folders import check_output_folder
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.train import load_checkpoint, resolve_checkpoint
 from loglinear.train.checkpoints import choose_device
+from loglinear.train.reporting import Clock, duration
 
 
 def print_table(console: Console, title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
@@ -26,6 +29,9 @@ def print_table(console: Console, title: str, header: Sequence[str], lines: Sequ
         table.add_column(column, justify="left" if number == 0 else "right")
     for line in lines:
         table.add_row(*line)
+    if not console.is_terminal:  # a file or a pipe has room for the whole of it
+        unlimited = console.options.update(width=10_000)
+        console.width = max(console.width, console.measure(table, options=unlimited).maximum)
     console.print(table)
 
 
@@ -59,6 +65,81 @@ def run_position_loss(
     for path in position_loss.write_result(result, output, unit):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return result
+
+
+def run_mqar(
+    checkpoints: Sequence[str],
+    output: str | Path,
+    device: str = "auto",
+    precision: str = "fp32",
+    console: Console | None = None,
+    **options,
+) -> list[recall.RecallAccuracy]:
+    """Evaluates checkpoints at associative recall (see `recall.evaluate_checkpoints` for the options), prints the
+    table, writes CSV and plot.
+
+    Raises:
+        FileExistsError, PermissionError: the output folder cannot be written.
+    """
+    check_output_folder(output)
+    console = console or Console()
+    place, dtype = choose_device(device, precision)
+    rows = recall.evaluate_checkpoints(checkpoints, device=place, dtype=dtype, **options)
+    title = f"Queries answered right (%), {rows[0].length:,} tokens, {rows[0].sequences:,} sequences of each"
+    print_table(console, title, *recall.accuracy_table(rows))
+    console.print("± one standard error over sequences", highlight=False)
+    for path in recall.write_result(rows, output):
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    return rows
+
+
+def run_sweep(
+    file: str | Path,
+    output: str | Path,
+    device: str = "auto",
+    workers: int | None = None,
+    console: Console | None = None,
+) -> list[sweep.SweepSummary]:
+    """Trains what a file describes (see `sweep.run_sweep`), says each run as it ends, prints the table, writes CSV and
+    plot.
+
+    Raises:
+        FileExistsError, PermissionError: the output folder cannot be written.
+    """
+    config = sweep.SweepConfig.from_file(file)
+    check_output_folder(output)
+    console, output = console or Console(), Path(output)
+    clock, first = Clock(), dict[str, int]()
+
+    def tell(row: sweep.SweepRow, done: int, runs: int) -> None:
+        first.setdefault("before", done - 1)
+        seconds = clock.seconds
+        left = (runs - done) * seconds / (done - first["before"])
+        what = f"{row.status}: {row.message}"
+        if row.validation_accuracy is not None:
+            what = f"validation {row.validation_accuracy:.1%}, {row.steps_per_second:.1f} steps/s ({row.step_runs})"
+        console.print(
+            f"{done}/{runs} · {row.model}, width {row.width}, pairs {row.pairs}, rate {row.learning_rate:g}, "
+            f"seed {row.seed} · {what} · {duration(left)} left",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+    rows = sweep.run_sweep(config, output, device, workers, tell)
+    summaries = sweep.summarize(rows)
+    failed = [row for row in rows if row.status == sweep.FAILED]
+    written = [output / sweep.ROWS_FILE]
+    if summaries:
+        print_table(console, f"Queries answered right (%), {Path(file).name}", *sweep.summary_table(summaries))
+        console.print(sweep.SUMMARY_NOTE, highlight=False)
+        written.append(position_loss.write_table(output / sweep.SUMMARY_FILE, summaries, sweep.SweepSummary))
+        written.append(plots.save(sweep.plot(summaries), output / sweep.PLOT_FILE))
+    if failed:
+        console.print(f"{len(failed)} of {len(rows)} runs failed: {failed[0].message}", highlight=False, markup=False)
+    for path in written:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    return summaries
 
 
 def default_text() -> str:

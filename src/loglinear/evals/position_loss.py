@@ -283,7 +283,7 @@ def evaluate(
     return PositionLossResult(table, differences, losses, length)
 
 
-def write_table(path: str | Path, rows: Sequence[PositionLoss] | Sequence[LossDifference], kind: type) -> Path:
+def write_table(path: str | Path, rows: Sequence[Any], kind: type) -> Path:
     """Writes rows of one `kind` (a dataclass) as CSV."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -67,6 +67,19 @@ class TrainConfig:
         "Data", None, "Folder for tokenized data (default: loglinear in the user's cache folder).", resumable=True
     )
     tokenizer: str = _option("Data", "bytes", "'bytes', or a Hugging Face tokenizer by path or hub name.")
+    # What is learned from it, or without it
+    task: Literal["text", "mqar"] = _option(
+        "Task",
+        "text",
+        "What is learned: to predict text, or multi-query associative recall (mqar) on sequences that are made on "
+        "the spot, of sequence_length tokens.",
+    )
+    task_options: dict[str, Any] = _option(
+        "Task",
+        dict,
+        "Options of mqar as KEY=VALUE: pairs (numbers of key-value pairs, such as 4,8,16), vocabulary, power (of the "
+        "query positions). Repeat for several.",
+    )
     # Model
     model: str = _option(
         "Model",
@@ -190,6 +203,22 @@ class TrainConfig:
         for name in ("warmup_fraction", "final_rate_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted 0 to 1")
+        self._check_task()
+
+    def _check_task(self) -> None:
+        if self.task == "text":
+            if self.task_options:
+                raise ValueError(
+                    f"got task_options {self.task_options} with task 'text', which has none; wanted 'mqar'"
+                )
+            return
+        if self.steps is None:
+            raise ValueError(f"task {self.task!r} makes sequences without end: wanted steps, got none")
+        changed = [one.name for one in fields(self) if one.name in _TEXT_ONLY and not _is_default(self, one)]
+        if changed:
+            raise ValueError(f"got {', '.join(changed)}, which task {self.task!r} has no use for; wanted task 'text'")
+        if self.evaluation_rows < 1:
+            raise ValueError(f"evaluation_rows: got 0 (all) with task {self.task!r}, whose sequences have no end")
 
     def replace(self, **changes: Any) -> "TrainConfig":
         """A copy with some fields changed, checked anew. Giving `steps` takes back `epochs`, and the other way round.
@@ -272,6 +301,28 @@ class TrainConfig:
             and getattr(self, one.name) != getattr(saved, one.name)
         ]
 
+
+def _is_default(config: TrainConfig, one: dataclasses.Field) -> bool:
+    default = one.default_factory() if one.default_factory is not dataclasses.MISSING else one.default
+    return getattr(config, one.name) == default
+
+
+# What only a training on text heeds.
+_TEXT_ONLY = (
+    "data",
+    "text_field",
+    "hub_subset",
+    "hub_split",
+    "max_documents",
+    "held_out_fraction",
+    "split_seed",
+    "cache",
+    "tokenizer",
+    "epochs",
+    "accumulation",
+    "recompute",
+    "workers",
+)
 
 _LEAST = {
     "max_documents": 1,

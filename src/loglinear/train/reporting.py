@@ -134,7 +134,8 @@ class Display:
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """Show a row of held-out metrics."""
-        self.say(f"step {row['step']:,}/{self.steps:,} · held-out loss {row['held_out_loss']:.4f}")
+        accuracy = f" · accuracy {row['held_out_accuracy']:.1%}" if "held_out_accuracy" in row else ""
+        self.say(f"step {row['step']:,}/{self.steps:,} · held-out loss {row['held_out_loss']:.4f}{accuracy}")
 
     def say(self, message: str) -> None:
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)

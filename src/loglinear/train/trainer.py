@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset, SequentialSampler
@@ -108,6 +108,10 @@ def train(config: TrainConfig, *, prepare: Callable[[LogLinearForCausalLM], None
     >>> result.checkpoint.name
     'checkpoint-20'
     """
+    if config.task == "mqar":
+        from loglinear.train.recall import train_recall
+
+        return train_recall(config, prepare=prepare)
     output = Path(config.output)
     checkpoint = starting_point(config)
     with quiet_transformers():
@@ -162,22 +166,26 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> LogL
             vocabulary.
         FileNotFoundError: a model file that does not exist.
     """
+    tokens = {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
+    return LogLinearForCausalLM(model_config(config, len(tokenizer), tokens, "the tokenizer's"))
+
+
+def model_config(
+    config: TrainConfig, vocabulary: int, special_tokens: dict[str, int | None], whose: str
+) -> LogLinearConfig:
+    """The configuration of the model that is trained on so many tokens, which are `whose`: see `build_model`."""
     from_file = config.model.lower().endswith(MODEL_FILE_SUFFIXES)
     chosen = _without_bookkeeping(read_mapping(config.model)) if from_file else {}
     options = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocabulary,
         "max_position_embeddings": config.sequence_length,
-        **{name: getattr(tokenizer, name) for name in SPECIAL_TOKENS},
+        **special_tokens,
         **chosen,
         **config.model_options,
     }
-    if options["vocab_size"] < len(tokenizer):
-        raise ValueError(
-            f"the model's vocab_size: got {options['vocab_size']}, wanted at least the tokenizer's {len(tokenizer)}"
-        )
-    return LogLinearForCausalLM(
-        LogLinearConfig(**options) if from_file else LogLinearConfig.preset(config.model, **options)
-    )
+    if options["vocab_size"] < vocabulary:
+        raise ValueError(f"the model's vocab_size: got {options['vocab_size']}, wanted at least {whose} {vocabulary}")
+    return LogLinearConfig(**options) if from_file else LogLinearConfig.preset(config.model, **options)
 
 
 def _without_bookkeeping(values: dict[str, Any]) -> dict[str, Any]:
@@ -258,7 +266,7 @@ class PackedTrainer(Trainer):
         self.reporter = reporter
         self.add_callback(reporter)
         try:
-            with _stop_on_signals(reporter, enabled=self.args.world_size == 1):
+            with stop_on_signals(reporter, enabled=self.args.world_size == 1):
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             reporter.close()
@@ -403,6 +411,13 @@ class NumberedRows(Dataset):
 
     def __getitem__(self, number: int) -> Row:
         return self.rows[number]
+
+
+class Stoppable(Protocol):
+    """What Ctrl-C reaches: a run that looks at `interrupted` after each step."""
+
+    interrupted: bool
+    display: Display
 
 
 class Reporter(TrainerCallback):
@@ -580,7 +595,7 @@ def _training_arguments(config: TrainConfig) -> TrainingArguments:
 
 
 @contextmanager
-def _stop_on_signals(reporter: Reporter, enabled: bool) -> Iterator[None]:
+def stop_on_signals(reporter: Stoppable, enabled: bool) -> Iterator[None]:
     """The first Ctrl-C or termination ends the run after its current step, with a checkpoint; the second at
     once.
     """

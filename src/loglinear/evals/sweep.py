@@ -1,0 +1,654 @@
+"""Many small trainings described by one file: every model, width, number of pairs, learning rate and seed of it, each
+one row of a CSV; and what they come to, at the learning rate that does best.
+
+The task is multi-query associative recall (`loglinear.data.recall`). Models of one seed see the same sequences in the
+same order and start from the same weights where their parameters agree in name and shape
+(`loglinear.models.initialization`), so that a linear model and its log-linear twin differ in the levels alone.
+
+A learning rate is chosen for each model, width and training task by the mean accuracy over seeds on the validation
+sequences; what is reported is the accuracy of those runs on the test sequences, which no choice has seen. A run that
+was not finite counts as an accuracy of zero in both.
+"""
+
+import csv
+import dataclasses
+import json
+import logging
+import math
+import multiprocessing
+import os
+import statistics
+import time
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from loglinear import plots
+from loglinear.bench.rows import environment
+from loglinear.data.recall import RecallTask
+from loglinear.models import LogLinearConfig
+from loglinear.train.checkpoints import choose_device
+from loglinear.train.config import TrainConfig, read_mapping
+from loglinear.train.recall import Progress, RecallRun, examination, mean_accuracy, new_model
+
+FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
+ROWS_FILE, SUMMARY_FILE, PLOT_FILE = "sweep.csv", "sweep_summary.csv", "sweep.png"
+
+# What the file says elsewhere than under `train`, or does not say at all.
+_NOT_COMMON = ("task", "model", "model_options", "learning_rate", "seed", "output", "resume", "stop_after")
+
+
+@dataclass(frozen=True)
+class SweepModel:
+    """A model by name: fields of `LogLinearConfig`, and fields that are a multiple of the width."""
+
+    name: str
+    options: dict[str, Any]
+    times_width: dict[str, float] = field(default_factory=dict)
+
+    def config(self, width: int, task: RecallTask) -> LogLinearConfig:
+        """The configuration at a width: with the vocabulary and length of the task and two layers, where the options
+        do not say otherwise.
+        """
+        scaled = {}
+        for name, times in self.times_width.items():
+            size = times * width
+            if size != round(size):
+                raise ValueError(f"models.{self.name}: {name} is {times} x {width} = {size:g}, wanted a whole number")
+            scaled[name] = round(size)
+        sizes = {"vocab_size": task.vocabulary, "max_position_embeddings": task.length, "num_hidden_layers": 2}
+        try:
+            return LogLinearConfig(**{**sizes, **scaled, **self.options, "hidden_size": width})
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"models.{self.name} at width {width}: {error}") from error
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What is trained. Checked as a whole when it is made, models included.
+
+    Args:
+        models: name -> fields of `LogLinearConfig`; under `times_width` those that are a multiple of the width.
+        widths: model widths (`hidden_size`).
+        pairs: the training tasks: a number of pairs, or a list of numbers for a mixture, each.
+        learning_rates: of which the best is chosen.
+        seeds: of initial weights and training sequences.
+        train: options of `loglinear train` that all runs share, such as `sequence_length`, `steps` and `rows`;
+            `task_options` are those of the task but for the pairs.
+        validation_sequences, test_sequences: of each number of pairs.
+        workers: trainings side by side, each a process of its own (1: none but this).
+
+    Raises:
+        ValueError, TypeError: a key that is unknown or missing, a value that cannot be, or a model that cannot be made.
+    """
+
+    models: dict[str, Any]
+    widths: list[int]
+    pairs: list[Any]
+    learning_rates: list[float]
+    seeds: list[int]
+    train: dict[str, Any]
+    validation_sequences: int = 500
+    test_sequences: int = 1000
+    workers: int = 1
+
+    def __post_init__(self):
+        for name in ("models", "train"):
+            if not isinstance(getattr(self, name), dict):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, wanted names with values")
+        if not self.models:
+            raise ValueError("models: got none, wanted at least one")
+        for name, kind in (("widths", int), ("seeds", int), ("learning_rates", float)):
+            object.__setattr__(self, name, _numbers(name, getattr(self, name), kind))
+        if not isinstance(self.pairs, list) or not self.pairs:
+            raise ValueError(f"pairs: got {self.pairs!r}, wanted a list of numbers, or of lists for mixtures")
+        for name in ("validation_sequences", "test_sequences", "workers"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: got {value!r}, wanted a whole number of at least 1")
+        for name in _NOT_COMMON:
+            if name in self.train:
+                raise ValueError(f"train: got {name}, which is not for all runs; wanted options that they share")
+        if "pairs" in self.train.get("task_options", {}):
+            raise ValueError("train: got task_options.pairs, wanted the pairs of the sweep")
+        named = [str(model) for model in self.models]
+        object.__setattr__(self, "models", dict(zip(named, self.models.values(), strict=True)))
+        for run in self.runs():
+            run.model_config()
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "SweepConfig":
+        """Reads a `.yaml`, `.yml`, `.toml` or `.json` file.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError, TypeError: as the class.
+        """
+        values = read_mapping(path)
+        known = {one.name: one for one in fields(cls)}
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise ValueError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(known)}")
+        missing = [name for name, one in known.items() if name not in values and one.default is dataclasses.MISSING]
+        if missing:
+            raise ValueError(f"{path}: got no {', '.join(missing)}, wanted {'it' if len(missing) == 1 else 'them'}")
+        return cls(**values)
+
+    def sweep_models(self) -> list[SweepModel]:
+        found = []
+        for name, options in self.models.items():
+            if not isinstance(options, dict):
+                raise TypeError(f"models.{name}: got {options!r}, wanted fields of a model with values")
+            options = dict(options)
+            times = options.pop("times_width", {})
+            if not isinstance(times, dict) or not all(isinstance(value, (int, float)) for value in times.values()):
+                raise TypeError(f"models.{name}.times_width: got {times!r}, wanted fields with numbers")
+            found.append(SweepModel(name, options, times))
+        return found
+
+    def runs(self) -> "list[SweepRun]":
+        """All trainings. Those that are compared come one after the other: models innermost but for learning rates and
+        seeds, so that a sweep that is stopped early has whole comparisons.
+        """
+        return [
+            SweepRun(model, width, self._training(pairs, rate, seed), self.validation_sequences, self.test_sequences)
+            for pairs in self.pairs
+            for width in self.widths
+            for model in self.sweep_models()
+            for rate in self.learning_rates
+            for seed in self.seeds
+        ]
+
+    def _training(self, pairs: Any, rate: float, seed: int) -> TrainConfig:
+        options = {**self.train.get("task_options", {}), "pairs": pairs}
+        common = {"log_every": 100, **self.train, "task": "mqar", "task_options": options}
+        return TrainConfig.from_mapping({**common, "learning_rate": rate, "seed": seed})
+
+
+def _numbers(name: str, values: Any, kind: type) -> list[Any]:
+    """A list of different numbers."""
+    wanted = "whole numbers" if kind is int else "numbers"
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{name}: got {values!r}, wanted a list of {wanted}")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, kind)):
+            raise TypeError(f"{name}: got {value!r}, wanted {wanted}")
+    found = [kind(value) for value in values]
+    if len(set(found)) != len(found):
+        raise ValueError(f"{name}: got {values}, wanted each number once")
+    return found
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One training of a sweep."""
+
+    model: SweepModel
+    width: int
+    training: TrainConfig
+    validation_sequences: int
+    test_sequences: int
+
+    @property
+    def task(self) -> RecallTask:
+        return RecallTask.from_options(self.training.task_options, length=self.training.sequence_length)
+
+    def model_config(self) -> LogLinearConfig:
+        return self.model.config(self.width, self.task)
+
+    def settings(self) -> dict[str, Any]:
+        """The cells of a row that say which run it is: what may differ without making it another run is left out."""
+        left_out = {"model", "model_options", "learning_rate", "seed", "task_options", "task", "device", "compile"}
+        common = {
+            one.name: getattr(self.training, one.name)
+            for one in fields(TrainConfig)
+            if (one.name == "steps" or not one.metadata["resumable"])
+            and one.name not in left_out
+            and one.metadata["panel"] != "Data"
+        }
+        task = self.task
+        common |= {"vocabulary": task.vocabulary, "power": task.power}
+        options = {**self.model.options, "times_width": self.model.times_width}
+        return {
+            "model": self.model.name,
+            "width": self.width,
+            "pairs": " ".join(map(str, task.pairs)),
+            "learning_rate": self.training.learning_rate,
+            "seed": self.training.seed,
+            "options": json.dumps(options, sort_keys=True),
+            "training": json.dumps(common, sort_keys=True),
+            "validation_sequences": self.validation_sequences,
+            "test_sequences": self.test_sequences,
+        }
+
+    @property
+    def key(self) -> tuple:
+        return tuple(self.settings().values())
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One training and what came of it.
+
+    `options` and `training` are JSON: the fields of the model, and of the training what all runs of a sweep share.
+    States are bytes per sequence in float32: `state_bytes` of all levels as allocated, `state_bytes_one_level` of one
+    (what the linear twin has), `occupied_state_bytes` of the buckets in use on average over the positions;
+    `kv_cache_bytes` is the cache of attention layers at the task's length. `status` is "finished", "diverged" (a step
+    was not finite; `steps` counts those before) or "failed" (`message` says how; it is tried again). Accuracies are
+    shares of queries: the mean over numbers of pairs, and by number as `pairs:accuracy`. `step_runs` says whether a
+    step was a CUDA "graph" or "eager".
+    """
+
+    model: str
+    width: int
+    pairs: str
+    learning_rate: float
+    seed: int
+    options: str
+    training: str
+    validation_sequences: int
+    test_sequences: int
+    mixer: str = ""
+    layers: int = 0
+    num_levels: int = 0
+    parameters: int = 0
+    state_bytes: int = 0
+    state_bytes_one_level: int = 0
+    occupied_state_bytes: int = 0
+    conv_bytes: int = 0
+    kv_cache_bytes: int = 0
+    status: str = FINISHED
+    message: str = ""
+    steps: int = 0
+    loss: float | None = None
+    validation_accuracy: float | None = None
+    test_accuracy: float | None = None
+    validation_by_pairs: str = ""
+    test_by_pairs: str = ""
+    seconds: float = 0.0
+    steps_per_second: float = 0.0
+    step_runs: str = ""
+    device: str = ""
+    torch: str = ""
+    loglinear: str = ""
+    date: str = ""
+
+    @property
+    def key(self) -> tuple:
+        return tuple(getattr(self, one.name) for one in fields(self)[:9])
+
+    @property
+    def bytes_kept(self) -> int:
+        """Everything that grows or is kept from token to token: states of all levels and the cache of attention."""
+        return self.state_bytes + self.kv_cache_bytes
+
+    def accuracies(self, which: str) -> dict[int, float]:
+        """Test or validation accuracy by number of pairs; zeros where the run diverged."""
+        if self.status == DIVERGED:
+            return dict.fromkeys(map(int, self.pairs.split()), 0.0)
+        cells = getattr(self, f"{which}_by_pairs").split()
+        return {int(pairs): float(share) for pairs, share in (cell.split(":") for cell in cells)}
+
+
+COLUMNS = tuple(one.name for one in fields(SweepRow))
+
+
+def read_rows(path: str | Path) -> list[SweepRow]:
+    """The rows of a sweep so far; a last line that was cut off while it was written is left out.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    whole = path.read_text(encoding="utf-8")
+    lines = whole[: whole.rfind("\n") + 1].splitlines(keepends=True)
+    if not lines:
+        return []
+    reader = csv.DictReader(lines)
+    if tuple(reader.fieldnames or ()) != COLUMNS:
+        raise ValueError(f"{path}: got the columns {', '.join(reader.fieldnames or ())}, wanted {', '.join(COLUMNS)}")
+    hints = typing.get_type_hints(SweepRow)
+    return [SweepRow(**{name: _value(cell, hints[name]) for name, cell in line.items()}) for line in reader]
+
+
+def _value(cell: str, kind: Any) -> Any:
+    optional = kind not in (str, int, float)
+    if optional:
+        return None if cell == "" else float(cell)
+    return kind(cell)
+
+
+class RowFile:
+    """The CSV of a sweep, to which each run is appended as it ends."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        rows = read_rows(path)
+        if not path.is_file() or not path.read_bytes().endswith(b"\n"):  # new, or cut off in a line
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerow(COLUMNS)
+                self._write(file, rows)
+
+    def append(self, row: SweepRow) -> None:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            self._write(file, [row])
+
+    @staticmethod
+    def _write(file: typing.IO[str], rows: Sequence[SweepRow]) -> None:
+        writer = csv.writer(file, lineterminator="\n")
+        for row in rows:
+            writer.writerow(["" if cell is None else cell for cell in dataclasses.astuple(row)])
+
+
+def train_one(run: SweepRun, device: str = "auto", on_progress: Callable[[Progress], None] | None = None) -> SweepRow:
+    """Trains and examines one model. What goes wrong in it becomes a row that says so."""
+    place, dtype = choose_device(device, run.training.precision)
+    config = run.model_config()
+    cost = config.cost(run.task.length, torch.float32)
+    where = environment(place)
+    attends = "attention" in config.mixers
+    levels = config.num_levels or 0
+    row = SweepRow(
+        **run.settings(),
+        mixer=config.mixer,
+        layers=config.num_hidden_layers,
+        num_levels=levels,
+        parameters=cost.parameters,
+        state_bytes=cost.state_bytes,
+        state_bytes_one_level=cost.state_bytes // levels if levels else 0,
+        occupied_state_bytes=cost.occupied_state_bytes,
+        conv_bytes=cost.conv_bytes,
+        kv_cache_bytes=cost.kv_cache_bytes if attends else 0,
+        device=where.device,
+        torch=where.torch,
+        loglinear=where.loglinear,
+        date=where.date,
+    )
+    try:
+        return _trained(run, row, config, place, dtype, on_progress)
+    except Exception as error:  # one run must not end the others: its row says what happened
+        logging.getLogger(__name__).debug("a run failed", exc_info=True)
+        message = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        return dataclasses.replace(row, status=FAILED, message=message)
+
+
+def _trained(
+    run: SweepRun,
+    row: SweepRow,
+    config: LogLinearConfig,
+    place: torch.device,
+    dtype: torch.dtype,
+    on_progress: Callable[[Progress], None] | None,
+) -> SweepRow:
+    training, task = run.training, run.task
+    assert training.steps is not None
+    learner = RecallRun(training, task, new_model(config, training.seed), place, dtype)
+    progress = Progress(0, math.nan, math.nan, True)
+    begin = time.perf_counter()
+    while progress.finite and learner.step < training.steps:
+        learner.advance()
+        if learner.step % training.log_every == 0 or learner.step == training.steps:
+            progress = learner.progress(progress.steps)
+            if on_progress is not None:
+                on_progress(progress)
+    seconds = time.perf_counter() - begin
+    done = {
+        "steps": progress.steps,
+        "loss": progress.loss if math.isfinite(progress.loss) else None,
+        "seconds": round(seconds, 3),
+        "steps_per_second": round(learner.step / seconds, 2),
+        "step_runs": learner.how,
+    }
+    if not progress.finite:
+        what = f"step {progress.steps + 1} was not finite"
+        return dataclasses.replace(row, **done, status=DIVERGED, message=what)
+    for stream, sequences in (("validation", run.validation_sequences), ("test", run.test_sequences)):
+        by_pairs, _ = mean_accuracy(learner.model, examination(task, stream, sequences), dtype)
+        done[f"{stream}_accuracy"] = round(statistics.fmean(by_pairs.values()), 6)
+        done[f"{stream}_by_pairs"] = " ".join(f"{pairs}:{share:.6f}" for pairs, share in by_pairs.items())
+    return dataclasses.replace(row, **done)
+
+
+def run_sweep(
+    config: SweepConfig,
+    output: str | Path,
+    device: str = "auto",
+    workers: int | None = None,
+    on_row: Callable[[SweepRow, int, int], None] | None = None,
+) -> list[SweepRow]:
+    """Trains what is not in the CSV of `output` yet; failed runs are tried again.
+
+    Args:
+        config: what is trained.
+        output: folder of `sweep.csv`. Rows of other runs in it are left alone.
+        device: "auto", "cpu" or "cuda".
+        workers: trainings side by side; default: `config.workers`.
+        on_row: called with each new row, how many of the runs are done, and how many there are.
+
+    Returns:
+        The rows of all runs of `config`, in their order; the newest where there are several.
+
+    Raises:
+        ValueError: a CSV with other columns, or fewer than one worker.
+        RuntimeError: a worker process died; the rows so far are kept.
+    """
+    workers = config.workers if workers is None else workers
+    if workers < 1:
+        raise ValueError(f"workers: got {workers}, wanted at least 1")
+    choose_device(device)
+    runs, path = config.runs(), Path(output) / ROWS_FILE
+    file = RowFile(path)
+    done = {row.key: row for row in read_rows(path) if row.status != FAILED}
+    waiting = [run for run in runs if run.key not in done]
+    finished = len(runs) - len(waiting)
+    newest = {row.key: row for row in read_rows(path)}
+    for row in _rows_of(waiting, device, min(workers, max(1, len(waiting)))):
+        file.append(row)
+        newest[row.key] = row
+        finished += 1
+        if on_row is not None:
+            on_row(row, finished, len(runs))
+    return [newest[run.key] for run in runs]
+
+
+def _rows_of(runs: Sequence[SweepRun], device: str, workers: int) -> Iterator[SweepRow]:
+    """The rows of runs as they end."""
+    if workers == 1:
+        for run in runs:
+            yield train_one(run, device)
+        return
+    # A fresh interpreter each: a process that has used CUDA cannot be forked.
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,))
+    try:
+        for future in as_completed([pool.submit(train_one, run, device) for run in runs]):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            f"a worker process died (of memory?); the rows so far are kept and the sweep goes on from them: "
+            f"try fewer than {workers} workers"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+# ----------------------------------------------------------------------------------------------------
+# What the runs come to
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SweepSummary:
+    """Accuracy of one model at one width, at the learning rate chosen for it.
+
+    `trained_pairs` is the training task, `pairs` the number of pairs that was tested (None: the mean over them).
+    `accuracy` and `standard_deviation` are over `seeds` runs on the test sequences (None with one seed),
+    `validation_accuracy` is what the learning rate was chosen by; `at_edge` says that it is the lowest or highest that
+    was tried, of more than one, so that a better one may lie beyond. `diverged` counts runs that were not finite.
+    """
+
+    model: str
+    width: int
+    trained_pairs: str
+    pairs: int | None
+    accuracy: float
+    standard_deviation: float | None
+    seeds: int
+    diverged: int
+    learning_rate: float
+    at_edge: bool
+    validation_accuracy: float
+    parameters: int
+    num_levels: int
+    state_bytes: int
+    state_bytes_one_level: int
+    occupied_state_bytes: int
+    kv_cache_bytes: int
+
+
+def summarize(rows: Sequence[SweepRow]) -> list[SweepSummary]:
+    """One row for each model, width, training task and number of pairs tested, and one for the mean over the numbers.
+
+    Only learning rates with a result of every seed can be chosen; a model without one is left out. Of rates that do
+    equally well the lower one is chosen.
+    """
+    groups: dict[tuple, list[SweepRow]] = {}
+    for row in rows:
+        groups.setdefault((row.model, row.width, row.pairs), []).append(row)
+    found = []
+    for group in groups.values():
+        chosen = _best(group)
+        if chosen is None:
+            continue
+        rate, runs, validation = chosen
+        rates = sorted({row.learning_rate for row in group})
+        numbers = [int(number) for number in runs[0].pairs.split()]
+        for pairs in (*numbers, None):
+            values = [
+                statistics.fmean(accuracies.values()) if pairs is None else accuracies[pairs]
+                for accuracies in (run.accuracies("test") for run in runs)
+            ]
+            found.append(
+                SweepSummary(
+                    model=runs[0].model,
+                    width=runs[0].width,
+                    trained_pairs=runs[0].pairs,
+                    pairs=pairs,
+                    accuracy=statistics.fmean(values),
+                    standard_deviation=statistics.stdev(values) if len(values) > 1 else None,
+                    seeds=len(runs),
+                    diverged=sum(run.status == DIVERGED for run in runs),
+                    learning_rate=rate,
+                    at_edge=len(rates) > 1 and rate in (rates[0], rates[-1]),
+                    validation_accuracy=validation,
+                    **{
+                        name: getattr(runs[0], name)
+                        for name in (
+                            "parameters", "num_levels", "state_bytes", "state_bytes_one_level",
+                            "occupied_state_bytes", "kv_cache_bytes",
+                        )
+                    },
+                )
+            )  # fmt: skip
+    return found
+
+
+def _best(group: Sequence[SweepRow]) -> tuple[float, list[SweepRow], float] | None:
+    """The learning rate with the best mean validation accuracy over seeds, its runs, and that accuracy."""
+    seeds = {row.seed for row in group}
+    best = None
+    for rate in sorted({row.learning_rate for row in group}):
+        runs = [row for row in group if row.learning_rate == rate and row.status != FAILED]
+        if {row.seed for row in runs} != seeds:
+            continue
+        mean = statistics.fmean(statistics.fmean(run.accuracies("validation").values()) for run in runs)
+        if best is None or mean > best[2]:
+            best = rate, runs, mean
+    return best
+
+
+SUMMARY_NOTE = (
+    "± one standard deviation over seeds, on the test sequences, at the learning rate with the best mean over seeds on "
+    "the validation sequences (*: the lowest or highest that was tried). A run that was not finite counts as 0"
+)
+
+
+def summary_table(summaries: Sequence[SweepSummary]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: accuracy in per cent by number of pairs, and what each model keeps."""
+    numbers = sorted({row.pairs for row in summaries if row.pairs is not None})
+    mixtures = len({row.trained_pairs for row in summaries}) > 1
+    header = ["model", "width", *(["trained on"] if mixtures else []), "levels", "state"]
+    header += ["rate", "seeds", *(f"{number} pairs" for number in numbers), "mean"]
+    lines = []
+    cells = {(row.model, row.width, row.trained_pairs, row.pairs): row for row in summaries}
+    for row in (row for row in summaries if row.pairs is None):
+        line = [row.model, str(row.width), *([row.trained_pairs] if mixtures else []), str(row.num_levels or "–")]
+        line.append(plots.format_bytes(row.state_bytes + row.kv_cache_bytes))
+        line.append(f"{row.learning_rate:g}{'*' if row.at_edge else ''}")
+        line.append(str(row.seeds) if not row.diverged else f"{row.seeds} ({row.diverged} not finite)")
+        for number in (*numbers, None):
+            cell = cells.get((row.model, row.width, row.trained_pairs, number))
+            line.append("–" if cell is None else _percent(cell))
+        lines.append(line)
+    return header, lines
+
+
+def _percent(row: SweepSummary) -> str:
+    deviation = row.standard_deviation
+    return f"{100 * row.accuracy:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
+
+
+def plot(summaries: Sequence[SweepSummary]) -> Figure:
+    """A row of panels for each training task: accuracy by number of pairs at each width, and against what is kept."""
+    tasks = list(dict.fromkeys(row.trained_pairs for row in summaries))
+    widths = sorted({row.width for row in summaries})
+    names = list(dict.fromkeys(row.model for row in summaries))
+    with plots.style():
+        figure, axes = plots.new_figure(len(tasks), len(widths) + 1, width=3.8, height=3.4)
+        for number, task in enumerate(tasks):
+            own = [row for row in summaries if row.trained_pairs == task]
+            panels = axes[number * (len(widths) + 1) : (number + 1) * (len(widths) + 1)]
+            for axis, width in zip(panels, widths, strict=False):
+                series = []
+                for index, name in enumerate(names):
+                    line = [row for row in own if (row.model, row.width) == (name, width) and row.pairs is not None]
+                    series.append(_series(name, index, [float(row.pairs or 0) for row in line], line))
+                plots.draw_series(axis, series)
+                plots.token_axis(axis, [row.pairs for row in own if row.pairs is not None], "key-value pairs")
+                axis.set_title(f"width {width}")
+            series = []
+            for index, name in enumerate(names):
+                line = [row for row in own if row.model == name and row.pairs is None]
+                series.append(_series(name, index, [row.state_bytes + row.kv_cache_bytes for row in line], line))
+            plots.draw_series(panels[-1], series)
+            panels[-1].set_xscale("log", base=2)
+            panels[-1].xaxis.set_major_formatter(lambda value, _: plots.format_bytes(value))
+            panels[-1].set_xlabel("state per sequence (float32)")
+            panels[-1].set_title("mean, by state")
+            for axis in panels:
+                axis.set_ylim(-3, 103)
+            panels[0].set_ylabel("queries answered right (%; bars: ± 1 s.d.)")
+        plots.legend_below(figure, axes[0])
+    return figure
+
+
+def _series(name: str, index: int, x: Sequence[float], rows: Sequence[SweepSummary]) -> plots.Series:
+    return plots.Series(
+        name,
+        x,
+        [100 * row.accuracy for row in rows],
+        error=[100 * (row.standard_deviation or 0.0) for row in rows],
+        colour=index,
+        marker=index,
+    )
