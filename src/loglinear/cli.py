@@ -414,6 +414,79 @@ def mqar(
     )
 
 
+@evaluation.command("needle")
+def needle(
+    models: list[str] = typer.Argument(
+        help="Folders of checkpoints or training runs, or any causal language models of transformers by folder or name."
+    ),
+    output: str = typer.Option("needle", "--output", "-o", help="Folder for the CSVs and the plot."),
+    task: list[str] = typer.Option(
+        [],
+        "--task",
+        "-t",
+        help="A task of RULER by name, or all (repeat for several). (default: niah_single_1, a passkey in repeated "
+        "sentences; niah_single_2, a number in running text; niah_single_3, a uuid in it)",
+    ),
+    lengths: list[str] = typer.Option([], help="Tokens of prompt and answer, such as 512,1K,4K. (default: 1K)"),
+    depths: str = typer.Option("0,25,50,75,100", help="Where the needle is, in per cent of the haystack."),
+    samples: int = typer.Option(10, min=1, help="Samples of each task, length and depth."),
+    haystack: Path | None = typer.Option(
+        None, help="File of running text. (default: Python's language reference, as its help() shows it)"
+    ),
+    chat: bool = typer.Option(False, "--chat", help="Ask in the user's turn of the tokenizer's chat template."),
+    seed: int = typer.Option(0, help="Another seed makes other samples."),
+    label: list[str] = typer.Option([], help="Name of a model in table and plot, one for each."),
+    batch_tokens: int = typer.Option(65_536, min=1, help="Samples that are read at once, in tokens."),
+    harness_task: Path | None = typer.Option(
+        None, help="Also write the samples as a task of the evaluation harness into this folder."
+    ),
+    device: str = typer.Option(
+        "auto", metavar="auto|cpu|cuda", help="Where to run: auto takes the GPU when there is one."
+    ),
+    precision: str = typer.Option(
+        "auto", metavar="auto|bf16|fp32", help="Type of the weights; auto takes bf16 on GPUs that have it."
+    ),
+) -> None:
+    """Needle in a haystack, by length and depth.
+
+    A fact is hidden in a long text, and the model is asked for it: tasks of RULER (niah_single_1 to 3,
+    niah_multikey_1 to 3, niah_multivalue, niah_multiquery), answered greedily, judged exactly.
+
+    Example: loglinear eval needle runs/linear runs/log-linear --lengths 512,1K,2K
+    """
+    from loglinear.bench.command import parse_lengths
+    from loglinear.evals.command import run_needle
+    from loglinear.evals.needle import DEFAULT_TASKS
+
+    run_needle(
+        models,
+        output,
+        device=device,
+        precision=precision,
+        harness_task=harness_task,
+        tasks=task or list(DEFAULT_TASKS),
+        lengths=parse_lengths(lengths) if lengths else (1024,),
+        depths=_depths(depths),
+        samples=samples,
+        haystack=haystack,
+        chat=chat,
+        seed=seed,
+        labels=label,
+        tokens_per_batch=batch_tokens,
+    )
+
+
+def _depths(text: str) -> list[float]:
+    """Shares from per cents with commas between."""
+    try:
+        found = [float(part) / 100 for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--depths: got {text!r}, wanted per cents such as 0,50,100") from None
+    if not all(0 <= depth <= 1 for depth in found):
+        raise ValueError(f"--depths: got {text!r}, wanted per cents from 0 to 100")
+    return found
+
+
 @app.command("inspect")
 def inspect_model(
     target: str = typer.Argument(help="Folder of a checkpoint or training run, or the name of a preset."),

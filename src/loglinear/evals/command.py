@@ -14,7 +14,7 @@ from rich.table import Table
 from loglinear import fenwick, plots
 from loglinear.data import ByteTokenizer, load_tokenizer
 from loglinear.data.tokenizers import encode_prompt
-from loglinear.evals import inspection, position_loss, recall, sweep
+from loglinear.evals import inspection, needle, position_loss, recall, sweep
 from loglinear.folders import check_output_folder
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.train import load_checkpoint, resolve_checkpoint
@@ -91,6 +91,47 @@ def run_mqar(
     for path in recall.write_result(rows, output):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return rows
+
+
+def run_needle(
+    models: Sequence[str],
+    output: str | Path,
+    device: str = "auto",
+    precision: str = "auto",
+    harness_task: str | Path | None = None,
+    console: Console | None = None,
+    **options,
+) -> list[needle.NeedleCell]:
+    """Asks models for needles (see `needle.evaluate_checkpoints` for the options), prints the table, writes CSV and
+    plot, and with `harness_task` the samples of the first model as a task of the evaluation harness into that folder.
+
+    Raises:
+        FileExistsError, PermissionError: the output folder cannot be written.
+    """
+    check_output_folder(output)
+    if harness_task is not None:
+        check_output_folder(harness_task)
+    console = console or Console()
+    place, dtype = choose_device(device, precision)
+    written: list[Path] = []
+    clock, told = Clock(), [0.0]
+
+    def keep(_: str, samples: list[needle.NeedleSample]) -> None:
+        if harness_task is not None and not written:
+            written.extend(needle.write_harness_task(samples, harness_task))
+
+    def tell(name: str, done: int, of: int) -> None:
+        if clock.seconds - told[0] > 10:
+            told[0] = clock.seconds
+            console.print(f"{name}: {done:,} of {of:,} answers", highlight=False, markup=False)
+
+    rows = needle.evaluate_checkpoints(models, device=place, dtype=dtype, on_progress=tell, on_samples=keep, **options)
+    cells = needle.tabulate(rows)
+    print_table(console, "Needles found (%), all depths together", *needle.summary_table(cells))
+    console.print("exact answers; ± one standard error over samples", highlight=False)
+    for path in [*needle.write_result(rows, cells, output), *written]:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    return cells
 
 
 def run_sweep(

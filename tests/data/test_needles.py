@@ -1,0 +1,113 @@
+"""Needles: every sample has its facts where it says, fits into its length, and is judged by what was hidden."""
+
+import re
+
+import pytest
+
+from loglinear.data import ByteTokenizer, encode_prompt
+from loglinear.data.needles import NEEDLE_TASKS, Haystack, default_haystack, read_haystack, score, sentences_of
+
+TEXT = [f"Sentence number {word} says little." for word in ("one", "two", "three", "four", "five", "six", "seven")]
+
+
+def byte_haystack(**options) -> Haystack:
+    tokenizer = ByteTokenizer()
+    return Haystack(lambda text: encode_prompt(tokenizer, text), TEXT, **options)
+
+
+def word_haystack() -> Haystack:
+    """Tokens that are words and punctuation: sizes of sentences add up otherwise than with bytes."""
+    return Haystack(lambda text: [len(word) for word in re.findall(r"\w+|[^\w\s]", text)], TEXT)
+
+
+@pytest.mark.parametrize("name", NEEDLE_TASKS)
+@pytest.mark.parametrize("make", [byte_haystack, word_haystack])
+def test_samples_fit_and_hold_what_is_asked_for(name, make):
+    task, haystack = NEEDLE_TASKS[name], make()
+    for length in (800, 1503):
+        sample = haystack.sample(name, length, 0.5, 3)
+        assert sample.tokens == haystack.encode(sample.prompt)
+        assert len(sample.tokens) + sample.answer_tokens <= length
+        assert len(sample.tokens) + sample.answer_tokens > length - 150, "room for another sentence or needle was left"
+        context, question = sample.prompt.split("\n\nQuestion:")
+        assert len(set(sample.expected)) == task.wanted
+        for value in sample.expected:
+            assert context.count(value) == 1 and value not in question
+            (key,) = re.findall(rf"of (\S+) is {value}\.", context)
+            assert question.count(key) == 2, "in the question and in the beginning of the answer"
+        assert len(haystack.encode(", ".join(sample.expected))) <= sample.answer_tokens
+        if task.haystack != "needles":
+            assert len(re.findall(r"One secret", context)) == task.hidden * task.each
+        assert not sample.prompt.endswith(" ")
+
+
+@pytest.mark.parametrize("name", ["niah_single_1", "niah_single_2", "niah_multikey_2"])
+def test_the_depth_is_where_the_needle_is(name):
+    haystack = byte_haystack()
+    for depth in (0.0, 0.3, 0.5, 1.0):
+        sample = haystack.sample(name, 4000, depth, 0)
+        context = sample.prompt.split("\n\n")[1]
+        needle = next(part for part in sentences_of(context) if sample.expected[0] in part)
+        before = context.index(needle)
+        assert abs(before / (len(context) - len(needle)) - depth) < 0.02
+
+
+def test_samples_depend_on_their_cell_and_seed_alone():
+    haystack, other = byte_haystack(), byte_haystack()
+    one = haystack.sample("niah_multikey_1", 900, 0.5, 0)
+    haystack.sample("niah_single_2", 900, 0.5, 0)
+    assert haystack.sample("niah_multikey_1", 900, 0.5, 0) == one == other.sample("niah_multikey_1", 900, 0.5, 0)
+    changed = [("niah_multikey_1", 901, 0.5, 0), ("niah_multikey_1", 900, 0.6, 0), ("niah_multikey_1", 900, 0.5, 1)]
+    for cell in changed:
+        assert haystack.sample(*cell).expected != one.expected
+    assert haystack.sample("niah_multikey_1", 900, 0.5, 0, seed=1).expected != one.expected
+
+
+def test_a_wrapped_prompt_fits_too():
+    haystack = byte_haystack(wrap=lambda text, answer: f"<user>{text}</user><model>{answer}")
+    sample = haystack.sample("niah_single_1", 700, 0.5, 0)
+    assert sample.prompt.startswith("<user>") and sample.prompt.endswith(" is") and "</user><model>The" in sample.prompt
+    assert len(sample.tokens) + sample.answer_tokens <= 700
+
+
+def test_answers_are_judged_by_the_first_values():
+    assert score("niah_single_1", " 7654321 and 1234567.", ["7654321"]).exact
+    assert not score("niah_single_1", " 17654321", ["7654321"]).exact
+    both = score("niah_multivalue", "2222222, 1111111", ["1111111", "2222222"])
+    assert both.exact and both.contained == 1.0
+    late = score("niah_multivalue", "1111111, 3333333, 2222222", ["1111111", "2222222"])
+    assert not late.exact and late.contained == 1.0
+    twice = score("niah_multivalue", "1111111, 1111111", ["1111111", "2222222"])
+    assert not twice.exact and twice.contained == 0.5
+    code = "0f237d37-ae16-41b7-a6cd-1abc1f206c91"
+    assert score("niah_single_3", f" {code}.", [code]).exact
+    assert score("niah_single_3", f" {code[:-1]}.", [code]).contained == 0.0
+    assert not score("niah_single_1", "", ["7654321"]).exact
+
+
+def test_what_cannot_be_made_is_refused(tmp_path):
+    haystack = byte_haystack()
+    with pytest.raises(ValueError, match="unknown needle task 'niah'; known: niah_single_1"):
+        haystack.sample("niah", 1000, 0.5, 0)
+    with pytest.raises(ValueError, match="depth: got 50, wanted 0"):
+        haystack.sample("niah_single_1", 1000, 50, 0)
+    with pytest.raises(ValueError, match="length: got 100 tokens for niah_single_1, wanted at least "):
+        haystack.sample("niah_single_1", 100, 0.5, 0)
+    with pytest.raises(FileNotFoundError, match="no haystack file"):
+        read_haystack(tmp_path / "absent.txt")
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(ValueError, match="without any text"):
+        read_haystack(tmp_path / "empty.txt")
+
+
+def test_the_smallest_length_that_is_named_is_enough():
+    haystack = byte_haystack()
+    with pytest.raises(ValueError) as caught:
+        haystack.sample("niah_single_1", 100, 0.5, 0)
+    least = int(re.findall(r"at least (\d+)", str(caught.value))[0]) + 3  # keys of other samples are a little longer
+    assert len(haystack.sample("niah_single_1", least + 10, 0.5, 0).tokens) <= least + 10
+
+
+def test_every_python_brings_a_haystack():
+    text = default_haystack()
+    assert sum(map(len, text)) > 100_000 and all(sentence == " ".join(sentence.split()) for sentence in text)
