@@ -476,6 +476,57 @@ def needle(
     )
 
 
+@evaluation.command("harness")
+def harness(
+    models: list[str] = typer.Argument(
+        help="Folders of checkpoints or training runs, or any causal language models of transformers by folder or name."
+    ),
+    task: list[str] = typer.Option(..., "--task", "-t", help="Name of a task (repeat, or separate by commas)."),
+    output: str = typer.Option("harness", "--output", "-o", help="Folder for the JSON, the CSV and the samples."),
+    include_path: list[Path] = typer.Option([], help="Folder with task files of your own. Repeat for several."),
+    fewshot: int | None = typer.Option(None, min=0, help="Examples before a question. (default: what the task says)"),
+    limit: int | None = typer.Option(None, min=1, help="Questions of each task. (default: all)"),
+    batch_size: int = typer.Option(1, min=1, help="Questions at once."),
+    max_length: int | None = typer.Option(
+        None,
+        min=1,
+        help="Tokens of a text; longer ones lose their beginning. (default: the length that the model is meant for)",
+    ),
+    chat: bool = typer.Option(False, "--chat", help="Put questions into the tokenizer's chat template."),
+    seed: int = typer.Option(0, help="Seed of the choice of examples."),
+    label: list[str] = typer.Option([], help="Name of a model in table and CSV, one for each."),
+    device: str = typer.Option(
+        "auto", metavar="auto|cpu|cuda", help="Where to run: auto takes the GPU when there is one."
+    ),
+    precision: str = typer.Option(
+        "auto", metavar="auto|bf16|fp32", help="Type of the weights; auto takes bf16 on GPUs that have it."
+    ),
+) -> None:
+    """Tasks of EleutherAI's evaluation harness.
+
+    By name, or from task files of your own. Needs pip install 'log-linear-attention\\[harness]'.
+
+    Example: loglinear eval harness runs/first --task lambada_openai --task hellaswag --batch-size 16
+    """
+    from loglinear.evals.command import run_harness
+
+    run_harness(
+        models,
+        output,
+        device=device,
+        precision=precision,
+        labels=label,
+        tasks=[name for entry in task for name in entry.split(",") if name],
+        include_path=include_path,
+        fewshot=fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        max_length=max_length,
+        chat=chat,
+        seed=seed,
+    )
+
+
 def _depths(text: str) -> list[float]:
     """Shares from per cents with commas between."""
     try:

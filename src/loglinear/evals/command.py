@@ -14,7 +14,7 @@ from rich.table import Table
 from loglinear import fenwick, plots
 from loglinear.data import ByteTokenizer, load_tokenizer
 from loglinear.data.tokenizers import encode_prompt
-from loglinear.evals import inspection, needle, position_loss, recall, sweep
+from loglinear.evals import harness, inspection, needle, position_loss, recall, sweep
 from loglinear.folders import check_output_folder
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.train import load_checkpoint, resolve_checkpoint
@@ -132,6 +132,40 @@ def run_needle(
     for path in [*needle.write_result(rows, cells, output), *written]:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return cells
+
+
+def run_harness(
+    models: Sequence[str],
+    output: str | Path,
+    device: str = "auto",
+    precision: str = "auto",
+    labels: Sequence[str] = (),
+    console: Console | None = None,
+    **options,
+) -> list[harness.HarnessRow]:
+    """Runs tasks of the evaluation harness on models (see `harness.evaluate_model` for the options), prints the table,
+    writes JSON, CSV and samples.
+
+    Raises:
+        ImportError: the harness is not installed.
+        ValueError: labels that do not fit.
+        FileExistsError, PermissionError: the output folder cannot be written.
+    """
+    check_output_folder(output)
+    harness.require_harness()
+    names = list(labels) or position_loss.labels_of(models)
+    if len(names) != len(models) or len(set(names)) != len(names):
+        raise ValueError(f"got the labels {', '.join(names)} for {len(models)} models, wanted one of its own for each")
+    console = console or Console()
+    place, dtype = choose_device(device, precision)
+    found, rows = {}, []
+    for name, path in zip(names, models, strict=True):
+        found[name] = harness.evaluate_model(path, device=place, dtype=dtype, **options)
+        rows += harness.rows_of(name, found[name])
+    print_table(console, "Evaluation harness (± the harness's standard error)", *harness.harness_table(rows))
+    for path in harness.write_result(found, rows, output):
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    return rows
 
 
 def run_sweep(

@@ -143,7 +143,7 @@ def answers(
 ) -> list[str]:
     """What a model answers, greedily, without special tokens. `on_batch` hears the number of answers so far."""
     device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = cast(Any, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
     found: list[str] = []
     for batch in _batches(samples, tokens_per_batch):
         width = max(len(sample.tokens) for sample in batch)
