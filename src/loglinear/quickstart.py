@@ -396,7 +396,7 @@ def verdict(difference: position_loss.LossDifference) -> str:
 
 
 _CAUTION = (
-    "The error bars say how much the difference varies between documents. They do not say how much it would vary "
+    "The bands say how much the difference varies between documents. They do not say how much it would vary "
     "between training runs with other seeds: there is one run of each model here, and both are small and trained "
     "for minutes."
 )

@@ -84,6 +84,32 @@ def test_the_standard_error_is_that_of_the_mean_over_documents():
     assert error == pytest.approx(means.std(ddof=1) / np.sqrt(50))
 
 
+def test_the_interval_holds_the_true_mean_as_often_as_it_says():
+    generator = np.random.default_rng(3)
+    inside = 0
+    for _ in range(1000):
+        losses = [generator.normal(size=2) + generator.normal() for _ in range(5)]
+        row = tabulate("m", losses, [0, 2])[0]
+        assert row.confidence_low < row.loss < row.confidence_high
+        inside += row.confidence_low < 0 < row.confidence_high
+    assert 930 < inside < 970
+    alone = tabulate("m", losses[:1], [0, 2])[0]
+    assert alone.confidence_low is None and alone.confidence_high is None
+
+
+def test_bands_are_the_intervals():
+    models = {"a": tiny_model(), "b": tiny_model("attention")}
+    result = evaluate(models, documents_of(40, 40, 40), 30)
+    figure = position_loss.plot(result)
+    for axis, rows in zip(figure.axes, (result.table, result.differences), strict=True):
+        bands = [band.get_paths()[0].vertices[:, 1] for band in axis.collections]
+        names = list(dict.fromkeys(row.model for row in rows))
+        assert len(bands) == len(names)
+        for band, name in zip(bands, names, strict=True):
+            ends = [end for row in rows if row.model == name for end in (row.confidence_low, row.confidence_high)]
+            assert band.min() == pytest.approx(min(ends)) and band.max() == pytest.approx(max(ends))
+
+
 def test_differences_are_paired():
     """Documents differ much, models little: the paired error must not see the documents."""
     hard = np.linspace(0, 5, 20)
@@ -171,7 +197,10 @@ def test_checkpoints_are_compared_on_the_documents_they_held_out(runs, tmp_path)
     result = run_position_loss(runs[:2], tmp_path, device="cpu", length=100)
     with (tmp_path / "position_loss.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["model", "position_start", "position_end", "loss", "standard_error", "documents", "tokens"]
+    assert list(rows[0]) == [
+        "model", "position_start", "position_end", "loss", "standard_error", "documents", "tokens", "confidence_low",
+        "confidence_high",
+    ]  # fmt: skip
     assert [(row["model"], row["position_start"]) for row in rows] == [
         (model, start) for model in ("first", "second") for start in ("0", "16", "32", "64")
     ]

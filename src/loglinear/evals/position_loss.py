@@ -36,7 +36,7 @@ _LOGITS_AT_ONCE = 4096
 @dataclass(frozen=True)
 class PositionLoss:
     """Mean loss of one model in one bucket of positions: nats per token over `tokens` tokens of `documents`
-    documents.
+    documents. `confidence_low` to `confidence_high` is the 95 % interval over documents (Student's t; None with one).
     """
 
     model: str
@@ -46,12 +46,17 @@ class PositionLoss:
     standard_error: float | None
     documents: int
     tokens: int
+    confidence_low: float | None = field(init=False)
+    confidence_high: float | None = field(init=False)
+
+    def __post_init__(self):
+        _set_confidence(self, self.loss)
 
 
 @dataclass(frozen=True)
 class LossDifference:
     """Loss of `model` minus that of `baseline` on the same tokens of one bucket, with the paired standard
-    error over documents.
+    error and 95 % interval over documents.
     """
 
     model: str
@@ -62,6 +67,11 @@ class LossDifference:
     standard_error: float | None
     documents: int
     tokens: int
+    confidence_low: float | None = field(init=False)
+    confidence_high: float | None = field(init=False)
+
+    def __post_init__(self):
+        _set_confidence(self, self.difference)
 
     @property
     def clear(self) -> bool:
@@ -69,6 +79,16 @@ class LossDifference:
         if self.standard_error is None:
             return False
         return abs(self.difference) > student_quantile(self.documents - 1) * self.standard_error
+
+
+def _set_confidence(row: PositionLoss | LossDifference, mean: float) -> None:
+    """The 95 % interval round a mean over documents."""
+    low = high = None
+    if row.standard_error is not None:
+        reach = student_quantile(row.documents - 1) * row.standard_error
+        low, high = mean - reach, mean + reach
+    object.__setattr__(row, "confidence_low", low)
+    object.__setattr__(row, "confidence_high", high)
 
 
 @dataclass(frozen=True)
@@ -300,8 +320,8 @@ def _text(cell: object) -> object:
 
 
 def plot(result: PositionLossResult, unit: str = "nats per token") -> Figure:
-    """Loss against position with error bars, and beside it the paired differences to the first model where
-    there are several.
+    """Loss against position with 95 % confidence bands over documents, and beside it the paired differences to the
+    first model where there are several.
     """
     names = list(result.losses)
     documents = max(row.documents for row in result.table)
@@ -341,12 +361,12 @@ def _mark_trained_length(axis, result: PositionLossResult) -> None:
 
 
 def _line(rows: Sequence, name: str, value, index: int) -> plots.Series:
-    # Neighbouring models are moved apart a little, so that their error bars do not hide each other.
     return plots.Series(
         name,
-        [(row.position_start + row.position_end) / 2 * 1.04**index for row in rows],
+        [(row.position_start + row.position_end) / 2 for row in rows],
         [value(row) for row in rows],
-        error=[row.standard_error or 0.0 for row in rows],
+        low=[value(row) if row.confidence_low is None else row.confidence_low for row in rows],
+        high=[value(row) if row.confidence_high is None else row.confidence_high for row in rows],
         colour=index,
         marker=index,
     )
@@ -354,7 +374,7 @@ def _line(rows: Sequence, name: str, value, index: int) -> plots.Series:
 
 def _position_axis(axis, result: PositionLossResult) -> None:
     edges = sorted({row.position_end for row in result.table})
-    plots.token_axis(axis, edges, "position in the document (tokens; bars: ± 1 standard error)")
+    plots.token_axis(axis, edges, "position in the document (tokens; bands: 95 % confidence)")
     axis.set_xlim(edges[0] / 3, edges[-1] * 1.1)
 
 
