@@ -556,7 +556,7 @@ def inspect_model(
         "auto", metavar="auto|cpu|cuda", help="Where to run: auto takes the GPU when there is one."
     ),
 ) -> None:
-    """Look into a model: parameters, cost by length, partition, level scales.
+    """Look into a model: parameters, cost by length, partition, level scales, and what each level contributes.
 
     Example: loglinear inspect log-linear-mamba2-825m
 

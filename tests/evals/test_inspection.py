@@ -19,6 +19,7 @@ from loglinear.evals.inspection import (
     summarize_level_scales,
 )
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from loglinear.ops import reference
 
 
 @pytest.mark.parametrize("position", [0, 1, 6, 7, 8, 63, 100])
@@ -97,6 +98,80 @@ def test_buckets_in_use_agree_with_the_partition():
         assert set(in_use[position].nonzero()[0]) == {level for level, _, _ in partition(position, 7)}
 
 
+@pytest.mark.parametrize("mixer", ["mamba2", "gated-deltanet", "kda"])
+def test_contributions_are_those_of_the_recurrence(mixer, monkeypatch):
+    """Each level's state, read by its query with its λ, from a recurrence of its own over tokens."""
+    model = LogLinearForCausalLM(LogLinearConfig.preset(f"tiny-{mixer}", initializer_range=0.3)).double().eval()
+    ids = list(range(40))
+    layer = model.model.layers[1].mixer
+    seen = {}
+    layer.register_forward_pre_hook(lambda module, arguments: seen.update(x=arguments[0]))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([ids]))
+        parts = torch.stack(list(inspection.level_contributions(layer, seen["x"])), 1)  # [T, L, H, V]
+
+        captured = {}
+
+        def recurrent(q, k, v, level_scales, **options):
+            options = {name: options[name] for name in ("log_decay", "beta", "scale")}
+            controls = {name: None if x is None or name == "scale" else x[0] for name, x in options.items()}
+            wanted = []
+            for level in range(level_scales.shape[-1]):
+                # A level more of values: the recurrence is asked for one state at a time, all λ at one.
+                only = torch.zeros_like(level_scales)
+                only[..., level] = 1
+                o, _ = reference.recurrence(
+                    q[0], k[0], v[0], only[0], controls["log_decay"], controls["beta"], options["scale"], None, 0
+                )
+                wanted.append(level_scales[0, :, :, level, None] * o)
+            captured["parts"] = torch.stack(wanted, 1)
+            return captured["parts"].sum(1)[None], None
+
+        monkeypatch.setattr("loglinear.layers.recurrent.log_linear_attention", recurrent)
+        layer(seen["x"])
+    torch.testing.assert_close(parts, captured["parts"], rtol=1e-9, atol=1e-12)
+    in_use = torch.from_numpy(buckets_in_use(40, layer.num_levels))
+    assert (parts[~in_use] == 0).all() and (parts[in_use].norm(dim=-1) > 0).all()
+    assert "finish" not in vars(layer) and not layer.level_scales._forward_hooks
+
+
+def test_shares_add_up_and_follow_the_scales():
+    model = LogLinearForCausalLM(LogLinearConfig.preset("tiny-gated-deltanet", initializer_range=0.3)).eval()
+    ids = list(range(100))
+    rows = inspection.level_shares_on(model, ids)
+    assert len(rows) == 2 * 2 * 9
+    for layer in (0, 1):
+        for head in (0, 1):
+            own = [row for row in rows if (row.layer, row.head) == (layer, head)]
+            assert sum(row.share for row in own) == pytest.approx(1)
+            assert sum(row.aligned_share for row in own) == pytest.approx(1, abs=1e-5)
+            assert (own[8].tokens, own[8].share, own[8].share_when_filled, own[8].mean_scale) == (0, 0.0, None, None)
+            assert own[1].share_when_filled == pytest.approx(own[1].share * 100 / own[1].tokens)
+    means = {(row.layer, row.head, row.level): row.mean for row in summarize_level_scales(level_scales_on(model, ids))}
+    assert all(means[row.layer, row.head, row.level] == pytest.approx(row.mean_scale) for row in rows)
+    with torch.no_grad():  # λ of one level at zero: nothing of it is left
+        weights = model.model.layers[0].mixer.level_scales
+        weights.weight[0, 1] = 0
+        weights.forward = lambda x, forward=weights.forward: forward(x) * (weights.weight != 0)
+    changed = [row for row in inspection.level_shares_on(model, ids) if (row.layer, row.head) == (0, 0)]
+    assert changed[1].share == 0.0 == changed[1].aligned_share
+    assert sum(row.share for row in changed) == pytest.approx(1)
+
+
+def test_shares_by_hand():
+    scales = np.ones((4, 1, 3), np.float32)
+    # Level 1 is filled for tokens 1 and 3, level 2 for tokens 2 and 3.
+    norms = torch.tensor([[1.0, 0, 0], [1, 3, 0], [0, 0, 0], [1, 1, 2]], dtype=torch.float64)[:, None]
+    aligned, energy = torch.tensor([[6.0, -1.0, 5.0]]), torch.tensor([10.0])
+    rows = inspection._shares(3, scales, norms, aligned, energy)
+    # Token 2 has no output on any level, so three tokens count.
+    assert [row.share for row in rows] == pytest.approx([(1 + 0.25 + 0.25) / 3, (0.75 + 0.25) / 3, 0.5 / 3])
+    assert [row.share_when_filled for row in rows] == pytest.approx([0.5, 0.5, 0.5])
+    assert [row.aligned_share for row in rows] == pytest.approx([0.6, -0.1, 0.5])
+    assert [row.tokens for row in rows] == [4, 2, 2]
+    assert inspection.level_share_table(rows)[1] == [["3", "50.0", "33.3", "16.7"]]
+
+
 def test_a_preset_is_inspected_without_weights(tmp_path, capsys):
     written = run_inspect("log-linear-mamba2-825m", tmp_path, lengths=[16384])
     assert sorted(path.name for path in written) == ["memory.png", "partition.png"]
@@ -113,7 +188,10 @@ def test_level_scales_of_a_preset_are_shown_on_a_given_text(tmp_path, capsys):
     assert len(rows) == 2 * 4 * 9
     by_level = {row["level"]: row for row in rows}
     assert by_level["8"]["mean"] == "" and by_level["0"]["tokens"] == "101"
-    assert (tmp_path / "level_scales.png").is_file()
+    assert (tmp_path / "level_scales.png").is_file() and (tmp_path / "level_shares.png").is_file()
+    with (tmp_path / "level_shares.csv").open() as file:
+        shares = list(csv.DictReader(file))
+    assert len(shares) == 2 * 4 * 9 and sum(float(row["share"]) for row in shares) == pytest.approx(8, abs=1e-3)
 
 
 def test_plain_mixers_have_no_partition(tmp_path):

@@ -235,7 +235,7 @@ def run_inspect(
 
     Args:
         target: a checkpoint's or run's folder, or the name of a preset.
-        output: folder for the plots and the CSV of λ.
+        output: folder for the plots and the CSVs of λ and of what the levels contribute.
         text: what λ is shown on; default: some Python source. For a preset, whose weights are random, λ is
             only shown if it is given.
         lengths: of the cost table.
@@ -349,7 +349,12 @@ def _inspect_level_scales(
     summaries = inspection.summarize_level_scales(scales)
     title = f"Level scales λ on {len(ids)} tokens, mean over heads and over tokens with a filled bucket"
     print_table(console, title, *inspection.level_scale_table(summaries))
+    shares = inspection.level_shares_on(model, ids)
+    title = "Share of the output (%) by level, mean over heads and tokens"
+    print_table(console, title, *inspection.level_share_table(shares))
     return [
         inspection.write_level_scales(output / "level_scales.csv", summaries),
         plots.save(inspection.plot_level_scales(scales), output / "level_scales.png"),
+        inspection.write_level_shares(output / "level_shares.csv", shares),
+        plots.save(inspection.plot_level_shares(shares), output / "level_shares.png"),
     ]

@@ -1,12 +1,13 @@
-"""A look inside a model: what it costs, how the past is cut into buckets, and what the level scales λ do on
-a text.
+"""A look inside a model: what it costs, how the past is cut into buckets, and what the level scales λ and the levels
+do on a text.
 
-T tokens, H heads, L levels
+T tokens, M model width, H heads, V value width, L levels
 """
 
+import contextlib
 import copy
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from loglinear import fenwick, plots
-from loglinear.layers.recurrent import LevelScales
+from loglinear.layers.recurrent import LevelScales, RecurrentMixer
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.models.cost import cost
 
@@ -282,14 +283,225 @@ def level_scale_table(summaries: Sequence[LevelScaleSummary]) -> tuple[list[str]
     return header, lines
 
 
+@dataclass(frozen=True)
+class LevelShare:
+    """What one level contributes to one head's output over the tokens of a text.
+
+    The output of the operator is a sum over levels, `o_t = Σ_l c_tl` with `c_tl = λ_tl S_t[l]ᵀ q_t`; a bucket that
+    holds nothing contributes zero.
+
+    Attributes:
+        mean_scale: mean λ over the tokens that found the level filled; None if none did.
+        share: mean over all tokens of `‖c_tl‖ / Σ_m ‖c_tm‖` (norms over V), which adds up to 1 over the levels. Tokens
+            with an output of zero on every level are left out.
+        share_when_filled: the same mean over the tokens that found the level filled; None if none did.
+        aligned_share: `Σ_t <c_tl, o_t> / Σ_t ‖o_t‖²`, which adds up to 1 as well, but is negative for a level that
+            works against the others.
+        tokens: those that found the level filled.
+    """
+
+    layer: int
+    head: int
+    level: int
+    mean_scale: float | None
+    share: float
+    share_when_filled: float | None
+    aligned_share: float
+    tokens: int
+
+
+@contextlib.contextmanager
+def _operator_outputs(mixer: RecurrentMixer) -> Iterator[list[torch.Tensor]]:
+    """Collects what the operator of a mixer puts out, before norm and gate: `[B,T,H,V]` for each call."""
+    found: list[torch.Tensor] = []
+    finish = mixer.finish
+
+    def keep(o: torch.Tensor, v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        found.append(o)
+        return finish(o, v, x)
+
+    mixer.finish = keep  # type: ignore[method-assign]  (of this object, until the end of the block)
+    try:
+        yield found
+    finally:
+        del mixer.finish
+
+
+@torch.no_grad()
+def level_contributions(mixer: RecurrentMixer, x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What each level puts into the output of a mixer's operator, `c_tl` of `LevelShare`, level after level.
+
+    The operator is linear in λ, so each is its output with the λ of all other levels at zero.
+
+    Args:
+        mixer: with level scales.
+        x: the layer's input `[1, T, M]`.
+
+    Yields:
+        L tensors `[T, H, V]`, which add up to the operator's output.
+    """
+    scales = mixer.level_scales
+    assert scales is not None, "a plain linear mixer has one level"
+    for level in range(mixer.num_levels):
+
+        def only(_module, _inputs, output: torch.Tensor, level: int = level) -> torch.Tensor:
+            kept = torch.zeros_like(output)
+            kept[..., level] = output[..., level]
+            return kept
+
+        hook = scales.register_forward_hook(only)
+        try:
+            with _operator_outputs(mixer) as found:
+                mixer(x)
+        finally:
+            hook.remove()
+        yield found[0][0]
+
+
+@torch.no_grad()
+def level_shares_on(model: LogLinearForCausalLM, token_ids: Sequence[int]) -> list[LevelShare]:
+    """What the levels of every layer contribute on one text.
+
+    Raises:
+        ValueError: no token.
+    """
+    scales = level_scales_on(model, token_ids)
+    every = {layer: block.mixer for layer, block in enumerate(model.model.layers)}
+    mixers = {layer: mixer for layer, mixer in every.items() if layer in scales and isinstance(mixer, RecurrentMixer)}
+    inputs: dict[int, torch.Tensor] = {}
+    hooks = []
+    for layer, mixer in mixers.items():
+
+        def keep(_module, arguments, layer: int = layer) -> None:
+            inputs[layer] = arguments[0]
+
+        hooks.append(mixer.register_forward_pre_hook(keep))
+    try:
+        device = next(model.parameters()).device
+        model.model(input_ids=torch.tensor([list(token_ids)], device=device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rows = []
+    for layer, mixer in mixers.items():
+        with _operator_outputs(mixer) as found:
+            mixer(inputs[layer])
+        whole = found[0][0].double()  # [T, H, V]
+        norms, aligned = [], []
+        for part in level_contributions(mixer, inputs[layer]):
+            norms.append(part.double().norm(dim=-1))
+            aligned.append((part.double() * whole).sum((0, 2)))
+        rows += _shares(
+            layer, scales[layer], torch.stack(norms, -1), torch.stack(aligned, -1), whole.square().sum((0, 2))
+        )
+    return rows
+
+
+def _shares(
+    layer: int, scales: np.ndarray, norms: torch.Tensor, aligned: torch.Tensor, energy: torch.Tensor
+) -> list[LevelShare]:
+    """Rows of a layer from its λ [T,H,L], norms of contributions [T,H,L], their products with the output [H,L], and the
+    squared norm of the output [H].
+    """
+    length, heads, levels = scales.shape
+    in_use = buckets_in_use(length, levels)
+    total = norms.sum(-1, keepdim=True)
+    shares = torch.where(total > 0, norms / total, torch.nan).cpu().numpy()
+    signed = torch.where(energy[:, None] > 0, aligned / energy[:, None], 0.0).tolist()
+    rows = []
+    for head in range(heads):
+        counted = np.logical_not(np.isnan(shares[:, head, 0]))
+        for level in range(levels):
+            filled = in_use[:, level]
+            own = shares[:, head, level]
+            seen = np.logical_and(filled, counted)
+            rows.append(
+                LevelShare(
+                    layer=layer,
+                    head=head,
+                    level=level,
+                    mean_scale=float(scales[filled, head, level].mean()) if filled.any() else None,
+                    share=float(own[counted].mean()) if counted.any() else 0.0,
+                    share_when_filled=float(own[seen].mean()) if seen.any() else None,
+                    aligned_share=signed[head][level],
+                    tokens=int(filled.sum()),
+                )
+            )
+    return rows
+
+
+def level_share_table(shares: Sequence[LevelShare]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: share of the output in per cent, mean over heads, by layer and level."""
+    levels = sorted({row.level for row in shares})
+    lines = []
+    for layer in sorted({row.layer for row in shares}):
+        line = [str(layer)]
+        for level in levels:
+            chosen = [row for row in shares if (row.layer, row.level) == (layer, level)]
+            reached = any(row.tokens for row in chosen)
+            line.append(f"{100 * sum(row.share for row in chosen) / len(chosen):.1f}" if reached else "–")
+        lines.append(line)
+    return ["layer", *(f"level {level}" for level in levels)], lines
+
+
+def plot_level_shares(shares: Sequence[LevelShare], most_labels: int = 24) -> Figure:
+    """Every head of every layer (down) by level (across): mean λ, the share of the output, and the share where the
+    level was filled. Grey: never filled.
+
+    Raises:
+        ValueError: no shares.
+    """
+    if not shares:
+        raise ValueError("this model has no level scales (a plain linear mixer or softmax attention)")
+    heads = list(dict.fromkeys((row.layer, row.head) for row in shares))
+    place = {head: number for number, head in enumerate(heads)}
+    levels = max(row.level for row in shares) + 1
+    grids = {name: np.full((len(heads), levels), np.nan) for name in ("mean_scale", "share", "share_when_filled")}
+    for row in shares:
+        for name, grid in grids.items():
+            value = getattr(row, name)
+            if row.tokens and value is not None:
+                grid[place[row.layer, row.head], row.level] = value * (1 if name == "mean_scale" else 100)
+    colours = colormaps["viridis"].with_extremes(bad="#DDDDDD")
+    titles = {
+        "mean_scale": ("Mean level scale", "λ"),
+        "share": ("Share of the output", "per cent"),
+        "share_when_filled": ("Share where filled", "per cent"),
+    }
+    with plots.style():
+        height = min(9.0, max(2.4, 0.16 * len(heads) + 1.2))
+        figure, axes = plots.new_figure(1, 3, max(3.2, 0.22 * levels + 1.6), height)
+        for axis, (name, grid) in zip(axes, grids.items(), strict=True):
+            title, unit = titles[name]
+            image = axis.imshow(grid, cmap=colours, vmin=0, aspect="auto", interpolation="nearest")
+            axis.grid(False)
+            axis.set_title(title)
+            axis.set_xticks(_spread(levels, 8))
+            axis.set_xlabel("level")
+            shown = _spread(len(heads), most_labels)
+            axis.set_yticks(shown, [f"{heads[index][0]}.{heads[index][1]}" for index in shown])
+            figure.colorbar(image, ax=axis, label=unit)
+        axes[0].set_ylabel("layer.head")
+    return figure
+
+
 def write_level_scales(path: str | Path, summaries: Sequence[LevelScaleSummary]) -> Path:
     """Writes the summaries as CSV; a level that no token of the text reached has empty cells."""
+    return _write(path, summaries, LevelScaleSummary)
+
+
+def write_level_shares(path: str | Path, shares: Sequence[LevelShare]) -> Path:
+    """Writes the shares as CSV, in the same way."""
+    return _write(path, shares, LevelShare)
+
+
+def _write(path: str | Path, rows: Sequence[LevelScaleSummary] | Sequence[LevelShare], kind: type) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([field.name for field in fields(LevelScaleSummary)])
-        for row in summaries:
+        writer.writerow([field.name for field in fields(kind)])
+        for row in rows:
             values = astuple(row)
             writer.writerow(["" if v is None else f"{v:.6f}" if isinstance(v, float) else v for v in values])
     return path
