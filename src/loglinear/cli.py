@@ -173,6 +173,7 @@ def sweep(
     workers: int | None = typer.Option(
         None, min=1, help="Trainings side by side on the device, a process each. (default: what the file says, or 1)"
     ),
+    seconds: float | None = typer.Option(None, help="Begin no training after so many seconds. (default: all of them)"),
     device: str = typer.Option(
         "auto", metavar="auto|cpu|cuda", help="Where to train: auto takes the GPU when there is one."
     ),
@@ -186,7 +187,7 @@ def sweep(
     """
     from loglinear.evals.command import run_sweep
 
-    run_sweep(file, output, device, workers)
+    run_sweep(file, output, device, workers, seconds)
 
 
 @app.command()

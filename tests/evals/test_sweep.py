@@ -3,7 +3,10 @@
 import csv
 import dataclasses
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,6 +74,21 @@ def test_processes_side_by_side_give_the_same_rows(tmp_path):
     for one, other in zip(alone, together, strict=True):
         assert one.key == other.key and one.loss == pytest.approx(other.loss, rel=1e-5)
         assert one.test_by_pairs == other.test_by_pairs
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_run_begins_after_the_time_is_over(tmp_path, monkeypatch, workers):
+    """The clock jumps with every look at it: the runs that had begun by then are there, and the others can follow."""
+    looks = iter(range(0, 10_000, 100))
+    clock = SimpleNamespace(monotonic=lambda: next(looks), perf_counter=time.perf_counter)
+    monkeypatch.setattr(sweep, "time", clock)
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
+    config = SweepConfig(**small(models={"softmax": small()["models"]["softmax"]}, seeds=[0, 1, 2, 3, 4]))
+    rows = run_sweep(config, tmp_path, "cpu", workers, seconds=150)
+    assert len(rows) in ((1,) if workers == 1 else (3, 4))  # two that end at once are followed by two
+    assert len(run_sweep(config, tmp_path, "cpu")) == 5 == len(read_rows(tmp_path / "sweep.csv"))
+    with pytest.raises(ValueError, match="seconds: got 0"):
+        run_sweep(config, tmp_path, "cpu", seconds=0)
 
 
 def test_diverged_and_failed_runs_are_rows_too(tmp_path, monkeypatch):

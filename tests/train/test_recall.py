@@ -200,3 +200,49 @@ def test_the_model_can_be_prepared(tmp_path):
 
     result = train(config_of(tmp_path / "run", steps=1, learning_rate=1e-9), prepare=zero)
     assert LogLinearForCausalLM.from_pretrained(result.checkpoint).lm_head.weight.abs().max() < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("model", ["tiny-attention", "tiny-mamba2", "tiny-gated-deltanet"])
+@pytest.mark.parametrize("levels", [1, None])
+def test_steps_of_a_graph_are_those_launched_one_by_one(model, levels, compiled, monkeypatch):
+    """The same weights after some steps, whether the step was captured or not; prints which it was."""
+    if model == "tiny-attention" and levels == 1:
+        pytest.skip("attention has no levels")
+    sizes = {} if levels is None else {"num_levels": levels}
+    config = config_of(
+        model=model, model_options=sizes, sequence_length=64, rows=16, steps=8, compile=compiled,
+        task_options={"pairs": [2, 8], "vocabulary": 64},
+    )  # fmt: skip
+    task = recall_task(config)
+    found = []
+    for capture in (True, False):
+        if not capture:
+            monkeypatch.setattr(RecallRun, "_capture", lambda self: None)
+        run = RecallRun(config, task, new_model(recall_model(config, task), 0), torch.device("cuda"))
+        for _ in range(8):
+            run.advance()
+        progress = run.progress()
+        assert progress.finite and progress.steps == 8
+        found.append((run.how, progress.loss, weights_of(run.model)))
+    (how, loss, graph), (eager, other_loss, plain) = found
+    print(f"{model}, levels {levels}, compiled {compiled}: {how}")
+    assert eager == "eager" and loss == pytest.approx(other_loss, rel=1e-4)
+    for name, weight in graph.items():
+        torch.testing.assert_close(weight, plain[name], rtol=1e-2, atol=1e-4, msg=name)
+
+
+@pytest.mark.gpu
+def test_sequences_and_examinations_on_a_gpu():
+    task = RecallTask(length=64, pairs=(2, 16), vocabulary=64)
+    batch = recall_batch(task, 100, 0, "cuda").to("cpu")
+    for row in range(100):
+        pairs = int(batch.pairs[row])
+        assert torch.equal(batch.inputs[row, batch.queries[row, :pairs]], batch.inputs[row, : 2 * pairs : 2])
+    run = run_of(config_of())
+    examined = examination(run.task, "test", 20)
+    on_cpu = mean_accuracy(run.model, examined)
+    torch.nn.Module.to(run.model, "cuda")
+    accuracies, loss = mean_accuracy(run.model, examined)
+    assert loss == pytest.approx(on_cpu[1], rel=1e-3) and accuracies.keys() == on_cpu[0].keys()

@@ -173,6 +173,7 @@ def run_sweep(
     output: str | Path,
     device: str = "auto",
     workers: int | None = None,
+    seconds: float | None = None,
     console: Console | None = None,
 ) -> list[sweep.SweepSummary]:
     """Trains what a file describes (see `sweep.run_sweep`), says each run as it ends, prints the table, writes CSV and
@@ -201,7 +202,7 @@ def run_sweep(
             soft_wrap=True,
         )
 
-    rows = sweep.run_sweep(config, output, device, workers, tell)
+    rows = sweep.run_sweep(config, output, device, workers, tell, seconds)
     summaries = sweep.summarize(rows)
     failed = [row for row in rows if row.status == sweep.FAILED]
     written = [output / sweep.ROWS_FILE]
@@ -210,6 +211,8 @@ def run_sweep(
         console.print(sweep.SUMMARY_NOTE, highlight=False)
         written.append(position_loss.write_table(output / sweep.SUMMARY_FILE, summaries, sweep.SweepSummary))
         written.append(plots.save(sweep.plot(summaries), output / sweep.PLOT_FILE))
+    if left := len(config.runs()) - len(rows):
+        console.print(f"{left} runs are left: the same command goes on with them", highlight=False)
     if failed:
         console.print(f"{len(failed)} of {len(rows)} runs failed: {failed[0].message}", highlight=False, markup=False)
     for path in written:

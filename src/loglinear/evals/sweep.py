@@ -12,6 +12,7 @@ was not finite counts as an accuracy of zero in both.
 
 import csv
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ import statistics
 import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -425,6 +426,7 @@ def run_sweep(
     device: str = "auto",
     workers: int | None = None,
     on_row: Callable[[SweepRow, int, int], None] | None = None,
+    seconds: float | None = None,
 ) -> list[SweepRow]:
     """Trains what is not in the CSV of `output` yet; failed runs are tried again.
 
@@ -434,9 +436,10 @@ def run_sweep(
         device: "auto", "cpu" or "cuda".
         workers: trainings side by side; default: `config.workers`.
         on_row: called with each new row, how many of the runs are done, and how many there are.
+        seconds: begin no run after so many; those that are under way end. Default: all runs.
 
     Returns:
-        The rows of all runs of `config`, in their order; the newest where there are several.
+        The rows of all runs of `config` that are done, in their order; the newest where there are several.
 
     Raises:
         ValueError: a CSV with other columns, or fewer than one worker.
@@ -445,35 +448,48 @@ def run_sweep(
     workers = config.workers if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers: got {workers}, wanted at least 1")
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"seconds: got {seconds}, wanted more than 0")
     choose_device(device)
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
     runs, path = config.runs(), Path(output) / ROWS_FILE
     file = RowFile(path)
     done = {row.key: row for row in read_rows(path) if row.status != FAILED}
     waiting = [run for run in runs if run.key not in done]
     finished = len(runs) - len(waiting)
     newest = {row.key: row for row in read_rows(path)}
-    for row in _rows_of(waiting, device, min(workers, max(1, len(waiting)))):
+    for row in _rows_of(waiting, device, min(workers, max(1, len(waiting))), deadline):
         file.append(row)
         newest[row.key] = row
         finished += 1
         if on_row is not None:
             on_row(row, finished, len(runs))
-    return [newest[run.key] for run in runs]
+    return [newest[run.key] for run in runs if run.key in newest]
 
 
-def _rows_of(runs: Sequence[SweepRun], device: str, workers: int) -> Iterator[SweepRow]:
-    """The rows of runs as they end."""
+def _rows_of(runs: Sequence[SweepRun], device: str, workers: int, deadline: float) -> Iterator[SweepRow]:
+    """The rows of runs as they end; none begins after the deadline (on the monotonic clock)."""
     if workers == 1:
         for run in runs:
+            if time.monotonic() > deadline:
+                return
             yield train_one(run, device)
         return
     # A fresh interpreter each: a process that has used CUDA cannot be forked.
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // workers)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,))
+    waiting = iter(runs)
     try:
-        for future in as_completed([pool.submit(train_one, run, device) for run in runs]):
-            yield future.result()
+        under_way = {pool.submit(train_one, run, device) for run in itertools.islice(waiting, workers)}
+        while under_way:
+            ended, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+            if time.monotonic() <= deadline:
+                under_way = under_way.union(
+                    pool.submit(train_one, run, device) for run in itertools.islice(waiting, len(ended))
+                )
+            for future in ended:
+                yield future.result()
     except BrokenProcessPool as error:
         raise RuntimeError(
             f"a worker process died (of memory?); the rows so far are kept and the sweep goes on from them: "

@@ -190,18 +190,20 @@ class RecallRun:
         assert self._batch is not None
         self._captured = True
         kept = [tensor.clone() for tensor in (self.broken, self._sums)]
+        outside = torch.cuda.current_stream(self.device)
         stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
+        stream.wait_stream(outside)
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
                 self._pass(self._batch)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        outside.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
                 self._pass(self._batch)
             self._graph = graph
         except RuntimeError as error:
+            torch.cuda.set_stream(outside)  # a capture that failed leaves its own
             torch.cuda.synchronize(self.device)
             logger.warning("the step cannot be captured as a CUDA graph, so it is launched as it is: %s", error)
         for tensor, before in zip((self.broken, self._sums), kept, strict=True):
