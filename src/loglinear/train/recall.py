@@ -363,7 +363,7 @@ def train_recall(config: TrainConfig, *, prepare: Callable[[LogLinearForCausalLM
     assert config.steps is not None
     task, output = recall_task(config), Path(config.output)
     wanted = recall_model(config, task)
-    if torch.distributed.is_torchelastic_launched():
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
         raise ValueError(
             "task mqar trains on one device, got a launch by torchrun; for many trainings: loglinear sweep"
         )
