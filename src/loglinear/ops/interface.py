@@ -163,7 +163,7 @@ def log_linear_attention_step(
             would have to wait for the device.
         scale: multiplies q.
         backend: "torch" (any device), "triton" (one kernel, for CUDA devices) or "auto" (the fastest available). What
-            the kernel does not cover (float64, more than 63 levels, keys wider than 1024, a state that is not
+            the kernel does not cover (float64, more than 63 levels, keys wider than 512, a state that is not
             contiguous) goes to torch by itself; the log says so at debug level.
 
     Returns:

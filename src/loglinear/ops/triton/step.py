@@ -40,9 +40,9 @@ from loglinear.state import FenwickState
 ARRIVAL = tl.constexpr(2**48)  # positions are below
 MOST_ARRIVALS = 2**15 - 1  # times ARRIVAL, and a position, is below 2^63
 MOST_LEVELS = 63  # positions have so many bits
-WIDEST_KEY = 1024
-ROW_BYTES = 64  # of a tile's row at least: what memory is read in
-THREAD_NUMBERS = 64  # of the state, that a thread has loaded at a time; with the sums, half of its registers
+WIDEST_KEY = 512
+COLUMNS = 16  # of a tile: rows of 32 bytes at least, which is what memory is read in
+REGISTERS = 128  # of a thread: so many that 16 warps of a multiprocessor have loads in flight
 
 
 def unsupported(
@@ -63,7 +63,7 @@ def unsupported(
         return "a pending decay of the only level"
     if not all(x is None or x.is_contiguous() for x in state):
         return "a state that is not contiguous"
-    tiles = _tiling(q.shape[-1], v.shape[-1], state.num_levels, state.buckets.element_size())
+    tiles = _tiling(q.shape[-1], v.shape[-1], state.num_levels, False)
     if v.shape[1] * tiles.count > MOST_ARRIVALS:
         return f"more than {MOST_ARRIVALS} programs for a row"
     return None
@@ -192,14 +192,16 @@ class Tiling(NamedTuple):
     count: int
     levels: int
     warps: int
+    registers: int
 
 
-def _tiling(key_dim: int, value_dim: int, num_levels: int, element_size: int) -> Tiling:
-    keys = triton.next_power_of_2(key_dim)
-    columns = min(ROW_BYTES // element_size, triton.next_power_of_2(value_dim))
-    warps = 4 if keys <= 128 else 8
-    levels = max(1, min(warps * 32 * THREAD_NUMBERS // (keys * columns), 8, triton.next_power_of_2(num_levels)))
-    return Tiling(keys, columns, triton.cdiv(value_dim, columns), levels, warps)
+def _tiling(key_dim: int, value_dim: int, num_levels: int, deferring: bool) -> Tiling:
+    """`deferring`: buckets are read and not written, which leaves a thread room for twice as many numbers."""
+    keys, columns = triton.next_power_of_2(key_dim), min(COLUMNS, triton.next_power_of_2(value_dim))
+    warps = max(4, min(16, keys // 32))
+    numbers = warps * 32 * (REGISTERS // 2 if deferring else REGISTERS // 4)
+    levels = max(1, min(numbers // (keys * columns), 8, triton.next_power_of_2(num_levels)))
+    return Tiling(keys, columns, triton.cdiv(value_dim, columns), levels, warps, REGISTERS)
 
 
 @torch.library.custom_op("loglinear::step", mutates_args=("buckets", "positions", "log_decays"))
@@ -213,9 +215,9 @@ def _step_op(
         for x in (q, k, v, level_scales, log_decay, beta)
     )  # fmt: skip
     assert q is not None and k is not None and v is not None
-    tiles = _tiling(key_dim, value_dim, num_levels, buckets.element_size())
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     by_channel = log_decay is not None and log_decay.ndim == 3
+    tiles = _tiling(key_dim, value_dim, num_levels, log_decays is not None and beta is None and not by_channel)
     with torch.cuda.device_of(v):  # kernels are launched on the current device
         _step_kernel[programs(heads * tiles.count, rows)](
             q, k, v, level_scales, log_decay, beta, buckets, positions, log_decays, o, rows, heads, groups, num_levels,
@@ -224,7 +226,7 @@ def _step_op(
             *((0, 0) if log_decay is None else log_decay.stride()[:2]), 0 if beta is None else beta.stride(0),
             key_dim, value_dim, BK=tiles.keys, BV=tiles.columns, N=tiles.count, M=tiles.levels,
             LEVELS=max(2, triton.next_power_of_2(num_levels)), BY_CHANNEL=by_channel, num_warps=tiles.warps,
-            num_stages=1,
+            num_stages=1, maxnreg=tiles.registers,
         )  # fmt: skip
     return o
 
