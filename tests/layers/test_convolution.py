@@ -85,6 +85,22 @@ def test_kernel_of_a_step(width, bias, channels, dtype, device):
     assert state.data_ptr() == address
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="kernels are not interpreted here")
+def test_kernel_of_a_step_is_an_operator():
+    from loglinear.ops.triton.convolution import _convolution_op, convolution_step
+
+    layer, x = ShortConvolution(6, 4, True).requires_grad_(False), torch.randn(2, 1, 6)
+    state = torch.randn(2, 3, 6)
+    arguments = (x, state.clone(), layer.weight, layer.bias)
+    torch.library.opcheck(_convolution_op, arguments, test_utils=("test_schema", "test_faketensor"))
+    eager, compiled = state.clone(), state.clone()
+    step = torch.compile(convolution_step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(
+        step(x, compiled, layer.weight, layer.bias), convolution_step(x, eager, layer.weight, layer.bias)
+    )
+    assert torch.equal(compiled, eager) and eager._version > 0
+
+
 @pytest.mark.gpu
 def test_steps_without_gradients_take_the_kernel(monkeypatch):
     from loglinear.layers import convolution as module

@@ -384,6 +384,29 @@ def test_kernel_is_an_operator(mixer, pending, device):
 
 
 @on_kernels
+def test_autograd_is_told_of_what_the_kernel_writes(device):
+    """A gradient that needs what a step has overwritten is refused, not wrong."""
+    shape = Shape(B=1, T=1, G=1, H=1, K=4, V=4, L=5)
+    inputs, state = make_inputs("mamba2", shape, torch.float32, device), start(shape, [3], True, torch.float32, device)
+    weight = torch.ones_like(state.buckets, requires_grad=True)
+    product = (weight * state.buckets).sum()
+    with torch.no_grad():
+        steps(inputs, state, "triton")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@on_kernels
+def test_steps_in_inference_mode(device):
+    shape = Shape(B=1, T=2, G=1, H=1, K=4, V=4, L=5)
+    inputs = make_inputs("mamba2", shape, torch.float32, device)
+    begin = start(shape, [3], True, torch.float32, device)
+    wanted = steps(inputs, begin.clone(), "triton")
+    with torch.inference_mode():
+        assert torch.equal(steps(inputs, begin.clone(), "triton"), wanted)
+
+
+@on_kernels
 @pytest.mark.parametrize(("mixer", "pending"), [("mamba2", True), ("gated_deltanet", False)])
 def test_a_compiled_step_is_one_graph(mixer, pending, device):
     shape = Shape(B=2, T=3, G=1, H=1, K=4, V=4, L=5)

@@ -50,9 +50,7 @@ def _convolution_kernel(x, state, weight, bias, y, B, stride, C: tl.constexpr, W
     tl.store(y + row * C + channel, (out * tl.sigmoid(out)).to(y.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("loglinear::convolution_step", mutates_args=("state",))
-def convolution_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x [B, 1, C]` to `[B, 1, C]`, for weights `[C, W]` and a bias `[C]`; the state `[B, W-1, C]` moves by one."""
+def _launch(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     (rows, _, channels), width = x.shape, weight.shape[1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, weight = x if x.stride(-1) == 1 else x.contiguous(), weight.contiguous()
@@ -66,6 +64,19 @@ def convolution_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | No
     return y
 
 
-@convolution_step.register_fake
+_convolution_op = torch.library.custom_op("loglinear::convolution_step", _launch, mutates_args=("state",))
+
+
+@_convolution_op.register_fake
 def _(x, state, weight, bias):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def convolution_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x [B, 1, C]` to `[B, 1, C]`, for weights `[C, W]` and a bias `[C]`; the state `[B, W-1, C]` moves by one."""
+    if torch.compiler.is_compiling():
+        return _convolution_op(x, state, weight, bias)
+    y = _launch(x, state, weight, bias)  # without torch's dispatcher, as in `step`
+    if not state.is_inference():
+        torch.autograd.graph.increment_version(state)
+    return y

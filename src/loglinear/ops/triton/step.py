@@ -63,8 +63,7 @@ def unsupported(
         return "a pending decay of the only level"
     if not all(x is None or x.is_contiguous() for x in state):
         return "a state that is not contiguous"
-    tiles = _tiling(q.shape[-1], v.shape[-1], state.num_levels, False)
-    if v.shape[1] * tiles.count > MOST_ARRIVALS:
+    if v.shape[1] * (v.shape[2] // COLUMNS + 1) > MOST_ARRIVALS:
         return f"more than {MOST_ARRIVALS} programs for a row"
     return None
 
@@ -204,8 +203,7 @@ def _tiling(key_dim: int, value_dim: int, num_levels: int, deferring: bool) -> T
     return Tiling(keys, columns, triton.cdiv(value_dim, columns), levels, warps, REGISTERS)
 
 
-@torch.library.custom_op("loglinear::step", mutates_args=("buckets", "positions", "log_decays"))
-def _step_op(
+def _launch(
     q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None, beta: Tensor | None,
     buckets: Tensor, positions: Tensor, log_decays: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
@@ -231,6 +229,9 @@ def _step_op(
     return o
 
 
+_step_op = torch.library.custom_op("loglinear::step", _launch, mutates_args=("buckets", "positions", "log_decays"))
+
+
 @_step_op.register_fake
 def _(q, k, v, level_scales, log_decay, beta, buckets, positions, log_decays, scale):
     return torch.empty_like(v, memory_format=torch.contiguous_format)
@@ -241,4 +242,9 @@ def step(
     beta: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
     """See `log_linear_attention_step`."""
-    return _step_op(q, k, v, level_scales, log_decay, beta, *state, scale)
+    if torch.compiler.is_compiling():
+        return _step_op(q, k, v, level_scales, log_decay, beta, *state, scale)
+    # the way through torch's dispatcher takes the host twice as long as all that is done here
+    o = _launch(q, k, v, level_scales, log_decay, beta, *state, scale)
+    torch.autograd.graph.increment_version([x for x in state if x is not None and not x.is_inference()])
+    return o
