@@ -106,6 +106,7 @@ def test_settled_applies_what_is_pending_and_empties_empty_buckets():
     state.buckets[~state.occupied()] = torch.nan
     settled, before = state.settled(), state.clone()
     assert settled.log_decays is None and torch.equal(settled.positions, state.positions)
+    assert settled.positions.data_ptr() != state.positions.data_ptr(), "a step with one would move the other"
     for row, levels in enumerate(state.occupied().tolist()):
         for level, used in enumerate(levels):
             factor = state.log_decays[row, level].exp()[:, None, None]

@@ -82,7 +82,7 @@ class FenwickState(NamedTuple):
         return fenwick.occupied(self.positions, self.num_levels)
 
     def settled(self) -> FenwickState:
-        """The plain state: pending decays applied, empty buckets zero. Itself if it is plain.
+        """The plain state, a copy: pending decays applied, empty buckets zero. Itself if it is plain.
 
         Example:
             >>> owed = torch.tensor([0, -0.6931472, 0]).view(1, 3, 1)
@@ -94,7 +94,8 @@ class FenwickState(NamedTuple):
             return self
         owed = self.log_decays.to(torch.promote_types(self.buckets.dtype, torch.float32)).exp()
         decayed = (self.buckets * owed[..., None, None]).to(self.buckets.dtype)
-        return FenwickState(torch.where(self.occupied()[:, :, None, None, None], decayed, 0), self.positions)
+        held = torch.where(self.occupied()[:, :, None, None, None], decayed, 0)
+        return FenwickState(held, self.positions.clone())
 
     def with_pending(self) -> FenwickState:
         """The same state, memory and all, with room for decays to be owed: `log_decays` of zeros.

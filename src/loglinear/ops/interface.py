@@ -151,16 +151,16 @@ def log_linear_attention_step(
     Rows may be at different positions. Nothing is read back by the host, so a step can be captured in a CUDA graph.
     For inference: where gradients are needed, call `log_linear_attention` on one token.
 
-    The kernel reads the occupied buckets only. With one decay per head (or none, and no beta) it writes only those that
-    merge, two on average, if the state has room for pending decays (`state.with_pending()`); else, and for the other
+    The kernel reads the occupied buckets only. With one decay per head (or none, and no beta) it writes only the one that
+    takes in others, if the state has room for pending decays (`state.with_pending()`); else, and for the other
     mixers, it writes all that it reads.
 
     Args:
         q, k: [B, G, K]. v: [B, H, V]. level_scales: [B, H, L] or None. log_decay: [B, H] or [B, H, K]. beta: [B, H].
         state: what this token finds; afterwards, what the next one finds. Its L is that of `level_scales` (1 for None).
-            Its positions are at least 0 (and below 2^48 in the kernel), and buckets that are not occupied are zero (or
-            nothing is pending for them), as in every state that this library makes: neither is checked, for the host
-            would have to wait for the device.
+            Its positions are at least 0 (and below 2^48 in the kernel). Buckets that are not occupied are zero, or, if
+            the state has pending decays, finite with none pending for them. So it is with every state that this
+            library makes; it is not checked, for the host would have to wait for the device.
         scale: multiplies q.
         backend: "torch" (any device), "triton" (one kernel, for CUDA devices) or "auto" (the fastest available). What
             the kernel does not cover (float64, more than 63 levels, keys wider than 512, a state that is not
