@@ -151,8 +151,8 @@ def log_linear_attention_step(
     Rows may be at different positions. Nothing is read back by the host, so a step can be captured in a CUDA graph.
     For inference: where gradients are needed, call `log_linear_attention` on one token.
 
-    The kernel reads the occupied buckets only. With one decay per head (or none, and no beta) it writes only the one that
-    takes in others, if the state has room for pending decays (`state.with_pending()`); else, and for the other
+    The kernel reads the occupied buckets only. With one decay per head (or none, and no beta) it writes only the one
+    that takes in others, if the state has room for pending decays (`state.with_pending()`); else, and for the other
     mixers, it writes all that it reads.
 
     Args:
