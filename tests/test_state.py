@@ -10,6 +10,13 @@ def make() -> FenwickState:
     return FenwickState(torch.randn(3, 4, 2, 5, 6), torch.tensor([0, 3, 9]))
 
 
+def owing() -> FenwickState:
+    """As `make`, with decays pending for the occupied buckets."""
+    state = make()
+    owed = torch.where(state.occupied()[..., None], -torch.rand(3, 4, 2), 0.0)
+    return state._replace(log_decays=owed)
+
+
 def test_zeros():
     state = FenwickState.zeros(batch=2, num_levels=5, num_heads=4, key_dim=16, value_dim=32, dtype=torch.bfloat16)
     assert state.buckets.shape == (2, 5, 4, 16, 32) and state.buckets.dtype == torch.bfloat16
@@ -92,3 +99,65 @@ def test_cat_refuses_states_that_differ(other):
         FenwickState.cat([make(), other])
     with pytest.raises(ValueError, match="got no states"):
         FenwickState.cat([])
+
+
+def test_settled_applies_what_is_pending_and_empties_empty_buckets():
+    state = owing()
+    state.buckets[~state.occupied()] = torch.nan
+    settled, before = state.settled(), state.clone()
+    assert settled.log_decays is None and torch.equal(settled.positions, state.positions)
+    assert settled.positions.data_ptr() != state.positions.data_ptr(), "a step with one would move the other"
+    for row, levels in enumerate(state.occupied().tolist()):
+        for level, used in enumerate(levels):
+            factor = state.log_decays[row, level].exp()[:, None, None]
+            wanted = state.buckets[row, level] * factor if used else torch.zeros(2, 5, 6)
+            assert torch.equal(settled.buckets[row, level], wanted)
+    assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(state, before, strict=True)), "a copy"
+
+
+def test_a_plain_state_is_settled_already():
+    state = make()
+    assert state.settled() is state
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_settled_keeps_the_dtype_and_the_history(dtype):
+    state = owing().to(dtype=dtype)
+    assert state.log_decays.dtype == torch.float32 and state.settled().buckets.dtype == dtype
+    leaf = state.buckets.double().requires_grad_()
+    state._replace(buckets=leaf).settled().buckets.sum().backward()
+    factor = torch.where(state.occupied()[..., None], state.log_decays.double().exp(), 0)
+    assert torch.equal(leaf.grad, factor[..., None, None].expand_as(leaf))
+
+
+def test_room_for_pending_decays():
+    state = make()
+    pending = state.with_pending()
+    assert pending.buckets is state.buckets and pending.positions is state.positions
+    assert pending.log_decays.shape == (3, 4, 2) and not pending.log_decays.any()
+    assert pending.log_decays.dtype == torch.float32
+    assert pending.with_pending() is pending
+    assert pending.nbytes == state.nbytes + 3 * 4 * 2 * 4
+    assert FenwickState.zeros(2, 1, 1, 1, 1).with_pending().log_decays is None, "one level is written at every step"
+
+
+def test_pending_decays_go_where_the_rows_go():
+    state = owing()
+    rows = torch.tensor([2, 0])
+    assert torch.equal(state.select(rows).log_decays, state.log_decays[rows])
+    copy, same = state.clone(), state.detach()
+    assert state.to("meta").log_decays.is_meta and state.to(dtype=torch.float64).log_decays.dtype == torch.float32
+    state.log_decays.zero_()
+    assert copy.log_decays.any() and not same.log_decays.any()
+
+
+def test_cat_of_pending_and_plain_states():
+    state, plain = owing(), make()
+    joined = FenwickState.cat([plain, state])
+    assert torch.equal(joined.log_decays[3:], state.log_decays) and not joined.log_decays[:3].any()
+    for one, rows in ((plain, slice(0, 3)), (state, slice(3, 6))):
+        assert torch.equal(joined.settled().buckets[rows], one._replace(log_decays=torch.zeros(3, 4, 2)
+                           if one.log_decays is None else one.log_decays).settled().buckets)  # fmt: skip
+    single = FenwickState(torch.ones(1, 1, 1, 1, 1), torch.tensor([2]), torch.full((1, 1, 1), -1.0))
+    joined = FenwickState.cat([FenwickState.zeros(1, 1, 1, 1, 1), single])
+    assert joined.log_decays is None and torch.allclose(joined.buckets[1], torch.tensor(-1.0).exp())

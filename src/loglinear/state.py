@@ -5,7 +5,7 @@ Legend: B rows (sequences), L levels, H heads, K key width, V value width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,9 +21,15 @@ class FenwickState(NamedTuple):
     any bit from L - 2 up is). Buckets that are not occupied are zero. Every row has its own position, so rows of a
     ragged batch each have their own partition.
 
+    A state may owe its buckets their decays: a step with one decay per head then adds to a number per bucket instead of
+    multiplying the bucket, and writes only what merges. In such a state empty buckets hold anything that is finite.
+    `settled` gives the plain state that it stands for, `with_pending` begins one.
+
     Attributes:
         buckets: [B, L, H, K, V], float32 (float64 for float64 inputs) unless the caller chose otherwise.
         positions: [B] int64, tokens seen so far.
+        log_decays: [B, L, H] float32, natural log of what each bucket is still to be multiplied by, zero for empty
+            buckets; or None: nothing is pending.
 
     Example:
         >>> state = FenwickState.zeros(batch=2, num_levels=5, num_heads=4, key_dim=16, value_dim=32)
@@ -33,6 +39,7 @@ class FenwickState(NamedTuple):
 
     buckets: Tensor
     positions: Tensor
+    log_decays: Tensor | None = None
 
     @classmethod
     def zeros(
@@ -67,16 +74,47 @@ class FenwickState(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of buckets and positions as they are allocated (empty buckets included)."""
-        return self.buckets.nbytes + self.positions.nbytes
+        """Bytes of all tensors as they are allocated (empty buckets included)."""
+        return sum(x.nbytes for x in self if x is not None)
 
     def occupied(self) -> Tensor:
         """Which buckets hold tokens: bool [B, L]."""
         return fenwick.occupied(self.positions, self.num_levels)
 
+    def settled(self) -> FenwickState:
+        """The plain state, a copy: pending decays applied, empty buckets zero. Itself if it is plain.
+
+        Example:
+            >>> owed = torch.tensor([0, -0.6931472, 0]).view(1, 3, 1)
+            >>> state = FenwickState(torch.ones(1, 3, 1, 1, 1), torch.tensor([3]), owed)
+            >>> state.settled().buckets.flatten().tolist()
+            [0.0, 0.5, 1.0]
+        """
+        if self.log_decays is None:
+            return self
+        owed = self.log_decays.to(torch.promote_types(self.buckets.dtype, torch.float32)).exp()
+        decayed = (self.buckets * owed[..., None, None]).to(self.buckets.dtype)
+        held = torch.where(self.occupied()[:, :, None, None, None], decayed, 0)
+        return FenwickState(held, self.positions.clone())
+
+    def with_pending(self) -> FenwickState:
+        """The same state, memory and all, with room for decays to be owed: `log_decays` of zeros.
+
+        Itself if it has them, or one level only: that bucket takes in every token and is written at every step anyway.
+        """
+        if self.log_decays is not None or self.num_levels == 1:
+            return self
+        owed = torch.zeros(self.buckets.shape[:3], dtype=torch.float32, device=self.buckets.device)
+        return self._replace(log_decays=owed)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> FenwickState:
+        """A state of what `function` makes of each tensor."""
+        owed = None if self.log_decays is None else function(self.log_decays)
+        return FenwickState(function(self.buckets), function(self.positions), owed)
+
     def select(self, indices: Tensor) -> FenwickState:
         """The rows `indices` [M] int64 as a new state (for example the beams that survive)."""
-        return FenwickState(self.buckets.index_select(0, indices), self.positions.index_select(0, indices))
+        return self.map(lambda x: x.index_select(0, indices))
 
     @classmethod
     def cat(cls, states: Sequence[FenwickState]) -> FenwickState:
@@ -100,15 +138,23 @@ class FenwickState(NamedTuple):
                     "states to be joined must have the same levels, heads, widths, dtype and device: got "
                     f"{', '.join(map(str, kinds[0]))} and, at index {row}, {', '.join(map(str, kind))}"
                 )
-        return cls(torch.cat([state.buckets for state in states]), torch.cat([state.positions for state in states]))
+        if any(state.log_decays is not None for state in states):
+            states = [state.settled() if state.num_levels == 1 else state.with_pending() for state in states]
+        owed = [state.log_decays for state in states if state.log_decays is not None]
+        return cls(
+            torch.cat([state.buckets for state in states]),
+            torch.cat([state.positions for state in states]),
+            torch.cat(owed) if owed else None,
+        )
 
     def clone(self) -> FenwickState:
-        return FenwickState(self.buckets.clone(), self.positions.clone())
+        return self.map(torch.clone)
 
     def detach(self) -> FenwickState:
         """The same memory without its history (as torch's `detach`)."""
-        return FenwickState(self.buckets.detach(), self.positions)
+        return self.map(torch.Tensor.detach)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FenwickState:
-        """Moved to `device`, buckets converted to `dtype`; positions stay int64."""
-        return FenwickState(self.buckets.to(device=device, dtype=dtype), self.positions.to(device=device))
+        """Moved to `device`, buckets converted to `dtype`; positions stay int64, pending decays float32."""
+        moved = self.map(lambda x: x.to(device=device))
+        return moved._replace(buckets=moved.buckets.to(dtype=dtype))

@@ -1,9 +1,14 @@
+import copy
+import importlib.util
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from loglinear.layers import ShortConvolution
 from small_models import TOLERANCE, relative_error
+
+INTERPRETED = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
 
 
 @pytest.fixture(params=[(2, False), (4, True)], ids=["W2", "W4,bias"])
@@ -49,6 +54,69 @@ def test_steps_equal_the_whole_and_update_the_state_in_place(convolution):
     assert relative_error(stepped, whole) < TOLERANCE
     assert torch.equal(state, whole_state)
     assert state.data_ptr() == address
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="kernels are not interpreted here")),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "bias", "channels"), [(2, False, 5), (4, True, 300), (7, True, 64)])
+def test_kernel_of_a_step(width, bias, channels, dtype, device):
+    """Against torch in fp64 on the same numbers, from a strided input; the state exactly."""
+    from loglinear.ops.triton.convolution import convolution_step
+
+    convolution = ShortConvolution(channels, width, bias).to(device, dtype)
+    exact = copy.deepcopy(convolution).double()
+    state = torch.randn(3, width - 1, channels).to(device, dtype)
+    wide, address = state.double(), state.data_ptr()
+    with torch.no_grad():
+        for _ in range(width + 1):
+            x = torch.randn(3, 2, 2 * channels).to(device, dtype)[:, 1:, ::2]
+            found = convolution_step(x, state, convolution.weight, convolution.bias)
+            assert found.dtype == dtype and found.is_contiguous()
+            assert relative_error(found.double(), exact.step(x.double(), wide)) < (
+                1e-6 if dtype == torch.float32 else 5e-3
+            )
+            assert torch.equal(state.double(), wide)
+    assert state.data_ptr() == address
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels are not interpreted here")
+def test_kernel_of_a_step_is_an_operator():
+    from loglinear.ops.triton.convolution import _convolution_op, convolution_step
+
+    layer, x = ShortConvolution(6, 4, True).requires_grad_(False), torch.randn(2, 1, 6)
+    state = torch.randn(2, 3, 6)
+    arguments = (x, state.clone(), layer.weight, layer.bias)
+    torch.library.opcheck(_convolution_op, arguments, test_utils=("test_schema", "test_faketensor"))
+    eager, compiled = state.clone(), state.clone()
+    step = torch.compile(convolution_step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(
+        step(x, compiled, layer.weight, layer.bias), convolution_step(x, eager, layer.weight, layer.bias)
+    )
+    assert torch.equal(compiled, eager) and eager._version > 0
+
+
+@pytest.mark.gpu
+def test_steps_without_gradients_take_the_kernel(monkeypatch):
+    from loglinear.layers import convolution as module
+
+    layer, x = ShortConvolution(6, 4).cuda(), torch.randn(2, 1, 6, device="cuda")
+    state, calls = layer.zero_state(2, torch.float32, x.device), []
+    kernel = module.kernel.convolution_step
+    monkeypatch.setattr(module.kernel, "convolution_step", lambda *given: calls.append(1) or kernel(*given))
+    layer.step(x, state.clone()).sum().backward()
+    assert not calls
+    with torch.no_grad():
+        layer.step(x, state)
+        assert calls == [1]
+        layer.double().step(x.double(), state.double())
+        layer.float().step(x, torch.zeros(2, 6, 3, device="cuda").transpose(1, 2))
+    assert calls == [1], "float64 and states that are not contiguous are torch's"
 
 
 @pytest.mark.parametrize("lengths", [[4, 0, 1, 3], [0, 2], [1, 1, 1], [5, 0], [0, 0, 6, 0]])

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from small_models import small_mixer
+from small_models import relative_error, small_mixer
 
 
 @pytest.fixture(params=["mamba2", "linear_attention", "attention"])
@@ -39,3 +41,48 @@ def test_measures_and_moves(state):
     assert state.batch_size == 3
     assert {tensor.device.type for tensor in state.to("meta").tensors()} == {"meta"}
     assert [tensor.dtype for tensor in state.to("meta").tensors()] == [tensor.dtype for tensor in state.tensors()]
+
+
+@pytest.mark.parametrize(
+    ("mixer", "pends"),
+    [("mamba2", True), ("retention", True), ("linear_attention", True), ("gla", False), ("gated_deltanet", False)],
+)
+def test_mixers_whose_steps_defer_decays_keep_room_for_them(mixer, pends):
+    """From the first state on, so that its address is there to be captured; not in training, where nothing steps."""
+    mixer = small_mixer(mixer)
+    x = torch.randn(2, 5, 28, dtype=torch.float64)
+    with torch.no_grad():
+        for state in (mixer.zero_state(2), mixer(x, return_state=True)[1]):
+            assert (state.fenwick.log_decays is not None) == pends
+    assert mixer(x, return_state=True)[1].fenwick.log_decays is None
+
+
+def test_copies_between_pending_and_plain_states():
+    mixer = small_mixer("mamba2")
+    with torch.no_grad():
+        _, pending = mixer(torch.randn(2, 7, 28, dtype=torch.float64), return_state=True)
+        _, other = mixer(torch.randn(2, 12, 28, dtype=torch.float64), return_state=True)
+    pending.fenwick.log_decays[pending.fenwick.occupied()] = -0.5
+    plain = replace(other.clone(), fenwick=other.fenwick.settled().clone())
+    wanted = pending.fenwick.settled()
+    assert torch.equal(plain.copy_(pending).fenwick.buckets, wanted.buckets) and plain.fenwick.log_decays is None
+    pending.copy_(replace(other, fenwick=other.fenwick.settled()))
+    assert not pending.fenwick.log_decays.any()
+    assert torch.equal(pending.fenwick.settled().buckets, other.fenwick.settled().buckets)
+
+
+def test_going_on_from_a_pending_state():
+    """Steps and longer calls read what is pending; stale buckets are not looked at."""
+    mixer = small_mixer("mamba2")
+    x = torch.randn(2, 9, 28, dtype=torch.float64)
+    with torch.no_grad():
+        _, state = mixer(x[:, :6], return_state=True)
+        state.fenwick.buckets.mul_(torch.tensor(0.5).exp())
+        state.fenwick.log_decays[state.fenwick.occupied()] = -0.5
+        state.fenwick.buckets[~state.fenwick.occupied()] = 1e4
+        wanted, _ = mixer(x)
+        found, _ = mixer(x[:, 6:], state.clone())
+        assert relative_error(found, wanted[:, 6:]) < 1e-6  # e^0.5 in float32
+        for t in range(6, 9):
+            y, state = mixer(x[:, t : t + 1], state, return_state=True)
+            assert relative_error(y, wanted[:, t : t + 1]) < 1e-6

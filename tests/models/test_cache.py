@@ -1,6 +1,8 @@
 """Caches copied, stacked, selected, moved, saved and loaded: going on from them is going on from the original."""
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -155,6 +157,36 @@ def test_only_occupied_buckets_are_in_the_file(tmp_path):
     assert buckets.shape[0] == 1 and cache.layers[0].state.fenwick.num_levels == 7
 
 
+def test_pending_decays_are_in_the_file_and_files_without_are_read(tmp_path, static):
+    """Going on from either is going on from the original; buckets that are empty may hold anything."""
+    model = small_model("mamba2")
+    ids = tokens(2, 13)
+    cache = cache_for(model, static)
+    read(model, ids[:, :11], cache)
+    for layer in cache.layers:
+        state = layer.state.fenwick
+        state.buckets.mul_(2)
+        state.log_decays[state.occupied()] = -math.log(2)
+        state.buckets[~state.occupied()] = 1e3
+    save_cache(cache, model, tmp_path / "state")
+    loaded = load_cache(tmp_path / "state", model)
+    assert torch.equal(loaded.layers[0].state.fenwick.log_decays, cache.layers[0].state.fenwick.log_decays)
+    assert torch.equal(
+        loaded.layers[1].state.fenwick.settled().buckets, cache.layers[1].state.fenwick.settled().buckets
+    )
+    for layer in cache.layers:
+        layer.state = replace(layer.state, fenwick=layer.state.fenwick.settled())
+    save_cache(cache, model, tmp_path / "old")
+    assert not any("log_decays" in name for name in load_file(tmp_path / "old"))
+    old = load_cache(tmp_path / "old", model)
+    wanted = model(ids, use_cache=False).logits[:, 11:]
+    for one in (loaded, old):
+        assert relative_error(read(model, ids[:, 11:], copy_cache(one)), wanted) < 1e-6
+        stacked = stack_caches([one, load_cache(tmp_path / "state", model)])
+        found = read(model, ids[:, 11:12].repeat(2, 1), stacked)
+        assert relative_error(found, wanted[:, :1].repeat(2, 1, 1)) < 1e-6
+
+
 @pytest.mark.parametrize("levels", [1, 3])
 def test_few_levels_are_saved_too(levels, tmp_path):
     model = small_model("mamba2", num_levels=levels)
@@ -244,6 +276,20 @@ def test_files_that_are_not_ours_are_refused_and_not_overwritten(tmp_path):
     (tmp_path / "state").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="is not a saved state"):
         load_cache(tmp_path / "state", model)
+
+
+def test_damaged_pending_decays_are_refused(tmp_path):
+    model = small_model("mamba2")
+    cache = new_cache(model.config)
+    read(model, tokens(1, 5), cache)
+    save_cache(cache, model, tmp_path / "state")
+    parts = load_file(tmp_path / "state")
+    with safe_open(tmp_path / "state", "pt") as file:
+        metadata = file.metadata()
+    parts["0.log_decays"] = parts["0.log_decays"][:, :2].contiguous()
+    save_file(parts, tmp_path / "spoilt", metadata=metadata)
+    with pytest.raises(ValueError, match="is damaged.*log_decays"):
+        load_cache(tmp_path / "spoilt", model)
 
 
 def test_damaged_files_are_refused(tmp_path):

@@ -35,7 +35,7 @@ def tree(chunk, cu_seqlens=None):
     """The algorithm with short chunks, so that short sequences have tall trees."""
 
     def run(inputs: Inputs, state):
-        buckets, positions = (None, None) if state is None else state
+        buckets, positions = (None, None) if state is None else state[:2]
         o, after, _ = chunked.tree_attention(
             *inputs.values(), 0.7, cu_seqlens, buckets, positions, return_state=True, chunk=chunk
         )

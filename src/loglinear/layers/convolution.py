@@ -9,6 +9,13 @@ from torch import Tensor, nn
 
 from loglinear.layers.packing import token_rows
 
+try:
+    from loglinear.ops.triton import convolution as kernel
+except ModuleNotFoundError as missing:
+    if missing.name is None or missing.name.split(".")[0] != "triton":
+        raise
+    kernel = None  # Triton is not installed
+
 
 class ShortConvolution(nn.Module):
     """`y_t = silu(sum_j weight[:, j] * x_{t-W+1+j} + bias)` for each channel, with zeros (or the carried
@@ -93,7 +100,11 @@ class ShortConvolution(nn.Module):
         return y, window[tails]
 
     def step(self, x: Tensor, state: Tensor) -> Tensor:
-        """One token: `x [B, 1, C]` to `[B, 1, C]`; `state` is updated in place."""
+        """One token: `x [B, 1, C]` to `[B, 1, C]`; `state` is updated in place. One kernel on CUDA devices, where no
+        gradients are wanted."""
+        if kernel is not None and x.is_cuda and not torch.is_grad_enabled():
+            if kernel.unsupported(x, state, self.weight) is None:
+                return kernel.convolution_step(x, state, self.weight, self.bias)
         window = torch.cat((state.to(x.dtype), x), dim=1)
         state.copy_(window[:, 1:])
         return self._taps(window, 1)

@@ -223,8 +223,13 @@ class RecurrentMixer(nn.Module):
         sizes = (batch, self.num_levels, self.num_heads, self.key_width, self.value_width)
         return RecurrentState(
             None if self.conv is None else self.conv.zero_state(batch, dtype, device),
-            FenwickState.zeros(*sizes, dtype=buckets, device=device),
+            self._for_steps(FenwickState.zeros(*sizes, dtype=buckets, device=device)),
         )
+
+    def _for_steps(self, state: FenwickState) -> FenwickState:
+        """With room for pending decays, where steps make use of it. A state that steps start from has it from the
+        beginning: a captured step needs it at one address."""
+        return state if {"beta", "channel_decay"}.intersection(self.uses) else state.with_pending()
 
     def forward(
         self,
@@ -293,6 +298,8 @@ class RecurrentMixer(nn.Module):
                 initial_state=None if state is None else state.fenwick,
                 return_state=return_state,
             )
+            if fenwick is not None and not torch.is_grad_enabled():
+                fenwick = self._for_steps(fenwick)
             new_state = None if fenwick is None else RecurrentState(convolution, fenwick)
         return self.out_proj(self.finish(o, v, x)), new_state if return_state else None
 

@@ -29,7 +29,7 @@ class MixerState:
             if isinstance(value, Tensor):
                 changed[field.name] = function(value)
             elif isinstance(value, FenwickState):
-                changed[field.name] = FenwickState(*(function(tensor) for tensor in value))
+                changed[field.name] = value.map(function)
         return replace(self, **changed)
 
     def tensors(self) -> list[Tensor]:
@@ -114,11 +114,21 @@ class RecurrentState(MixerState):
 
     Attributes:
         convolution: `[B, W-1, C]` last inputs of the short convolution, or None for a mixer without one.
-        fenwick: the operator's state, buckets `[B, L, H, K, V]` and positions `[B]`.
+        fenwick: the operator's state, buckets `[B, L, H, K, V]`, positions `[B]` and, in a state that steps with one
+            decay per head have to do with, the buckets' pending decays.
     """
 
     convolution: Tensor | None
     fenwick: FenwickState
+
+    def copy_(self, other: Self) -> Self:
+        """As every state's, also where only one of the two has pending decays."""
+        mine, theirs = self.fenwick.log_decays, other.fenwick.log_decays
+        if mine is None and theirs is not None:
+            other = replace(other, fenwick=other.fenwick.settled())
+        elif mine is not None and theirs is None:
+            other = replace(other, fenwick=other.fenwick.with_pending())
+        return super().copy_(other)
 
     @property
     def positions(self) -> Tensor:

@@ -1,8 +1,8 @@
 """Caches in files: what a model has read, kept for another day or another machine.
 
 A file is a safetensors file. Of every block it holds the convolution's inputs, the *occupied* buckets (a state has
-none at about half of its levels) or the keys and values up to the longest row, and the positions; its header says
-which model wrote it, because a state means nothing to another.
+none at about half of its levels) and the decays pending for them if any are, or the keys and values up to the longest
+row, and the positions; its header says which model wrote it, because a state means nothing to another.
 """
 
 from __future__ import annotations
@@ -188,6 +188,8 @@ def _state_tensors(state: MixerState) -> dict[str, Tensor]:
     assert isinstance(state, RecurrentState)
     buckets = state.fenwick.buckets[state.fenwick.occupied()]
     parts = {"buckets": buckets, "positions": state.fenwick.positions}
+    if state.fenwick.log_decays is not None:
+        parts["log_decays"] = state.fenwick.log_decays
     return parts if state.convolution is None else {**parts, "convolution": state.convolution}
 
 
@@ -215,7 +217,10 @@ def _recurrent_state(parts: dict[str, Tensor], config: LogLinearConfig) -> Recur
     if packed.shape != (int(occupied.sum()), *state.buckets.shape[2:]):
         raise RuntimeError(f"buckets {tuple(packed.shape)}, wanted {int(occupied.sum())} of {state.buckets.shape[2:]}")
     state.buckets[occupied] = packed
-    return RecurrentState(parts.get("convolution"), state)
+    log_decays = parts.get("log_decays")
+    if log_decays is not None and log_decays.shape != state.buckets.shape[:3]:
+        raise RuntimeError(f"log_decays {tuple(log_decays.shape)}, wanted {tuple(state.buckets.shape[:3])}")
+    return RecurrentState(parts.get("convolution"), state._replace(log_decays=log_decays))
 
 
 def _model_fields(config: LogLinearConfig) -> dict[str, Any]:

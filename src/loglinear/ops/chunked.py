@@ -37,7 +37,7 @@ def log_linear_attention_chunked(
     Lengths and positions are read on the host (they decide the shapes of everything), which waits for the device when
     `cu_seqlens` or the state's positions live there. Under `torch.compile` the call is one opaque operator.
     """
-    buckets, positions = (None, None) if initial_state is None else initial_state
+    buckets, positions = (None, None) if initial_state is None else initial_state[:2]  # settled at the door
     # where shapes are all there is: no plan is needed, and none may be cached that is made of such tensors
     opaque = torch.compiler.is_compiling() or isinstance(v, FakeTensor) or v.is_meta
     run = tree_attention_opaque if opaque else tree_attention

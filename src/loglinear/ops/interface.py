@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -20,15 +20,18 @@ from loglinear.state import FenwickState
 
 try:
     from loglinear.ops.triton import delta, scalar
+    from loglinear.ops.triton import step as kernel_step
 except ModuleNotFoundError as missing:
     if missing.name is None or missing.name.split(".")[0] != "triton":
         raise
-    delta = scalar = None  # Triton is not installed
+    delta = scalar = kernel_step = None  # Triton is not installed
 
 logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 BACKENDS = ("auto", "reference", "torch", "triton")
+StepBackend = Literal["auto", "torch", "triton"]
+STEP_BACKENDS = ("auto", "torch", "triton")
 FLOAT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -76,7 +79,8 @@ def log_linear_attention(
         cu_seqlens: [S + 1] int32 or int64, 0 = first ≤ … ≤ last = T: packed sequences, each with a partition of its
             own (then B == 1). Sequences may be empty.
         initial_state: what the first token of each sequence finds (`FenwickState` of S rows); gradients flow into its
-            buckets. Buckets that are not occupied at the row's position are not read.
+            buckets. Buckets that are not occupied at the row's position are not read. Pending decays are applied
+            first.
         return_state: whether to return the state after the last token.
         backend: "reference" (recurrence over tokens, a specification), "torch" (the tree algorithm in O(T log T) time
             and O(T) memory, on any device), "triton" (kernels for CUDA devices), or "auto" (the fastest that is
@@ -115,6 +119,9 @@ def log_linear_attention(
     _check_packing(q, cu_seqlens)
     num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _check_state(q, v, level_scales, initial_state, num_sequences)
+    if initial_state is not None and initial_state.log_decays is not None:
+        widest = torch.promote_types(initial_state.buckets.dtype, torch.float32)
+        initial_state = initial_state.to(dtype=widest).settled()
     carried = initial_state is not None or return_state
     run = _choose(backend, q, v, level_scales, log_decay, beta, cu_seqlens, carried)
     with _no_autocast(q):
@@ -137,25 +144,34 @@ def log_linear_attention_step(
     log_decay: Float[Tensor, "B H"] | Float[Tensor, "B H K"] | None = None,
     beta: Float[Tensor, "B H"] | None = None,
     scale: float = 1.0,
+    backend: StepBackend = "auto",
 ) -> Float[Tensor, "B H V"]:
     """One token of `log_linear_attention`; `state` is updated in place.
 
     Rows may be at different positions. Nothing is read back by the host, so a step can be captured in a CUDA graph.
     For inference: where gradients are needed, call `log_linear_attention` on one token.
 
+    The kernel reads the occupied buckets only. With one decay per head (or none, and no beta) it writes only the one
+    that takes in others, if the state has room for pending decays (`state.with_pending()`); else, and for the other
+    mixers, it writes all that it reads.
+
     Args:
         q, k: [B, G, K]. v: [B, H, V]. level_scales: [B, H, L] or None. log_decay: [B, H] or [B, H, K]. beta: [B, H].
         state: what this token finds; afterwards, what the next one finds. Its L is that of `level_scales` (1 for None).
-            Its positions are at least 0 and buckets that are not occupied are zero, as in every state that this library
-            makes: neither is checked, for the host would have to wait for the device.
+            Its positions are at least 0 (and below 2^48 in the kernel). Buckets that are not occupied are zero, or, if
+            the state has pending decays, finite with none pending for them. So it is with every state that this
+            library makes; it is not checked, for the host would have to wait for the device.
         scale: multiplies q.
+        backend: "torch" (any device), "triton" (one kernel, for CUDA devices) or "auto" (the fastest available). What
+            the kernel does not cover (float64, more than 63 levels, keys wider than 512, a state that is not
+            contiguous) goes to torch by itself; the log says so at debug level.
 
     Returns:
         o [B, H, V] in v's dtype.
 
     Raises:
         TypeError, ValueError: as `log_linear_attention`.
-        RuntimeError: gradients are enabled and an argument requires them.
+        RuntimeError: gradients are enabled and an argument requires them, or backend="triton" where no kernel can run.
 
     Example:
         >>> import torch
@@ -178,8 +194,9 @@ def log_linear_attention_step(
                 "log_linear_attention_step updates its state in place and has no gradient, but an argument requires "
                 "one; wrap the call in torch.no_grad(), or call log_linear_attention on one token"
             )
+    run = _choose_step(backend, q, v, level_scales, log_decay, beta, state)
     with torch.no_grad(), _no_autocast(q):
-        return step.step(q, k, v, level_scales, state, log_decay, beta, float(scale))
+        return run(q, k, v, level_scales, state, log_decay, beta, float(scale))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -194,11 +211,9 @@ def _choose(backend: str, q, v, level_scales, log_decay, beta, cu_seqlens, carri
         return reference.log_linear_attention_recurrent
     if backend == "torch" or (backend == "auto" and q.device.type != "cuda"):
         return chunked.log_linear_attention_chunked
-    if scalar is None or delta is None or (q.device.type != "cuda" and not scalar.INTERPRETED):
-        if backend == "auto":
-            return chunked.log_linear_attention_chunked
-        why = "triton is not installed" if scalar is None else f"the tensors are on {q.device}"
-        raise RuntimeError(f"backend='triton' needs CUDA tensors and Triton, but {why}; use backend='auto' or 'torch'")
+    if not _has_kernels(backend, q):
+        return chunked.log_linear_attention_chunked
+    assert scalar is not None and delta is not None
     if beta is None:
         num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         missing = scalar.unsupported(q, v, level_scales, log_decay, num_sequences, carried)
@@ -209,6 +224,29 @@ def _choose(backend: str, q, v, level_scales, log_decay, beta, cu_seqlens, carri
         logger.debug("no Triton kernel for %s: the torch backend takes this call", missing)
         return chunked.log_linear_attention_chunked
     return run
+
+
+def _choose_step(backend: str, q, v, level_scales, log_decay, beta, state: FenwickState):
+    if backend not in STEP_BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, STEP_BACKENDS))}, got {backend!r}")
+    if backend == "torch" or (backend == "auto" and q.device.type != "cuda") or not _has_kernels(backend, q):
+        return step.step
+    assert kernel_step is not None
+    missing = kernel_step.unsupported(q, v, level_scales, log_decay, beta, state)
+    if missing is not None:
+        logger.debug("no Triton kernel for %s: torch takes this step", missing)
+        return step.step
+    return kernel_step.step
+
+
+def _has_kernels(backend: str, q: Tensor) -> bool:
+    """Whether kernels can run; refuses a backend that asks for them where they cannot."""
+    if scalar is not None and (q.device.type == "cuda" or scalar.INTERPRETED):
+        return True
+    if backend == "auto":
+        return False
+    why = "triton is not installed" if scalar is None else f"the tensors are on {q.device}"
+    raise RuntimeError(f"backend='triton' needs CUDA tensors and Triton, but {why}; use backend='auto' or 'torch'")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -298,9 +336,14 @@ def _check_packing(q: Tensor, cu_seqlens: Tensor | None) -> None:
         raise ValueError(f"packed sequences (cu_seqlens) need a batch of 1, got {q.shape[0]}")
 
 
+def _present(state: FenwickState) -> list[tuple[str, Any]]:
+    """The tensors of a state, by name; its pending decays if it has any."""
+    return [(name, x) for name, x in state._asdict().items() if x is not None or name != "log_decays"]
+
+
 def _check_writable(state: FenwickState) -> None:
     """A step writes into its state."""
-    for name, x in (("buckets", state.buckets), ("positions", state.positions)):
+    for name, x in _present(state):
         if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
             raise ValueError(f"the state's {name} are updated in place, but several entries share memory (strides "
                              f"{x.stride()} for shape {_shape(x)}): clone the state")  # fmt: skip
@@ -316,7 +359,7 @@ def _check_state(q, v, level_scales, state, rows: int, required: bool = False) -
         return
     if not isinstance(state, FenwickState):
         raise TypeError(f"the state must be a FenwickState, got {type(state).__name__}")
-    for name, x in (("buckets", state.buckets), ("positions", state.positions)):
+    for name, x in _present(state):
         if not isinstance(x, Tensor):
             raise TypeError(f"the state's {name} must be a tensor, got {type(x).__name__}")
         if x.layout != torch.strided:
@@ -333,6 +376,13 @@ def _check_state(q, v, level_scales, state, rows: int, required: bool = False) -
         raise TypeError(f"the state's positions must be int64, got {state.positions.dtype}")
     if state.positions.shape != (rows,):
         raise ValueError(f"the state's positions must be [rows] = [{rows}], got {_shape(state.positions)}")
-    for name, x in (("buckets", state.buckets), ("positions", state.positions)):
+    if state.log_decays is not None:
+        if state.log_decays.dtype != torch.float32:
+            raise TypeError(f"the state's log_decays must be float32, got {state.log_decays.dtype}")
+        if state.log_decays.shape != wanted[:3]:
+            raise ValueError(
+                f"the state's log_decays must be [rows, L, H] = {list(wanted[:3])}, got {_shape(state.log_decays)}"
+            )
+    for name, x in _present(state):
         if x.device != q.device:
             raise ValueError(f"the state's {name} are on {x.device}, q on {q.device}: all must be on one device")

@@ -16,13 +16,15 @@ def step(
     q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, state: FenwickState,
     log_decay: Tensor | None, beta: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
-    """See `log_linear_attention_step`. Static shapes, no data-dependent control flow."""
-    buckets, positions = state
+    """See `log_linear_attention_step`. Static shapes, no data-dependent control flow. Pending decays are applied."""
+    buckets, positions, log_decays = state
     heads, num_levels, work = v.shape[1], state.num_levels, torch.promote_types(buckets.dtype, torch.float32)
     work = torch.promote_types(work, v.dtype)
     q, k = (x.to(work).repeat_interleave(heads // x.shape[1], dim=1) for x in (q, k))
     q, written = q * scale, v.to(work)
-    states = buckets.to(work)
+    states = state.to(dtype=work).settled().buckets
+    if log_decays is not None:
+        log_decays.zero_()
     if log_decay is not None:
         states = states * log_decay.to(work).exp().reshape(v.shape[0], 1, heads, -1, 1)
     if beta is not None:

@@ -104,6 +104,25 @@ def place_of_node(slot, block, origin, oldest, end, remaining):
 
 
 @triton.jit
+def holds_tokens(position, level, L):
+    """Which levels of a state at `position` are occupied: `fenwick.is_occupied`, for levels that may be beyond L."""
+    height = tl.maximum(level - 1, 0)
+    older = in_same_block(position, 0, height) == 0
+    return (
+        (level < L)
+        & ((level > 0) | (level == L - 1))
+        & tl.where(level == L - 1, older, is_right_half(position, height))
+    )
+
+
+@triton.jit
+def carry_level(position, level, L):
+    """`fenwick.carry_level` at `position`, from `level`, 0, 1, … up to L at least."""
+    apart = in_same_block(position, position - 1, level) == 0
+    return tl.sum(((level < L - 1) & apart).to(tl.int32), 0)
+
+
+@triton.jit
 def load_state(pointer, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
     """A state [K, V], in a tile [BK, BV] padded with zeros."""
     key, column = tl.arange(0, BK), tl.arange(0, BV)
