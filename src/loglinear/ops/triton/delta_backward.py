@@ -172,7 +172,7 @@ def _gather_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens, firsts
         store_block(d_maps + place * K * K, change, 0, K, ROWS, column, K, BK)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "cap"])
 def _running_back_kernel(maps, d_added, bases, counts, N, H, cap, K, V, KT: tl.constexpr, BK: tl.constexpr,
                          BV: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Back over the running states: each owes P of the next, transposed, times that one's gradient."""
