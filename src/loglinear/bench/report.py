@@ -199,8 +199,9 @@ def to_markdown(rows: Sequence[Row]) -> str:
         f"loglinear {newest.loglinear}, {newest.date}. Times are medians"
     )
     how = (
-        "; they and memory beyond the inputs are given per sequence. Growth is the fitted exponent ± its standard error "
-        f"over lengths from {plots.format_tokens(FIT_FROM)} up (over all lengths where fewer than three are that long)."
+        "; they and memory beyond the inputs are given per sequence. Growth is the fitted exponent ± its standard "
+        f"error over lengths from {plots.format_tokens(FIT_FROM)} up (over all lengths where fewer than three are that "
+        "long)."
     )
     parts = [where + (how if groups else ".")]
     titles = titles_of(groups)

@@ -81,8 +81,7 @@ class GraphedStep:
         self.batch = rows
         self.input_ids = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
         self.logits: Tensor
-        self._graph = torch.cuda.CUDAGraph()
-        self._record(model, cache, layers)
+        self._graph = self._record(model, cache, layers)
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Reads `input_ids [B, 1]` (int64) and returns the logits `[B, 1, V]` of the next tokens.
@@ -157,7 +156,9 @@ class GraphedStep:
         self._cache = weakref.ref(cache)
         return True
 
-    def _record(self, model: LogLinearForCausalLM, cache: Cache, layers: list[MixerCacheLayer]) -> None:
+    def _record(self, model: LogLinearForCausalLM, cache: Cache, layers: list[MixerCacheLayer]) -> torch.cuda.CUDAGraph:
+        """Runs the step, then records it; everything is as it was before. `logits` are what the graph writes."""
+        graph = torch.cuda.CUDAGraph()
         saved = [_Saved(layer) for layer in layers]
         assert self._output is not None
         output = self._output.clone()
@@ -175,7 +176,7 @@ class GraphedStep:
                             one.restore()
                 torch.cuda.current_stream().wait_stream(stream)
                 # Other threads may go on with their own work meanwhile.
-                with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                     self.logits = self._step(model, cache)
                     torch._foreach_add_(self._counters, 1)
         finally:
@@ -183,6 +184,7 @@ class GraphedStep:
                 layer.cumulative_length = counter
                 one.restore()
             self._output.copy_(output)
+        return graph
 
     def _step(self, model: LogLinearForCausalLM, cache: Cache) -> Tensor:
         return model(input_ids=self.input_ids, past_key_values=cache, use_cache=True).logits
@@ -218,17 +220,17 @@ def refusal(model: LogLinearForCausalLM, cache: Cache) -> str | None:
     layers = cache_layers(cache, model.config)
     if any(layer.max_cache_len is None for layer in layers):
         return "the cache grows; wanted StaticCache(config=model.config, max_cache_len=...)"
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    if len(devices) != 1 or next(iter(devices)).type != "cuda":
-        return f"the model is on {' and '.join(sorted(map(str, devices)))}; wanted one CUDA device"
-    if any(layer.state is not None and layer.state.positions.device not in devices for layer in layers):
-        return "the cache is on another device than the model"
     if model.training:
         return "the model is in training; call eval() first"
     if torch.is_autocast_enabled("cuda"):
         return "autocast is on; wanted a model in the dtype that it computes in"
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return "a module has forward hooks, which a recording would not call"
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        return f"the model is on {' and '.join(sorted(map(str, devices)))}; wanted one CUDA device"
+    if any(layer.state is not None and layer.state.positions.device not in devices for layer in layers):
+        return "the cache is on another device than the model"
     return None
 
 
