@@ -9,7 +9,7 @@ from loglinear.layers.norms import unit_length
 from loglinear.layers.rotary import rotate
 from loglinear.models.model import SwiGLU
 from loglinear.ops.triton import scalar
-from small_models import relative_error
+from small_models import relative_error, small_mixer
 
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not scalar.INTERPRETED, reason="kernels are not interpreted here")),
@@ -176,3 +176,23 @@ def test_covered_on_a_gpu():
         assert not fused.covers(x, x.double())
         assert not fused.covers(x, x[:0])
         assert not torch.compile(lambda y: y + float(fused.covers(y)), backend="eager")(x).gt(1).any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("fixed", [True, False])
+def test_attention_decodes_through_the_kernel(monkeypatch, fixed, device):
+    """A layer with a cache, growing or static, whose rows stand at different positions."""
+    attention = small_mixer("attention").float().to(device)
+    x = torch.randn(2, 9, 28, device=device)
+
+    def decoded() -> Tensor:
+        state = attention.zero_state(2, capacity=16 if fixed else None)
+        _, state = attention(x[:, :6], state, return_state=True)
+        state.seen[1] = 3
+        outputs = []
+        for token in range(6, 9):
+            y, state = attention(x[:, token : token + 1], state, return_state=True)
+            outputs.append(y)
+        return torch.cat(outputs, dim=1)
+
+    compare(monkeypatch, decoded, torch.float32, device)

@@ -373,6 +373,16 @@ def test_the_cache_to_decode_with(monkeypatch):
         assert type(decoding_cache(hybrid, 65)) is DynamicCache  # longer than it is meant for
 
 
+def test_a_recurrent_state_is_never_full(device):
+    model = small_model("mamba2").to(device)
+    ids, cache = tokens(2, 6).to(device), static(model, 8)
+    settings = {"max_new_tokens": NEW, "do_sample": False}
+    once = model.generate(ids, past_key_values=cache, **settings)
+    twice = model.generate(once, past_key_values=cache, **settings)
+    assert torch.equal(twice, model.generate(model.generate(ids, **settings), **settings))
+    assert GraphedStep.made == [2]
+
+
 @pytest.mark.parametrize("kind", ["mamba2", "hybrid"])
 def test_a_cache_changes_its_kind_and_goes_on(kind, monkeypatch):
     """Growing, static, wider, growing again: what was read stays."""

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 try:
-    from loglinear.ops.triton import pointwise
+    from loglinear.ops.triton import one_query, pointwise
 except ModuleNotFoundError as missing:
     if missing.name is None or missing.name.split(".")[0] != "triton":
         raise
-    pointwise = None  # Triton is not installed
+    one_query = pointwise = None  # Triton is not installed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -115,6 +115,18 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     assert pointwise is not None
     turns = _turns(x.shape[-1] // 2, theta, x.device)
     return pointwise.rotate(x.flatten(0, 1), positions.reshape(-1), turns).view(x.shape)
+
+
+def attend_one(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor | None:
+    """Softmax attention of one query a head, `q [B, 1, H, D]`, to the first `lengths [B]` columns of `keys, values
+    [B, S, J, D]`: `[B, 1, H, D]`; None where no kernel covers it."""
+    if not covers(q, keys, values) or q.shape[1] != 1 or keys.stride() != values.stride():
+        return None
+    assert one_query is not None
+    dense = keys.stride(-1) == 1 and keys.stride(-2) == keys.shape[-1]
+    if not dense or q.shape[-1] > one_query.WIDEST or q.shape[2] // keys.shape[2] > one_query.MOST_QUERIES:
+        return None
+    return one_query.attend_one(q[:, 0], keys, values, lengths, q.shape[-1] ** -0.5)[:, None]
 
 
 @functools.cache
