@@ -292,7 +292,7 @@ def test_a_chat_template_is_heeded():
 
 def test_a_failing_model_is_an_error_of_the_server():
     class Failing(torch.nn.Module):
-        device = torch.device("cpu")
+        device, config = torch.device("cpu"), LogLinearConfig.preset("tiny-mamba2")
 
         def generate(self, **options):
             raise RuntimeError('no "luck"')

@@ -643,13 +643,16 @@ def bench(
     ),
     shape: list[str] = typer.Option([], "--shape", help="Only these shapes (repeat; see --list)."),
     lengths: list[str] = typer.Option(
-        [], "--lengths", help="Sequence lengths, such as 1K,4K,64K,1M. Default: 1K to 64K (CPU) or to 1M (GPU)."
+        [],
+        "--lengths",
+        help="Sequence lengths (with --decode and --step: contexts), such as 1K,4K,64K,1M. "
+        "Default: 1K to 64K (CPU) or to 1M (GPU).",
     ),
     batches: list[str] = typer.Option(
         [],
         "--batch",
         help="'one' sequence a call, or as many as make a constant number of 'tokens' (repeat for both). "
-        "Default: one (CPU), both (GPU).",
+        "Default: one (CPU), both (GPU). With --decode and --step: numbers of sequences, such as 1,32.",
     ),
     forward_only: bool = typer.Option(False, "--forward-only", help="Leave the backward pass out."),
     dtype: str | None = typer.Option(
@@ -659,8 +662,14 @@ def bench(
         None, min=1, help="Tokens in a call with --batch tokens, and in a training step. Default: 65536."
     ),
     model: list[str] = typer.Option(
-        [], "--model", help="Measure training steps of these presets instead of operators (repeat)."
+        [],
+        "--model",
+        help="Measure training steps of these presets instead of operators (repeat). With --decode: decode them.",
     ),
+    decode: bool = typer.Option(
+        False, "--decode", help="Measure decoding: tokens per second and memory of whole models by context."
+    ),
+    step: bool = typer.Option(False, "--step", help="Measure the operator's decoding step alone, by position."),
     compile_blocks: bool = typer.Option(False, "--compile", help="With --model: compile the blocks of the models."),
     budget: float | None = typer.Option(None, help="Seconds spent on repeating one call. Default: 1 (CPU), 0.2 (GPU)."),
     cap: float | None = typer.Option(
@@ -675,6 +684,8 @@ def bench(
     Every operator is compared with an fp64 reference before it is timed.
     What cannot run becomes a row that says why.
 
+    Decoding contexts are not read but set up: states and caches of that position hold random numbers.
+
     `loglinear bench --cpu` takes about ten minutes on two cores.
     A GPU run of a few operators takes one or two:
     `loglinear bench -o log-linear -o softmax-flash --lengths 4K,16K,64K`
@@ -685,6 +696,25 @@ def bench(
 
     if list_choices:
         Console().print(command.describe())
+        return
+    if decode or step:
+        _bench_decoding(
+            decode,
+            step,
+            {
+                "--operator": operator,
+                "--forward-only": forward_only,
+                "--tokens": tokens,
+                "--compile": compile_blocks,
+                "--shape": shape if decode else [],
+                "--model": model if step else [],
+            },
+            cpu,
+            {"dtype": dtype, "budget_s": budget, "cap_s": cap},
+            {"models": model if decode else None, "shapes": shape if step else None},
+            (lengths, batches),
+            (output, name),
+        )
         return
     if model:
         command.refuse_operator_options(
@@ -716,6 +746,31 @@ def bench(
     elif tokens is not None and "tokens" not in suite.batches:
         raise ValueError("got --tokens, wanted --batch tokens with it: one sequence a call has its own length")
     command.run(suite, output, name)
+
+
+def _bench_decoding(
+    decode: bool,
+    step: bool,
+    useless: dict[str, object],
+    cpu: bool,
+    changes: dict[str, Any],
+    what: dict[str, Any],
+    where: tuple[list[str], list[str]],
+    files: tuple[str, str | None],
+) -> None:
+    """`bench --decode` and `bench --step`."""
+    from loglinear.bench import command
+
+    if decode and step:
+        raise ValueError("got --decode and --step, wanted one of them: they have contexts and batches of their own")
+    flag, wrong = "--decode" if decode else "--step", command.given_options(useless)
+    if wrong:
+        raise ValueError(f"got {', '.join(wrong)} with {flag}, wanted none of these")
+    lengths, batches = where
+    contexts = command.parse_lengths(lengths) if lengths else None
+    rows = command.parse_rows(batches) if batches else None
+    suite = command.only_decoding(command.choose_suite(cpu, **changes), contexts=contexts, rows=rows, **what)
+    command.run(suite, *files)
 
 
 def main(arguments: list[str] | None = None) -> None:

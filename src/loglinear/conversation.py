@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from loglinear.data import encode_prompt
 from loglinear.data.tokenizers import ByteTokenizer, fingerprint
 from loglinear.generate import Generation, TextStream, TokenStreamer, check_sampling, generation_settings
-from loglinear.models import LogLinearForCausalLM, cache_nbytes, load_saved, new_cache, save_cache
+from loglinear.models import LogLinearForCausalLM, cache_nbytes, decoding_cache, load_saved, new_cache, save_cache
 
 # Tokens that are read at once; between two such parts reading can be stopped.
 READ_AT_ONCE = 2048
@@ -163,6 +163,7 @@ class Conversation:
         streamer = TokenStreamer(TextStream(self.tokenizer), on_text, on_token)
         before, begin = self.read, time.perf_counter()
         complete = False
+        self.cache = decoding_cache(self.model, len(self.tokens) + max_new_tokens, self.cache)
         try:
             if self._read_ahead(stop):
                 cast(Any, self.model).generate(

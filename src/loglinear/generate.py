@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 from loglinear.data import ByteTokenizer, encode_prompt
-from loglinear.models import LogLinearForCausalLM, cache_nbytes
+from loglinear.models import LogLinearForCausalLM, cache_nbytes, decoding_cache
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,8 @@ def generate_text(
     with torch.random.fork_rng(devices, enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        output = cast(Any, model).generate(ids, generation_config=settings, streamer=streamer)
+        cache = decoding_cache(model, ids.shape[1] + max_new_tokens)
+        output = cast(Any, model).generate(ids, generation_config=settings, past_key_values=cache, streamer=streamer)
     return streamer.generation(begin, ids.shape[1], output.past_key_values)
 
 

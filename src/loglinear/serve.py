@@ -30,7 +30,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from loglinear.data import encode_prompt
 from loglinear.generate import TextStream
-from loglinear.models import LogLinearForCausalLM
+from loglinear.models import LogLinearForCausalLM, decoding_cache
 from loglinear.train.checkpoints import choose_device, load_checkpoint, resolve_checkpoint
 
 try:
@@ -306,7 +306,9 @@ class _Answer(BaseGenerateManager):
             with torch.random.fork_rng(devices, enabled=seed is not None):
                 if seed is not None:
                     torch.manual_seed(seed)
-                cast(Any, model).generate(**inputs, generation_config=config, streamer=pieces)
+                tokens = inputs["input_ids"].shape[1] + self.sampling.max_new_tokens
+                cache = decoding_cache(model, tokens)
+                cast(Any, model).generate(**inputs, generation_config=config, past_key_values=cache, streamer=pieces)
         except _Stopped:
             if self.stopping.is_set():
                 pieces.hand_out(_StreamError("the server is stopping"))

@@ -6,6 +6,7 @@ import pytest
 
 from bench.synthetic import make_row
 from loglinear.bench.rows import (
+    ADDED,
     COLUMNS,
     environment,
     fit_growth,
@@ -34,6 +35,16 @@ def test_foreign_columns_are_refused(tmp_path):
     (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="expected the columns suite"):
         read_rows(tmp_path / "rows.csv")
+
+
+def test_files_from_before_there_was_decoding_are_read(tmp_path):
+    path = write_rows(tmp_path / "rows.csv", [make_row(cache_bytes=None)])
+    lines = [",".join(line.split(",")[: -len(ADDED)]) for line in path.read_text().splitlines()]
+    path.write_text("\n".join(lines) + "\n")
+    assert read_rows(path) == [make_row(date=read_rows(path)[0].date)]
+    path.write_text("\n".join(line.rpartition(",")[0] for line in lines) + "\n")
+    with pytest.raises(ValueError, match="expected the columns suite"):
+        read_rows(path)
 
 
 def test_a_new_row_replaces_the_old_one_of_the_same_measurement():

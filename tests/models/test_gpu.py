@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.generation import CompileConfig
 
 from loglinear.layers import MIXERS
 from small_models import small_model, tokens
@@ -18,13 +19,14 @@ def padded_batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "gated_deltanet", "hybrid"])
-def test_generate_compiles_static_caches(kind):
-    """On CUDA `generate` compiles decoding with a static cache, with CUDA graphs, by itself."""
+def test_generate_compiles_static_caches_if_asked(kind):
+    """With a `compile_config`, `generate` compiles decoding with a static cache; else it is recorded."""
     torch.compiler.reset()
     model = small_model(kind).cuda()
     ids, mask = padded_batch()
     plain = model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False)
-    static = model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, cache_implementation="static")
+    settings = {"cache_implementation": "static", "compile_config": CompileConfig()}
+    static = model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, **settings)
     assert torch.equal(static, plain)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loglinear.bench.report import to_markdown, write_report
     from loglinear.bench.rows import Row, fit_growth, merge_rows, read_rows, write_rows
-    from loglinear.bench.runner import Suite, cpu_suite, gpu_suite, run_models, run_operators
+    from loglinear.bench.runner import Suite, cpu_suite, gpu_suite, run_decoding, run_models, run_operators
 
 __all__ = [
     "Row",
@@ -22,6 +22,7 @@ __all__ = [
     "gpu_suite",
     "merge_rows",
     "read_rows",
+    "run_decoding",
     "run_models",
     "run_operators",
     "to_markdown",
@@ -33,7 +34,7 @@ __all__ = [
 _MODULES = {
     "report": ("to_markdown", "write_report"),
     "rows": ("Row", "fit_growth", "merge_rows", "read_rows", "write_rows"),
-    "runner": ("Suite", "cpu_suite", "gpu_suite", "run_models", "run_operators"),
+    "runner": ("Suite", "cpu_suite", "gpu_suite", "run_decoding", "run_models", "run_operators"),
 }
 
 

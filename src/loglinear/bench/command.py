@@ -17,11 +17,43 @@ from loglinear.bench import report
 from loglinear.bench.inputs import SHAPES
 from loglinear.bench.operators import OPERATORS
 from loglinear.bench.rows import Row, merge_rows, read_rows, write_rows
-from loglinear.bench.runner import Suite, cpu_suite, gpu_suite, run_models, run_operators
+from loglinear.bench.runner import Suite, cpu_suite, gpu_suite, run_decoding, run_models, run_operators
 from loglinear.folders import check_output_folder
 
 # Training lengths of `--model`, where none are given.
 MODEL_LENGTHS = tuple(1024 * scale for scale in (2, 4, 8, 16, 32, 64))
+
+# What `--decode` and `--step` measure, where nothing else is asked for: (names, contexts, batches) by device.
+DECODING = {
+    "cuda": (
+        (
+            "log-linear-mamba2-825m",
+            "mamba2-802m",
+            "log-linear-gated-deltanet-796m",
+            "gated-deltanet-793m",
+            "transformer-778m",
+        ),
+        tuple(1024 * scale for scale in (1, 4, 16, 64, 256, 1024)),
+        (1, 32),
+    ),
+    "cpu": (
+        ("tiny-mamba2", "tiny-gated-deltanet", "tiny-attention"),
+        tuple(1024 * scale for scale in (1, 4, 16, 64)),
+        (1, 4),
+    ),
+}
+STEPPING = {
+    "cuda": (
+        ("mamba2", "gated-deltanet-128", "gated-deltanet"),
+        tuple(1024 * scale for scale in (4, 64, 1024)),
+        (1, 8, 64),
+    ),
+    "cpu": (
+        ("mamba2-2-heads", "gated-deltanet-2-heads"),
+        tuple(1024 * scale for scale in (4, 64)),
+        (1, 8),
+    ),
+}
 
 _LENGTH = re.compile(r"(\d+)([kKmM]?)")
 _SCALES = {"": 1, "k": 1024, "m": 1024**2}
@@ -68,7 +100,8 @@ def run(suite: Suite, output: str | Path, name: str | None = None, console: Cons
     draws.
 
     Args:
-        suite: what to run; its operators part if it has lengths, its model part if it has presets.
+        suite: what to run; its operators part if it has lengths, its model part if it has presets, its decoding part
+            if it has contexts.
         output: folder for the CSV, the Markdown report and the plots.
         name: of the files; default "cpu" or "cuda".
         console: where progress and tables go.
@@ -102,6 +135,8 @@ def run(suite: Suite, output: str | Path, name: str | None = None, console: Cons
             run_operators(suite, on_row, on_case)
         if suite.presets:
             run_models(suite, on_row, on_case)
+        if suite.contexts:
+            run_decoding(suite, on_row, on_case)
         done = progress.tasks[0].total or 0
         progress.update(task, completed=done, total=done, description="done")
     if not rows:
@@ -135,6 +170,16 @@ def show(rows: Sequence[Row], console: Console) -> None:
     models = [row for row in rows if row.suite == "models"]
     if models:
         _print_table(console, "training, tokens per second", *report.model_table(models))
+    for batch in sorted({row.batch for row in rows if row.suite == "decode"}):
+        of_batch = [row for row in rows if row.suite == "decode" and row.batch == batch]
+        title = f"decoding, batch {batch}: "
+        _print_table(console, f"{title}tokens per second (time of a step)", *report.decoding_table(of_batch))
+        _print_table(console, f"{title}state or cache (occupied buckets)", *report.cache_table(of_batch))
+    steps = [row for row in rows if row.suite == "steps"]
+    if steps:
+        _print_table(console, "step of the operator: time (share of the rate of copying)", *report.step_table(steps))
+    if not groups:
+        return
     console.print(
         "Times and memory are per sequence; memory is what a call takes beyond its inputs; growth is fitted "
         f"from {plots.format_tokens(report.FIT_FROM)} tokens up.",
@@ -151,13 +196,18 @@ def _print_table(console: Console, title: str, header: Sequence[str], lines: Seq
     console.print(table)
 
 
+def given_options(flags: Mapping[str, object]) -> list[str]:
+    """Names of the flags that were given; None, [] and False were not."""
+    return [flag for flag, value in flags.items() if value not in (None, [], False)]
+
+
 def refuse_operator_options(given: Mapping[str, object]) -> None:
     """Refuses flags by name that a training step of a whole model has no use for; None, [] and False were not given.
 
     Raises:
         ValueError: one of them was given.
     """
-    names = [flag for flag, value in given.items() if value not in (None, [], False)]
+    names = given_options(given)
     if names:
         raise ValueError(
             f"got {', '.join(names)} with --model, wanted none of these: a training step takes its mixers and sizes "
@@ -169,3 +219,40 @@ def refuse_operator_options(given: Mapping[str, object]) -> None:
 def only_models(suite: Suite, presets: Sequence[str], lengths: Sequence[int], compile: bool = False) -> Suite:
     """The same suite with whole models in place of operators."""
     return replace(suite, lengths=(), presets=tuple(presets), model_lengths=tuple(lengths), compile=compile)
+
+
+def parse_rows(texts: Sequence[str]) -> tuple[int, ...]:
+    """Numbers of sequences, as `--batch` gives them with `--decode` and `--step`: "1,32", or one by one.
+
+    Raises:
+        ValueError: something that is not a positive number.
+    """
+    numbers = []
+    for text in ",".join(texts).split(","):
+        if not text.strip().isdecimal() or int(text) < 1:
+            raise ValueError(f"--batch: got {text.strip()!r}, wanted a number of sequences such as 1 or 32")
+        numbers.append(int(text))
+    return tuple(sorted(set(numbers)))
+
+
+def only_decoding(
+    suite: Suite,
+    *,
+    models: Sequence[str] | None,
+    shapes: Sequence[str] | None,
+    contexts: Sequence[int] | None,
+    rows: Sequence[int] | None,
+) -> Suite:
+    """The same suite with decoding in place of operators: of `models` (None: not of models), or the step of the
+    operator on `shapes` (None: not that). What is empty or None besides is chosen for the device.
+    """
+    kind = suite.device.split(":")[0]
+    names, default_contexts, default_rows = (DECODING if shapes is None else STEPPING)[kind]
+    return replace(
+        suite,
+        lengths=(),
+        decoded=() if models is None else tuple(models or names),
+        stepped=() if shapes is None else tuple(shapes or names),
+        contexts=tuple(contexts or default_contexts),
+        rows=tuple(rows or default_rows),
+    )

@@ -103,6 +103,15 @@ class PeakMemory:
             self._before = _resident_now() if _reset_high_water() else _high_water()
         return self
 
+    def restart(self) -> None:
+        """Forgets the peak so far, but not what was in use at the start."""
+        synchronize(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            _return_freed_memory()
+            _reset_high_water()
+
     def __exit__(self, *_: object) -> None:
         synchronize(self.device)
         if self.device.type == "cuda":
@@ -151,15 +160,33 @@ def _high_water() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def available_memory(device: torch.device) -> int:
+    """Bytes that could be allocated now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(0.8 * (_free_memory() or 2**62))
+
+
+def _free_memory() -> int | None:
+    """Bytes of memory that processes may still take, as the system sees it."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+
+
 def limit_memory(fraction: float = 0.85) -> None:
     """Lets this process take at most `fraction` of the memory that is free now, so that too much is an error
     and not a killed machine.
     """
+    free = _free_memory()
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
         import resource
-    except (OSError, StopIteration, ImportError):
+    except ImportError:
+        return
+    if free is None:
         return
     in_use = _status_bytes("VmSize:") or 0
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]

@@ -193,14 +193,17 @@ def to_markdown(rows: Sequence[Row]) -> str:
     """The whole result as Markdown: conditions, a table per group, ratios, and the model table."""
     if not rows:
         raise ValueError("there are no rows to report")
-    newest = max(rows, key=lambda row: row.date)
-    parts = [
+    newest, groups = max(rows, key=lambda row: row.date), groups_of(rows)
+    where = (
         f"Measured on {newest.device}, torch {newest.torch}, triton {newest.triton}, Python {newest.python}, "
-        f"loglinear {newest.loglinear}, {newest.date}. Times are medians; they and memory beyond "
-        "the inputs are given per sequence. Growth is the fitted exponent ± its standard error over lengths from "
-        f"{plots.format_tokens(FIT_FROM)} up (over all lengths where fewer than three are that long)."
-    ]
-    groups = groups_of(rows)
+        f"loglinear {newest.loglinear}, {newest.date}. Times are medians"
+    )
+    how = (
+        "; they and memory beyond the inputs are given per sequence. Growth is the fitted exponent ± its standard "
+        f"error over lengths from {plots.format_tokens(FIT_FROM)} up (over all lengths where fewer than three are that "
+        "long)."
+    )
+    parts = [where + (how if groups else ".")]
     titles = titles_of(groups)
     for place, group in groups.items():
         parts.append(f"### {titles[place]}")
@@ -218,6 +221,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
     if models:
         parts.append("### Training of whole models, tokens per second")
         parts.append(markdown(*model_table(models)))
+    parts.extend(_decoding_parts(rows))
+    parts.extend(_step_parts(rows))
     return "\n\n".join(parts) + "\n"
 
 
@@ -251,6 +256,99 @@ def model_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
                 cells.append(f"{row.tokens_per_second:,.0f}{recomputed}")
         lines.append([preset, *cells])
     return header, lines
+
+
+def _decoding_parts(rows: Sequence[Row]) -> list[str]:
+    """The tables of decoding models, by batch."""
+    found = [row for row in rows if row.suite == "decode"]
+    if not found:
+        return []
+    parts = [
+        "### Decoding",
+        "One token a step for every row of the batch, greedily chosen, at contexts that were not read: states and "
+        "caches hold random numbers of the right size. A time is that of a step, averaged over positions just before "
+        "and behind the context, where a log-linear state has half of its buckets occupied. Memory is what is "
+        "allocated for the whole batch.",
+    ]
+    for batch in sorted({row.batch for row in found}):
+        of_batch = [row for row in found if row.batch == batch]
+        parts.append(f"Batch {batch}, tokens per second (time of a step):")
+        parts.append(markdown(*decoding_table(of_batch)))
+        parts.append(f"Batch {batch}, bytes of state or cache (of occupied buckets alone):")
+        parts.append(markdown(*cache_table(of_batch)))
+    by_preset = {preset: [row for row in found if row.operator == preset] for preset in _names(found)}
+    return parts + _not_measured(by_preset)
+
+
+def _step_parts(rows: Sequence[Row]) -> list[str]:
+    """The table of the operator's step."""
+    found = [row for row in rows if row.suite == "steps"]
+    if not found:
+        return []
+    parts = [
+        "### The step of the operator",
+        "Time of `log_linear_attention_step` alone, and which share of the rate of copying it reaches with the fewest "
+        "bytes that it must move (occupied buckets read; written the merged one, by the delta rule all).",
+        markdown(*step_table(found)),
+    ]
+    shapes = dict.fromkeys(row.shape for row in found)
+    return parts + _not_measured({shape: [row for row in found if row.shape == shape] for shape in shapes})
+
+
+def _names(rows: Iterable[Row]) -> list[str]:
+    return list(dict.fromkeys(row.operator for row in rows))
+
+
+def decoding_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: tokens per second and the time of a step, of each preset at each context, for one batch."""
+
+    def text(row: Row) -> str:
+        assert row.tokens_per_second is not None and row.time_ms is not None
+        return f"{row.tokens_per_second:,.0f} ({plots.format_milliseconds(row.time_ms)})"
+
+    return _by_context(rows, text)
+
+
+def cache_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: bytes of state or cache, allocated and (in brackets) of occupied buckets."""
+
+    def text(row: Row) -> str:
+        allocated = "–" if row.cache_bytes is None else plots.format_bytes(row.cache_bytes)
+        return allocated if row.occupied_bytes is None else f"{allocated} ({plots.format_bytes(row.occupied_bytes)})"
+
+    return _by_context(rows, text)
+
+
+def _by_context(rows: Sequence[Row], text: Callable[[Row], str]) -> tuple[list[str], list[list[str]]]:
+    contexts = sorted({row.length for row in rows})
+    lines = []
+    for preset in _names(rows):
+        found = {row.length: row for row in rows if row.operator == preset}
+        cells = ["–" if n not in found else _measured(found[n], text) for n in contexts]
+        lines.append([preset, *cells])
+    return ["preset", *(plots.format_tokens(context) for context in contexts)], lines
+
+
+def _measured(row: Row, text: Callable[[Row], str]) -> str:
+    return text(row) if row.status == OK else row.status.split(":")[0]
+
+
+def step_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: time of a step and share of the copying rate, by shape, position and batch."""
+
+    def text(row: Row) -> str:
+        assert row.time_ms is not None
+        share = "" if row.bandwidth_share is None else f" ({row.bandwidth_share:.0%})"
+        return plots.format_milliseconds(row.time_ms) + share
+
+    batches = sorted({row.batch for row in rows})
+    found = {(row.shape, row.length, row.batch): row for row in rows}
+    lines = []
+    for shape, length in sorted({(row.shape, row.length) for row in rows}):
+        cells = [found.get((shape, length, batch)) for batch in batches]
+        texts = ["–" if row is None else _measured(row, text) for row in cells]
+        lines.append([shape, plots.format_tokens(length), *texts])
+    return ["shape", "position", *(f"batch {batch}" for batch in batches)], lines
 
 
 def _model_name(row: Row) -> str:
@@ -323,6 +421,40 @@ def plot_models(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def plot_decoding(rows: Sequence[Row], of_cache: bool) -> Figure:
+    """Tokens per second, or bytes of state or cache, against context: a panel for each batch, a line for each preset.
+    Bytes of occupied buckets are dashed, in the colour of their preset."""
+    batches = sorted({row.batch for row in rows})
+    presets = _names(rows)
+    with plots.style():
+        figure, axes = plots.new_figure(1, len(batches), width=4.8, height=3.8)
+        for axis, batch in zip(axes, batches, strict=True):
+            lines = []
+            for index, preset in enumerate(presets):
+                found = sorted(
+                    (row for row in rows if row.operator == preset and row.batch == batch), key=lambda row: row.length
+                )
+                values = {
+                    preset: [(r.length, r.cache_bytes if of_cache else r.tokens_per_second) for r in found],
+                    f"{preset}, occupied": [(r.length, r.occupied_bytes) for r in found if of_cache],
+                }
+                for name, pairs in values.items():
+                    points = [(x, y) for x, y in pairs if y is not None]
+                    x, y = [x for x, _ in points], [y for _, y in points]
+                    if points:
+                        dashed = name != preset
+                        lines.append(plots.Series(name, x, y, dashed=dashed, colour=index, marker=index))
+            plots.draw_series(axis, lines)
+            plots.token_axis(axis, [x for line in lines for x in line.x], "context (tokens)")
+            axis.set_yscale("log", base=2 if of_cache else 10)
+            plots.unit_axis(axis, plots.format_bytes if of_cache else lambda value: f"{value:,.0f}")
+            axis.set_ylabel("state or cache" if of_cache else "tokens per second")
+            axis.set_title(f"batch {batch}")
+        axes[-1].text(1, 1.02, rows[0].device, transform=axes[-1].transAxes, fontsize=8, ha="right", color="#555555")
+        plots.legend_below(figure, max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1])))
+    return figure
+
+
 def write_report(rows: Sequence[Row], folder: str | Path, name: str) -> list[Path]:
     """Writes `name.md` and the plots of `rows` into `folder`; returns the files."""
     folder = Path(folder)
@@ -340,4 +472,8 @@ def write_report(rows: Sequence[Row], folder: str | Path, name: str) -> list[Pat
     models = [row for row in rows if row.suite == "models" and row.status == OK]
     if models:
         written.append(plots.save(plot_models(models), folder / f"{name}-models.png"))
+    decoded = [row for row in rows if row.suite == "decode" and row.status == OK]
+    if len({row.length for row in decoded}) > 1:
+        written.append(plots.save(plot_decoding(decoded, of_cache=False), folder / f"{name}-decode-speed.png"))
+        written.append(plots.save(plot_decoding(decoded, of_cache=True), folder / f"{name}-decode-cache.png"))
     return written

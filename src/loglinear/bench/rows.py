@@ -47,6 +47,10 @@ class Row:
     third quartile over `repeats` calls. `error` is the relative Frobenius error against the fp64 reference
     (the largest over output and gradients) of the check that went before the timing, and `tolerance` what it
     had to stay under.
+
+    Of decoding, `length` is the context and a call one step of `batch` rows. `cache_bytes` are allocated for the state
+    or cache of all rows, and `occupied_bytes` are those of occupied buckets (on average). `moved_bytes` are the fewest
+    that a step of the operator must move, and `bandwidth_share` is their rate over that of copying.
     """
 
     suite: str
@@ -78,6 +82,10 @@ class Row:
     python: str = ""
     loglinear: str = ""
     date: str = ""
+    cache_bytes: int | None = None
+    occupied_bytes: int | None = None
+    moved_bytes: int | None = None
+    bandwidth_share: float | None = None
 
     @property
     def key(self) -> tuple:
@@ -103,6 +111,8 @@ class Row:
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+# Columns that files written before there was decoding do not have; they read as None.
+ADDED = ("cache_bytes", "occupied_bytes", "moved_bytes", "bandwidth_share")
 
 
 def _version(package: str) -> str:
@@ -166,12 +176,12 @@ def read_rows(path: str | Path) -> list[Row]:
     """Reads what `write_rows` wrote.
 
     Raises:
-        ValueError: the file's columns are not those of `Row`.
+        ValueError: the file's columns are not those of `Row` (with or without the newest, `ADDED`).
     """
     kinds = {field.name: _cell_type(field.type) for field in dataclasses.fields(Row)}
     with Path(path).open(newline="") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+        if tuple(reader.fieldnames or ()) not in (COLUMNS, COLUMNS[: -len(ADDED)]):
             raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}, got {reader.fieldnames}")
         return [
             Row(**{name: _parse(text, *kinds[name]) for name, text in record.items()})  # type: ignore[arg-type]

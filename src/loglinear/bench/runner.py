@@ -17,6 +17,8 @@ import torch
 
 from loglinear import fenwick
 from loglinear.bench import rows as rows_module
+from loglinear.bench.decoding import DECODING, DecodeCase, StepCase
+from loglinear.bench.decoding import STEP as OPERATOR_STEP
 from loglinear.bench.inputs import SHAPES, Shape
 from loglinear.bench.models import COMPILED, STEP, ModelCase
 from loglinear.bench.operators import OPERATORS, Operator, select
@@ -32,6 +34,7 @@ class Suite:
     """Which operators are measured on which shapes and lengths.
 
     `batches` are "one" (a batch of one sequence) and "tokens" (as many sequences as make `tokens_per_call`).
+    `decoded` presets and the step of `stepped` shapes are measured at `contexts`, for each number of `rows`.
     `budget_s` is the time spent on repeating one call, `cap_s` the longest that one case (compiling
     included) may take before it is given up.
     """
@@ -49,12 +52,16 @@ class Suite:
     presets: tuple[str, ...] = ()
     compile: bool = False
     model_lengths: tuple[int, ...] = ()
+    decoded: tuple[str, ...] = ()  # presets
+    stepped: tuple[str, ...] = ()  # shapes
+    contexts: tuple[int, ...] = ()
+    rows: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
         select(list(self.operators))
-        for preset in self.presets:
+        for preset in (*self.presets, *self.decoded):
             LogLinearConfig.preset(preset)  # refuses an unknown one, with the nearest
-        unknown = [name for name in self.shapes if name not in SHAPES]
+        unknown = [name for name in (*self.shapes, *self.stepped) if name not in SHAPES]
         if unknown:
             raise ValueError(f"unknown shape {', '.join(unknown)}; known are {', '.join(SHAPES)}")
         for name, values, allowed in (
@@ -65,8 +72,12 @@ class Suite:
             wrong = [value for value in values if value not in allowed]
             if wrong:
                 raise ValueError(f"{name} must be among {', '.join(allowed)}, got {', '.join(wrong)}")
-        if any(length < 1 for length in (*self.lengths, *self.model_lengths)):
-            raise ValueError(f"lengths must be at least 1, got {self.lengths} and {self.model_lengths}")
+        if any(length < 1 for length in (*self.lengths, *self.model_lengths, *self.contexts)):
+            raise ValueError(
+                f"lengths must be at least 1, got {self.lengths}, {self.model_lengths} and {self.contexts}"
+            )
+        if not self.rows or any(number < 1 for number in self.rows):
+            raise ValueError(f"rows must be numbers of sequences, at least 1, got {self.rows}")
         for name in ("budget_s", "cap_s"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
@@ -422,3 +433,73 @@ def run_models(
     finally:
         worker.stop()
     return rows
+
+
+def run_decoding(
+    suite: Suite,
+    on_row: Callable[[Row], None] | None = None,
+    on_case: Callable[[int, int, str], None] | None = None,
+) -> list[Row]:
+    """Runs the decoding part of a suite: `decoded` models, then the step of `stepped` shapes, each at all of `contexts`
+    and `rows` in one call of the worker, which makes a model once.
+    """
+    environment = rows_module.environment(suite.device)
+    contexts, batches = tuple(sorted(suite.contexts)), tuple(sorted(suite.rows))
+    common = {"batches": batches, "device": suite.device, "dtype": suite.dtype, "budget_s": suite.budget_s}
+    cases: list[DecodeCase | StepCase] = [DecodeCase(preset, contexts, **common) for preset in suite.decoded]
+    cases += [StepCase(shape, contexts, **common) for shape in suite.stepped]
+    places = [(context, batch) for context in contexts for batch in batches]
+    worker, rows = Worker(), []
+    try:
+        for number, case in enumerate(cases):
+            of_model = isinstance(case, DecodeCase)
+            name = case.preset if isinstance(case, DecodeCase) else case.shape
+            if on_case is not None:
+                on_case(number, len(cases), f"{name}, {'decoding' if of_model else 'steps of the operator'}")
+            if suite.device == "cpu":
+                worker.stop()
+            request = {"kind": "decode" if of_model else "steps", **asdict(case)}
+            results = worker.run(request, suite.cap_s * len(places))
+            found = {(result.length, result.batch): result for result in results}
+            direction = DECODING if of_model else OPERATOR_STEP
+            unknown = Result(direction, "no answer from the worker")
+            rest = next((result for result in results if result.length is None), unknown)
+            for context, batch in places:
+                result = found.get((context, batch)) or rest
+                row = _decoding_row(case, result, context, batch, direction, environment)
+                rows.append(row)
+                if on_row is not None:
+                    on_row(row)
+    finally:
+        worker.stop()
+    return rows
+
+
+def _decoding_row(
+    case: DecodeCase | StepCase, result: Result, context: int, batch: int, direction: str, environment: Environment
+) -> Row:
+    shape = SHAPES[case.shape] if isinstance(case, StepCase) else None
+    return Row(
+        suite="decode" if shape is None else "steps",
+        operator=case.preset if isinstance(case, DecodeCase) else "log-linear",
+        mechanism="model" if shape is None else "log-linear",
+        shape="model" if shape is None else shape.name,
+        direction=direction,
+        batch=batch,
+        length=context,
+        heads=None if shape is None else shape.num_heads,
+        groups=None if shape is None else shape.num_groups,
+        key_dim=None if shape is None else shape.key_dim,
+        value_dim=None if shape is None else shape.value_dim,
+        levels=result.levels,
+        dtype=case.dtype,
+        status=result.status,
+        error=result.error,
+        tolerance=result.tolerance,
+        cache_bytes=result.cache_bytes,
+        occupied_bytes=result.occupied_bytes,
+        moved_bytes=result.moved_bytes,
+        bandwidth_share=result.bandwidth_share,
+        **_numbers(result, batch),
+        **asdict(environment),
+    )

@@ -64,6 +64,13 @@ class Result:
     peak_memory_bytes: int | None = None
     error: float | None = None
     batch: int | None = None
+    length: int | None = None
+    levels: int | None = None
+    tolerance: float | None = None
+    cache_bytes: int | None = None
+    occupied_bytes: int | None = None
+    moved_bytes: int | None = None
+    bandwidth_share: float | None = None
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
@@ -122,6 +129,11 @@ def check_operator(operator: Operator, shape: Shape, dtype: str, device: str) ->
 
 def tolerance(operator: Operator, dtype: str) -> tuple[float, float]:
     return (TOLERANCES if operator.ours else PEER_TOLERANCES)[dtype]
+
+
+def tolerance_of(dtype: str) -> float:
+    """Of a forward call of this library."""
+    return TOLERANCES[dtype][0]
 
 
 def run_case(case: Case) -> Iterator[Result]:
@@ -255,6 +267,11 @@ def _dispatch(request: dict) -> Iterator[Result]:
         from loglinear.bench.models import ModelCase, run_model_case
 
         return run_model_case(ModelCase(**request))
+    if kind in ("decode", "steps"):
+        from loglinear.bench.decoding import DecodeCase, StepCase, run_decode_case, run_step_case
+
+        request = {name: tuple(value) if isinstance(value, list) else value for name, value in request.items()}
+        return run_decode_case(DecodeCase(**request)) if kind == "decode" else run_step_case(StepCase(**request))
     request["directions"] = tuple(request["directions"])
     return run_case(Case(**request))
 

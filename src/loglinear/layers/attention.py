@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loglinear.layers import fused
 from loglinear.layers.packing import PackedLayout, SequenceRows, token_positions, token_rows
 from loglinear.layers.rotary import rotate
 from loglinear.layers.state import AttentionState
@@ -144,6 +145,10 @@ class Attention(nn.Module):
     def _over_cache(self, q: Tensor, state: AttentionState, positions: Tensor, layout: PackedLayout | None) -> Tensor:
         """Attention of the newest tokens to everything in the cache up to themselves, each row by its own
         positions."""
+        if layout is None:
+            o = fused.attend_one(q, state.keys, state.values, state.seen)  # decoding
+            if o is not None:
+                return o
         block: SequenceRows | None = None
         rows_q, rows_positions = q, positions
         if layout is not None:

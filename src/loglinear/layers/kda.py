@@ -40,6 +40,6 @@ class KimiDeltaAttention(RecurrentMixer):
         self.time_step = TimeStep(self.num_heads, channels=self.key_width)
 
     def prepare(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> OperatorInputs:
-        _, log_decay = self.time_step(self.decay_proj(x))
+        log_decay = self.time_step.log_decay(self.decay_proj(x))
         beta = torch.sigmoid(widen(self.beta_proj(x)))
         return OperatorInputs(unit_length(q), unit_length(k), v, log_decay, beta)

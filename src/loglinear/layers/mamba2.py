@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from loglinear.layers.norms import GatedRMSNorm
-from loglinear.layers.precision import widen
 from loglinear.layers.recurrent import OperatorInputs, RecurrentMixer, TimeStep
 
 if TYPE_CHECKING:
@@ -68,9 +67,8 @@ class Mamba2(RecurrentMixer):
         return GatedRMSNorm(width, gate_first=True, eps=config.norm_eps)
 
     def prepare(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None) -> OperatorInputs:
-        dt, log_decay = self.time_step(self.dt_proj(x))
-        return OperatorInputs(q, k, widen(v) * dt[..., None], log_decay=log_decay)
+        scaled, log_decay = self.time_step.scale(v, self.dt_proj(x))
+        return OperatorInputs(q, k, scaled, log_decay=log_decay)
 
     def finish(self, o: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        o = widen(o) + widen(self.D)[:, None] * widen(v)
-        return self.norm(o.to(v.dtype).flatten(-2), self.output_gate(x))
+        return self.norm(o.to(v.dtype).flatten(-2), self.output_gate(x), skip=(v, self.D))

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loglinear.layers import fused
 from loglinear.layers.convolution import ShortConvolution
 from loglinear.layers.norms import GatedRMSNorm, RMSNorm
 from loglinear.layers.packing import token_positions
@@ -63,8 +64,10 @@ class LevelScales(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [B, T, M]` to `[B, T, H, L]`, at least fp32."""
-        raw = widen(self.proj(x)).unflatten(-1, self.weight.shape)
-        return F.softplus(widen(self.weight) * raw)
+        raw = self.proj(x)
+        if fused.covers(raw, self.weight):
+            return fused.level_scales(raw, self.weight)
+        return F.softplus(widen(self.weight) * widen(raw).unflatten(-1, self.weight.shape))
 
 
 class TimeStep(nn.Module):
@@ -106,6 +109,22 @@ class TimeStep(nn.Module):
         if self.channels > 1:
             dt, rate = dt.unflatten(-1, (self.num_heads, self.channels)), rate[:, None]
         return dt, -rate * dt
+
+    def log_decay(self, z: Tensor) -> Tensor:
+        """The second of what `forward` gives, alone."""
+        if fused.covers(z, self.dt_bias, self.A_log):
+            logs = fused.log_decay(z, self.dt_bias, self.A_log)
+            return logs if self.channels == 1 else logs.unflatten(-1, (self.num_heads, self.channels))
+        return self(z)[1]
+
+    def scale(self, v: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """`(dt * v, log_decay)` with a step per head: `v [B, T, H, V]` and `z [B, T, H]`; the product in the dtype of v
+        or a wider one."""
+        if fused.covers(z, v, self.dt_bias, self.A_log):
+            log_decay, scaled = fused.log_decay_and_values(z, self.dt_bias, self.A_log, v)
+            return scaled, log_decay
+        dt, log_decay = self(z)
+        return widen(v) * dt[..., None], log_decay
 
 
 class RecurrentMixer(nn.Module):

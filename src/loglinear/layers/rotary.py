@@ -7,6 +7,7 @@ B rows · T tokens · H heads · D head width
 import torch
 from torch import Tensor
 
+from loglinear.layers import fused
 from loglinear.layers.precision import widen
 
 
@@ -17,6 +18,8 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     Angles are computed from the integer positions at every call, in at least fp32: no table limits the
     length.
     """
+    if fused.covers(x):
+        return fused.rotate(x, positions, theta)
     half = x.shape[-1] // 2
     wide = widen(x)
     exponents = torch.arange(half, device=x.device, dtype=wide.dtype) / half

@@ -15,6 +15,7 @@ from loglinear.models.cache import (
 from loglinear.models.cache_files import SavedCache, load_cache, load_saved, save_cache
 from loglinear.models.config import LogLinearConfig
 from loglinear.models.cost import Cost
+from loglinear.models.decoding import GraphedStep, decoding_cache
 from loglinear.models.model import LogLinearForCausalLM, LogLinearModel
 from loglinear.models.optim import parameter_groups
 
@@ -24,6 +25,7 @@ AutoModelForCausalLM.register(LogLinearConfig, LogLinearForCausalLM, exist_ok=Tr
 
 __all__ = [
     "Cost",
+    "GraphedStep",
     "LogLinearConfig",
     "LogLinearForCausalLM",
     "LogLinearModel",
@@ -32,6 +34,7 @@ __all__ = [
     "cache_nbytes",
     "cache_to",
     "copy_cache",
+    "decoding_cache",
     "load_cache",
     "load_saved",
     "new_cache",

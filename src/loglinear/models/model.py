@@ -8,6 +8,8 @@ whole sequences only, each with its own positions; what a row gives does not dep
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,11 +20,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from loglinear.layers import MIXERS, Attention, RMSNorm
+from loglinear.layers import MIXERS, Attention, RMSNorm, fused
 from loglinear.layers.packing import PackedLayout, PaddedBatch, pack_padded, token_positions
 from loglinear.models.cache import MixerCacheLayer, cache_layers, new_cache
 from loglinear.models.config import LogLinearConfig
 from loglinear.models.cost import Cost
+from loglinear.models.decoding import decode_call
 from loglinear.models.optim import parameter_groups
 
 IGNORED_LABEL = -100
@@ -38,7 +41,9 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        opened = fused.silu_product(gate, up) if fused.covers(gate, up) else F.silu(gate) * up
+        return self.down_proj(opened)
 
 
 class LogLinearBlock(GradientCheckpointingLayer):
@@ -80,8 +85,8 @@ class LogLinearBlock(GradientCheckpointingLayer):
         )
         if past_key_values is not None:
             past_key_values.record(state, columns)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x))
+        x, normed = self.mlp_norm.of_sum(x, mixed)
+        return x + self.mlp(normed)
 
 
 class LogLinearPreTrainedModel(PreTrainedModel):
@@ -419,6 +424,15 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
         else:
             counts = mask.ne(0).sum(1)
             self.model.check_room(states, counts, int(counts.max()))
+
+    def get_compiled_call(self, compile_config: Any) -> Callable:
+        """What `generate` calls for every token after the first where it decodes with a static cache on a GPU: a step
+        that is recorded once and replayed (see `models.decoding`). With a `compile_config` of the caller's own it is
+        `torch.compile`, as in other models.
+        """
+        if compile_config is not None:
+            return super().get_compiled_call(compile_config)
+        return functools.partial(decode_call, self)
 
     @staticmethod
     def create_masks_for_generate(
