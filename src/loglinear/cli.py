@@ -125,6 +125,16 @@ def train(
     from loglinear.train import train as run
 
     run(settings)
+    _end_process_group()
+
+
+def _end_process_group() -> None:
+    """Under torchrun a process that exits with its group open may take the others' last exchange with it."""
+    import torch.distributed as distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 # typer reads a command's options from its signature: the fields of the configuration are the options.

@@ -425,8 +425,7 @@ def _timed_steps(
     drawn = make_inputs(shape, "linear", batch, 1, dtype, device)
     assert drawn.q is not None and drawn.k is not None and drawn.v is not None
     scales = 0.2 + torch.rand(batch, shape.num_heads, levels, device=device)
-    controls = {"log_decay": drawn.log_decay, "beta": drawn.beta}
-    controls = {name: None if x is None else x[:, 0] for name, x in controls.items()}
+    log_decay, beta = (None if x is None else x[:, 0] for x in (drawn.log_decay, drawn.beta))
     q, k, v = (x[:, 0] for x in (drawn.q, drawn.k, drawn.v))
     with PeakMemory(device) as peak:
         states = [zero_state(shape, batch, levels, dtype, device) for _ in range(copies)]
@@ -439,7 +438,7 @@ def _timed_steps(
         def run_pass() -> None:
             for _ in range(STEPS):
                 for state in states:
-                    log_linear_attention_step(q, k, v, scales, state, scale=drawn.scale, **controls)
+                    log_linear_attention_step(q, k, v, scales, state, log_decay=log_decay, beta=beta, scale=drawn.scale)
 
         whole: Callable[[], object] = run_pass
         if device.type == "cuda":
