@@ -16,9 +16,6 @@ except ModuleNotFoundError as missing:
         raise
     kernel = None  # Triton is not installed
 
-# Whether steps on a GPU take the kernel, which has been compared with torch through the interpreter alone.
-KERNEL_STEPS = False
-
 
 class ShortConvolution(nn.Module):
     """`y_t = silu(sum_j weight[:, j] * x_{t-W+1+j} + bias)` for each channel, with zeros (or the carried
@@ -105,7 +102,7 @@ class ShortConvolution(nn.Module):
     def step(self, x: Tensor, state: Tensor) -> Tensor:
         """One token: `x [B, 1, C]` to `[B, 1, C]`; `state` is updated in place. One kernel on CUDA devices, where no
         gradients are wanted."""
-        if KERNEL_STEPS and kernel is not None and x.is_cuda and not torch.is_grad_enabled():
+        if kernel is not None and x.is_cuda and not torch.is_grad_enabled():
             if kernel.unsupported(x, state, self.weight) is None:
                 return kernel.convolution_step(x, state, self.weight, self.bias)
         window = torch.cat((state.to(x.dtype), x), dim=1)

@@ -162,9 +162,9 @@ def log_linear_attention_step(
             the state has pending decays, finite with none pending for them. So it is with every state that this
             library makes; it is not checked, for the host would have to wait for the device.
         scale: multiplies q.
-        backend: "torch" (any device), "triton" (one kernel, for CUDA devices) or "auto" (for now torch). What
-            the kernel does not cover (float64, more than 63 levels, keys wider than 512, a state that is not
-            contiguous) goes to torch by itself; the log says so at debug level.
+        backend: "torch" (any device), "triton" (one kernel, for CUDA devices) or "auto" (the kernel on CUDA devices,
+            torch elsewhere). What the kernel does not cover (float64, more than 63 levels, keys wider than 512, a
+            state that is not contiguous) goes to torch by itself; the log says so at debug level.
 
     Returns:
         o [B, H, V] in v's dtype.
@@ -229,9 +229,9 @@ def _choose(backend: str, q, v, level_scales, log_decay, beta, cu_seqlens, carri
 def _choose_step(backend: str, q, v, level_scales, log_decay, beta, state: FenwickState):
     if backend not in STEP_BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, STEP_BACKENDS))}, got {backend!r}")
-    # The kernel has been compared with float64 through the interpreter alone: until a GPU has run its tests, only those
-    # who ask for it get it.
-    if backend in ("torch", "auto") or not _has_kernels(backend, q):
+    if backend == "torch" or (backend == "auto" and q.device.type != "cuda"):
+        return step.step
+    if not _has_kernels(backend, q):
         return step.step
     assert kernel_step is not None
     missing = kernel_step.unsupported(q, v, level_scales, log_decay, beta, state)

@@ -205,6 +205,9 @@ class RecallRun:
         except RuntimeError as error:
             torch.cuda.set_stream(outside)  # a capture that failed leaves its own
             torch.cuda.synchronize(self.device)
+            # and random numbers that are still counted as the graph's
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
             logger.warning("the step cannot be captured as a CUDA graph, so it is launched as it is: %s", error)
         for tensor, before in zip((self.broken, self._sums), kept, strict=True):
             tensor.copy_(before)

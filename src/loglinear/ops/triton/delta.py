@@ -9,14 +9,12 @@ Legend
 
 from __future__ import annotations
 
-import logging
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loglinear import fenwick
-from loglinear.ops.chunked import tree_attention_backward
 from loglinear.ops.packing import check_bounds
 from loglinear.ops.triton.delta_backward import gradients
 from loglinear.ops.triton.delta_chunks import Chunks, make_chunks
@@ -24,13 +22,7 @@ from loglinear.ops.triton.delta_nodes import Nodes, make_nodes
 from loglinear.ops.triton.delta_read import read
 from loglinear.ops.triton.scalar import CHUNK, INTERPRETED, MOST_PROGRAMS, as_rows, slots_of
 
-logger = logging.getLogger(__name__)
-
 WIDEST_KEY = 256
-
-# The backward has been compared with float64 through the interpreter alone. Until it has been compared and timed on a
-# GPU, the torch backend's is taken there, which runs that backend's forward again.
-BACKWARD_KERNELS = INTERPRETED
 
 
 def unsupported(q: Tensor, v: Tensor, log_decay: Tensor | None, carried: bool) -> str | None:
@@ -150,11 +142,7 @@ def _keep_inputs(ctx, inputs, output):
 
 def _run_backward(ctx, grad_o):
     *tensors, cu_seqlens = ctx.saved_tensors
-    if BACKWARD_KERNELS:
-        grads = _backward_op(grad_o, *tensors, ctx.scale, cu_seqlens)
-    else:
-        logger.debug("no Triton kernel for the gradients of the delta rule: the torch backend takes them")
-        *grads, _ = tree_attention_backward(grad_o, None, *tensors, ctx.scale, cu_seqlens, None, None)
+    grads = _backward_op(grad_o, *tensors, ctx.scale, cu_seqlens)
     return *(g if x is not None else None for g, x in zip(grads, tensors, strict=True)), None, None
 
 

@@ -46,7 +46,15 @@ from loglinear.ops.triton.common import (
     programs,
     row_exists,
 )
-from loglinear.ops.triton.delta_chunks import Chunks, load_block, load_tile, store_block, store_tile, tile_width
+from loglinear.ops.triton.delta_chunks import (
+    Chunks,
+    load_block,
+    load_tile,
+    load_turned,
+    store_block,
+    store_tile,
+    tile_width,
+)
 from loglinear.ops.triton.delta_nodes import Nodes
 
 
@@ -295,7 +303,7 @@ def _values_kernel(k, v, beta, grad_o, inverse, scores, gamma, d_added, dv, d_sc
     after = tl.exp2(tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1) - sums)
     strength = load_column(beta + head, token, first, rows, stride_b, C)
     dtype = scores.dtype.element_ty
-    solved = (load_block(inverse + place * C * C, 0, C, C, 0, C, C) * strength[None, :]).to(dtype)
+    turned = (load_turned(inverse + place * C * C, C) * strength[:, None]).to(dtype)  # (T diag(β))ᵀ
     inside = load_block(scores + place * C * C, 0, C, C, 0, C, C)
     of_scores, of_solved = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     for tile in range(VT):
@@ -312,7 +320,7 @@ def _values_kernel(k, v, beta, grad_o, inverse, scores, gamma, d_added, dv, d_sc
                 written = tl.dot(keys, state, written, input_precision=PRECISION)
             written = written.to(dtype)
             of_solved = tl.dot(written, tl.trans(values), of_solved, input_precision=PRECISION)
-            grad_v = tl.dot(tl.trans(solved), written, grad_v, input_precision=PRECISION)
+            grad_v = tl.dot(turned, written, grad_v, input_precision=PRECISION)
         store_tile(dv + head * V, grad_v, token, first, rows, H * V, C, tile * BV, V, BV)
     store_block(d_scores + place * C * C, of_scores, 0, C, C, 0, C, C)
     store_block(d_solved + place * C * C, of_solved, 0, C, C, 0, C, C)
@@ -399,7 +407,7 @@ def _inside_kernel(q, k, scales, beta, inverse, pulled, gamma, d_maps, d_scores,
     of_lower = tl.where(strict, -tl.dot(of_lower, tl.trans(solved), input_precision=EXACT), 0.0)
     raw = of_lower * overlap * passing  # with β of the row: A ⊙ dA
     grad_beta = tl.sum(of_solved * inverted, 0) + tl.sum(raw, 1)
-    tl.store(d_beta + (head.to(tl.int64) * N + slot) * C + row, grad_beta)
+    tl.store(d_beta + (token + row).to(tl.int64) * H + head, grad_beta, mask=exists)
     mass = product * of_product + raw * strength[:, None]
     mass = tl.where(causal, mass, 0.0)
     tl.store(d_gamma + (head.to(tl.int64) * N + slot) * C + row, tl.sum(mass, 1) - tl.sum(mass, 0))
@@ -409,11 +417,11 @@ def _inside_kernel(q, k, scales, beta, inverse, pulled, gamma, d_maps, d_scores,
 
 @triton.jit(do_not_specialize=["N", "stride_b"])
 def _keys_kernel(q, k, v, beta, inverse, erase, pulled, gamma, d_added, d_maps, d_erase, mixed, d_pairs, d_overlap, dq,
-                 dk, d_gamma, tokens, firsts, rows_of, lefts, reads, places, N, H, G, scale, stride_q, stride_qg,
-                 stride_k, stride_kg, stride_v, stride_vh, stride_b, K, V, C: tl.constexpr, KT: tl.constexpr,
-                 VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,
+                 dk, d_gamma, d_decay, tokens, firsts, rows_of, lefts, reads, places, N, H, G, scale, stride_q,
+                 stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_b, K, V, C: tl.constexpr,
+                 KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
-    """Gradients of q and k by head, [T, H, K] each, and of the log decays of a chunk (d_gamma becomes theirs)."""
+    """Gradients of q and k by head, [T, H, K] each, and of log_decay [T, H]."""
     head, slot = program_place()
     rows = tl.load(rows_of + slot, mask=slot < N, other=0)
     if rows == 0:
@@ -434,8 +442,10 @@ def _keys_kernel(q, k, v, beta, inverse, erase, pulled, gamma, d_added, d_maps, 
     strength = load_column(beta + head, token, first, rows, stride_b, C)
     dtype = mixed.dtype.element_ty
     solved = (load_block(inverse + place * C * C, 0, C, C, 0, C, C) * strength[None, :]).to(dtype)
+    turned = (load_turned(inverse + place * C * C, C) * strength[:, None]).to(dtype)
     of_pairs = load_block(d_pairs + place * C * C, 0, C, C, 0, C, C)
-    of_overlap = load_block(d_overlap + place * C * C, 0, C, C, 0, C, C)
+    of_overlap = load_block(d_overlap + place * C * C, 0, C, C, 0, C, C)  # of k kᵀ, whose both sides are keys
+    of_overlap = (of_overlap.to(tl.float32) + tl.trans(of_overlap).to(tl.float32)).to(dtype)
     both = load_block(mixed + place * C * C, 0, C, C, 0, C, C)
     mass, to_end = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
     through = tl.zeros((BK,), tl.float32)
@@ -445,7 +455,6 @@ def _keys_kernel(q, k, v, beta, inverse, erase, pulled, gamma, d_added, d_maps, 
         grad_q = tl.dot(of_pairs, keys, input_precision=PRECISION)
         grad_k = tl.dot(tl.trans(of_pairs), queries, input_precision=PRECISION)
         grad_k = tl.dot(of_overlap, keys, grad_k, input_precision=PRECISION)
-        grad_k = tl.dot(tl.trans(of_overlap), keys, grad_k, input_precision=PRECISION)
         met = tl.zeros((C, BK), tl.float32)  # gradient of the keys as they meet the state that enters
         if is_read:
             pull = load_block(pulled + read, 0, C, C, column * BK, K, BK)
@@ -455,7 +464,7 @@ def _keys_kernel(q, k, v, beta, inverse, erase, pulled, gamma, d_added, d_maps, 
             mass += tl.sum(seen * queries.to(tl.float32), 1)
         if writes:
             of_erase = load_block(d_erase + place * C * K, 0, C, C, column * BK, K, BK)
-            met = tl.dot(tl.trans(solved), of_erase, met, input_precision=PRECISION)
+            met = tl.dot(turned, of_erase, met, input_precision=PRECISION)
             kept = tl.zeros((C, BK), tl.float32)  # gradient of the keys as they write to the state that leaves
             for tile in range(VT):
                 values = load_tile(v, token, first, rows, stride_v, C, tile * BV, V, BV)
@@ -476,11 +485,11 @@ def _keys_kernel(q, k, v, beta, inverse, erase, pulled, gamma, d_added, d_maps, 
         mass += tl.sum(met * keys.to(tl.float32), 1)
         store_tile(dq + head * K, grad_q, token, first, rows, H * K, C, column * BK, K, BK)
         store_tile(dk + head * K, grad_k, token, first, rows, H * K, C, column * BK, K, BK)
-    at = d_gamma + (head.to(tl.int64) * N + slot) * C + row
-    mass += tl.load(at) - to_end
+    mass += tl.load(d_gamma + (head.to(tl.int64) * N + slot) * C + row) - to_end
     # what depends on the sum over the whole chunk reaches every row
     whole = tl.sum(to_end, 0) + tl.exp2(end) * tl.sum(through, 0)
-    tl.store(at, tl.sum(mass, 0) - tl.cumsum(mass, 0) + mass + whole)
+    own = d_decay + (token + row).to(tl.int64) * H + head
+    tl.store(own, tl.sum(mass, 0) - tl.cumsum(mass, 0) + mass + whole, mask=row_exists(row, first, rows))
 
 
 class Gradients(NamedTuple):
@@ -555,7 +564,8 @@ def gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, nodes: Nodes, right
     )  # fmt: skip
     d_erase = v.new_empty(num_slots, heads, chunk, key_dim)
     mixed, d_pairs, d_overlap = (v.new_empty(square) for _ in range(3))
-    d_beta, d_gamma = torch.empty_like(chunks.gamma), torch.empty_like(chunks.gamma)
+    d_gamma = torch.empty_like(chunks.gamma)
+    d_beta, d_decay = (torch.empty(tokens, heads, **float32) for _ in range(2))
     _inside_kernel[programs(heads, num_slots)](
         q, k, lam, beta, chunks.inverse, pulled, chunks.gamma, d_maps, d_scores, d_solved, d_erase, mixed, d_pairs,
         d_overlap, dscales, d_beta, d_gamma, slots.token, slots.first, slots.rows, slots.left, slots.reads, places,
@@ -565,15 +575,9 @@ def gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, nodes: Nodes, right
     dq, dk = (torch.empty(tokens, heads, key_dim, **float32) for _ in range(2))
     _keys_kernel[programs(heads, num_slots)](
         q, k, v, beta, chunks.inverse, chunks.erase, pulled, chunks.gamma, d_added, d_maps, d_erase, mixed, d_pairs,
-        d_overlap, dq, dk, d_gamma, slots.token, slots.first, slots.rows, slots.left, slots.reads, places, num_slots,
-        heads, groups, scale, *of_q, *of_k, *of_v, beta.stride(0), key_dim, value_dim, PARTS=parts, C=chunk,
-        num_warps=8, num_stages=2, **keys, **values,
+        d_overlap, dq, dk, d_gamma, d_decay, slots.token, slots.first, slots.rows, slots.left, slots.reads, places,
+        num_slots, heads, groups, scale, *of_q, *of_k, *of_v, beta.stride(0), key_dim, value_dim, PARTS=parts, C=chunk,
+        num_warps=4, num_stages=1, **keys, **values,
     )  # fmt: skip
     dq, dk = (x.unflatten(1, (groups, -1)).sum(2) for x in (dq, dk))
-    # from rows of chunks to rows of the call
-    row = torch.arange(chunk, device=v.device)
-    inside = row < slots.rows[:, None]
-    at = (slots.token[:, None] + row)[inside]
-    d_decay, d_strength = (torch.empty(tokens, heads, **float32) for _ in range(2))
-    d_decay[at], d_strength[at] = d_gamma.permute(1, 2, 0)[inside], d_beta.permute(1, 2, 0)[inside]
-    return Gradients(dq, dk, dv, dscales if scaled else None, d_decay, d_strength)
+    return Gradients(dq, dk, dv, dscales if scaled else None, d_decay, d_beta)

@@ -67,6 +67,14 @@ def load_block(pointer, row, height, HEIGHT: tl.constexpr, column, width, WIDTH:
 
 
 @triton.jit
+def load_turned(pointer, SIZE: tl.constexpr):
+    """The transpose of a contiguous matrix [SIZE, SIZE]: what is changed and cast after loading must not be turned
+    there, which is silently wrong on Hopper before Triton 3.7.1."""
+    place = tl.arange(0, SIZE)
+    return tl.load(pointer + (place[None, :] * SIZE + place[:, None]))
+
+
+@triton.jit
 def store_block(pointer, values, row, height, HEIGHT: tl.constexpr, column, width, WIDTH: tl.constexpr):
     """`values` [HEIGHT, WIDTH] to where `load_block` reads them."""
     rows, columns = row + tl.arange(0, HEIGHT), column + tl.arange(0, WIDTH)

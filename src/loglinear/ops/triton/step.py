@@ -196,7 +196,8 @@ class Tiling(NamedTuple):
 
 def _tiling(key_dim: int, value_dim: int, num_levels: int, deferring: bool) -> Tiling:
     """`deferring`: buckets are read and not written, which leaves a thread room for twice as many numbers."""
-    keys, columns = triton.next_power_of_2(key_dim), min(COLUMNS, triton.next_power_of_2(value_dim))
+    keys = max(16, triton.next_power_of_2(key_dim))  # Triton 3.6 fails to compile tiles of fewer
+    columns = min(COLUMNS, triton.next_power_of_2(value_dim))
     warps = max(4, min(16, keys // 32))
     numbers = warps * 32 * (REGISTERS // 2 if deferring else REGISTERS // 4)
     levels = max(1, min(numbers // (keys * columns), 8, triton.next_power_of_2(num_levels)))
