@@ -69,6 +69,7 @@ class GraphedStep:
         for state in states:
             if isinstance(state, AttentionState):
                 _count_on_host(state)
+                state.columns = state.capacity  # of an empty one too: what is recorded is not a prompt's first token
         rows = states[0].batch_size
         if batch not in (None, rows):
             raise ValueError(f"batch: got {batch}, wanted {rows}, the rows that the cache holds")
