@@ -16,13 +16,14 @@ from torch import Tensor
 
 from loglinear import fenwick
 from loglinear.ops.packing import check_bounds
-from loglinear.ops.triton.delta_backward import gradients
+from loglinear.ops.triton.delta_backward import Remade, gradients
 from loglinear.ops.triton.delta_chunks import Chunks, make_chunks
 from loglinear.ops.triton.delta_nodes import Nodes, make_nodes
-from loglinear.ops.triton.delta_read import read
+from loglinear.ops.triton.delta_read import descend, read
 from loglinear.ops.triton.scalar import CHUNK, INTERPRETED, MOST_PROGRAMS, as_rows, slots_of
 
 WIDEST_KEY = 256
+LONG_CHUNK = 16 if INTERPRETED else 128  # of bfloat16: half as many nodes, each of which moves more than its chunk
 
 
 def unsupported(q: Tensor, v: Tensor, log_decay: Tensor | None, carried: bool) -> str | None:
@@ -59,23 +60,26 @@ def _forward_op(
     if cu_seqlens is not None:
         check_bounds(cu_seqlens, v.shape[1])
     with torch.cuda.device_of(v):  # kernels are launched on the current device
-        made, _ = _forward(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens)
-    return made.o.view(v.shape).to(v.dtype)
+        call = _prepare(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens)
+        chunks, nodes, _ = _tree(call, backward=False)
+        _, _, values, scales, _, _ = call.rows
+        o = read(values, scales, chunks, nodes, call.slots, call.places, call.chunk, call.height, call.precision)
+    return o.view(v.shape).to(v.dtype)
 
 
-class _Made(NamedTuple):
-    """A forward pass, with what its backward needs."""
+class _Call(NamedTuple):
+    """A call as the kernels take it."""
 
     rows: list[Tensor]  # q, k, v, level scales, log decays and beta, [B · T, …]
     slots: fenwick.Slots
     places: Tensor
+    chunk: int
+    height: int
+    scale: float
     precision: str
-    chunks: Chunks
-    nodes: Nodes
-    o: Tensor
 
 
-def _forward(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, rights: bool = False):
+def _prepare(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens) -> _Call:
     batch, tokens, heads, _ = v.shape
     if log_decay is None:
         log_decay = torch.zeros(batch, tokens, heads, dtype=torch.float32, device=v.device)
@@ -83,24 +87,33 @@ def _forward(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, rights: 
     # states overflow 16 bits with a short exponent; the interpreter multiplies bfloat16 wrongly
     if q.dtype == torch.float16 or INTERPRETED:
         inputs[:3] = [x.float() for x in inputs[:3]]
-    rows = queries, keys, values, scales, decays, strengths = [None if x is None else as_rows(x) for x in inputs]
+    rows = [None if x is None else as_rows(x) for x in inputs]
     # products of float32 in single tf32 parts, which the hardware cuts off and does not round, err by 9e-3
     exact = v.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-    precision = "ieee" if exact else "tf32x3" if queries.dtype == torch.float32 else "tf32"
+    wide = rows[2].dtype == torch.float32
+    precision = "ieee" if exact else "tf32x3" if wide else "tf32"
+    chunk = CHUNK if wide else LONG_CHUNK
     num_levels = 1 if level_scales is None else level_scales.shape[-1]
-    slots = slots_of(batch, tokens, num_levels, v.device, cu_seqlens, None, False)
+    slots = slots_of(batch, tokens, chunk, num_levels, v.device, cu_seqlens, None, False)
     places = slots.reads.cumsum(0, dtype=torch.int32) - slots.reads
+    return _Call(rows, slots, places, chunk, fenwick.chunk_height(chunk), scale, precision)
+
+
+def _tree(call: _Call, backward: bool) -> tuple[Chunks, Nodes, Tensor | None]:
+    """Chunks, nodes and the queries on their way down; and P of right siblings for the backward."""
+    queries, keys, values, scales, decays, strengths = call.rows
+    slots = call.slots
     num_reads = fenwick.most_reads(len(slots.token), slots.cap)
-    height = fenwick.chunk_height(CHUNK)
     chunks = make_chunks(
-        queries, keys, scales, decays, strengths, slots, places, num_reads, CHUNK, height, scale, precision
-    )
-    kept = None
-    if rights:
-        kept = values.new_empty(len(slots.token), heads, q.shape[-1], q.shape[-1])
-    nodes = make_nodes(keys, values, strengths, chunks, slots, CHUNK, precision, kept)
-    o = read(values, scales, chunks, nodes, slots, places, CHUNK, height, precision)
-    return _Made(rows, slots, places, precision, chunks, nodes, o), kept
+        queries, keys, scales, decays, strengths, slots, call.places, num_reads, call.chunk, call.height, call.scale,
+        call.precision, backward,
+    )  # fmt: skip
+    rights = None
+    if backward:
+        rights = values.new_empty(len(slots.token), values.shape[1], keys.shape[-1], keys.shape[-1])
+    nodes = make_nodes(keys, values, strengths, chunks, slots, call.chunk, call.precision, rights)
+    descend(chunks, nodes, slots, call.places, call.chunk, call.precision)
+    return chunks, nodes, rights
 
 
 @_forward_op.register_fake
@@ -114,11 +127,12 @@ def _backward_op(
     beta: Tensor, scale: float, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(v):
-        made, rights = _forward(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, rights=True)
-        queries, keys, values, scales, _, strengths = made.rows
+        call = _prepare(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens)
+        queries, keys, values, scales, _, strengths = call.rows
         found = gradients(
-            queries, keys, values, scales, strengths, as_rows(grad_o.to(values.dtype)), made.chunks, made.nodes, rights,
-            made.slots, made.places, CHUNK, fenwick.chunk_height(CHUNK), scale, made.precision,
+            queries, keys, values, scales, strengths, as_rows(grad_o.to(values.dtype)),
+            Remade(*_tree(call, backward=True)), call.slots, call.places, call.chunk, call.height, scale,
+            call.precision,
         )  # fmt: skip
     inputs = (q, k, v, level_scales, log_decay, beta)
     return tuple(

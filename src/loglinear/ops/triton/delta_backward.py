@@ -19,14 +19,15 @@ it is part of P. What is stored is as wide as the inputs, single; accumulation i
 
 Legend
     N slots, C rows of a chunk, H heads, G groups, K key width, V value width, L levels, M reads of all chunks
-    KT, VT tiles of BK keys and BV values; ROWS ≥ K
+    KT, VT, RT tiles of BK keys, BV values and ROWS rows
     pulled [M, H, C, K] dR; d_added [N, H, K, V], d_maps, rights [N, H, K, K] gradients of nodes, and P of the right
     sibling of the node in a slot; d_erase [N, H, C, K] dW; mixed, d_pairs, d_overlap [N, H, C, C] MT and the gradients
-    of q kᵀ and k kᵀ; d_scores, d_solved [N, H, C, C] float32: dO vᵀ, and dT as far as it writes
+    of q kᵀ and k kᵀ; d_scores, d_solved [N, H, C, C] float32: dO vᵀ (later d(MT)), and dT as far as it writes
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -54,8 +55,9 @@ from loglinear.ops.triton.delta_chunks import (
     store_block,
     store_tile,
     tile_width,
+    warps_of,
 )
-from loglinear.ops.triton.delta_nodes import Nodes
+from loglinear.ops.triton.delta_nodes import Nodes, row_tiles
 
 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
@@ -138,11 +140,13 @@ def _ascend_kernel(pulled, maps, rows_of, blocks, heights, reads, places, N, H, 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
 def _gather_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens, firsts, rows_of, heights, lefts, reads,
                    places, reader, readers, order, N, H, stride_g, stride_gh, stride_s, stride_sh, K, V, L,
-                   C: tl.constexpr, HEIGHT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, ROWS: tl.constexpr,
-                   BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Some columns of the gradient of a node's U or P, from the chunks that read it."""
+                   C: tl.constexpr, HEIGHT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, RT: tl.constexpr,
+                   ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
+    """A tile of the gradient of a node's U or P, from the chunks that read it."""
     part, number = program_place()
-    head, tile = part // (KT + VT), part % (KT + VT)
+    head, tile = part // ((KT + VT) * RT), part // RT % (KT + VT)
+    row = part % RT * ROWS
     slot = tl.load(order + number, mask=number < N, other=0)
     chunk, span, height = tl.load(reader + slot), tl.load(readers + slot), tl.load(heights + slot)
     if (number >= N) | ((span == 0) & (tl.load(lefts + slot) == 0)):
@@ -157,14 +161,14 @@ def _gather_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens, firsts
             read = tl.load(places + chunk) + tl.load(reads + chunk) - nearest
             token, rows = tl.load(tokens + chunk), tl.load(rows_of + chunk)
             first = None if firsts is None else tl.load(firsts + chunk)
-            queries = load_block(seen + (read.to(tl.int64) * H + head) * C * K, 0, C, C, 0, K, ROWS)
+            queries = load_block(seen + (read.to(tl.int64) * H + head) * C * K, 0, C, C, row, K, ROWS)
             grad = load_tile(grad_o, token, first, rows, stride_g, C, tile * BV, V, BV)
             if SCALED:
                 weight = load_column(lam, token, first, rows, stride_s, C)
                 grad = (grad.to(tl.float32) * weight[:, None]).to(queries.dtype)
             total = tl.dot(tl.trans(queries), grad, total, input_precision=PRECISION)
             chunk += 1
-        store_block(d_added + place * K * V, total, 0, K, ROWS, tile * BV, V, BV)
+        store_block(d_added + place * K * V, total, row, K, ROWS, tile * BV, V, BV)
     else:
         column = (tile - VT) * BK
         change = tl.zeros((ROWS, BK), tl.float32)
@@ -173,11 +177,11 @@ def _gather_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens, firsts
             number_of_read = count - nearest
             if number_of_read + 1 < count:
                 at = ((tl.load(places + chunk) + number_of_read).to(tl.int64) * H + head) * C * K
-                queries_of = load_block(seen + at, 0, C, C, 0, K, ROWS)
+                queries_of = load_block(seen + at, 0, C, C, row, K, ROWS)
                 after = load_block(pulled + at + H * C * K, 0, C, C, column, K, BK)
                 change = tl.dot(tl.trans(queries_of), after, change, input_precision=PRECISION)
             chunk += 1
-        store_block(d_maps + place * K * K, change, 0, K, ROWS, column, K, BK)
+        store_block(d_maps + place * K * K, change, row, K, ROWS, column, K, BK)
 
 
 @triton.jit(do_not_specialize=["N", "cap"])
@@ -205,36 +209,37 @@ def _running_back_kernel(maps, d_added, bases, counts, N, H, cap, K, V, KT: tl.c
 
 @triton.jit(do_not_specialize=["N", "height"])
 def _left_kernel(rights, d_added, d_maps, tallest, heights, lefts, N, H, height, K, V, KT: tl.constexpr,
-                 VT: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                 VT: tl.constexpr, RT: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
-    """Some columns of what the left halves of the nodes of `height` + 1 owe to them."""
+    """A tile of what the left halves of the nodes of `height` + 1 owe to them."""
     part, number = program_place()
     slot = tl.load(tallest + number, mask=number < N, other=-1)
     if slot < 0:
         return
     if (tl.load(heights + slot) <= height) | (tl.load(lefts + slot) <= 1):
         return
-    head, tile = part // (KT + VT), part % (KT + VT)
+    head, tile = part // ((KT + VT) * RT), part // RT % (KT + VT)
+    row = part % RT * ROWS
     span = tl.exp2(height.to(tl.float32)).to(tl.int32)
     place = slot.to(tl.int64) * H + head
     left = place - span.to(tl.int64) * H
     right = rights + left * K * K
     if tile < VT:
         column = tile * BV
-        total = load_block(d_added + left * K * V, 0, K, ROWS, column, V, BV).to(tl.float32)
+        total = load_block(d_added + left * K * V, row, K, ROWS, column, V, BV).to(tl.float32)
         for key in range(KT):
             grad = load_block(d_added + place * K * V, key * BK, K, BK, column, V, BV)
-            map = load_block(right, key * BK, K, BK, 0, K, ROWS)
+            map = load_block(right, key * BK, K, BK, row, K, ROWS)
             total = tl.dot(tl.trans(map), grad, total, input_precision=PRECISION)
-        store_block(d_added + left * K * V, total, 0, K, ROWS, column, V, BV)
+        store_block(d_added + left * K * V, total, row, K, ROWS, column, V, BV)
     else:
         column = (tile - VT) * BK
-        change = load_block(d_maps + left * K * K, 0, K, ROWS, column, K, BK).to(tl.float32)
+        change = load_block(d_maps + left * K * K, row, K, ROWS, column, K, BK).to(tl.float32)
         for key in range(KT):
             grad_map = load_block(d_maps + place * K * K, key * BK, K, BK, column, K, BK)
-            map_again = load_block(right, key * BK, K, BK, 0, K, ROWS)
+            map_again = load_block(right, key * BK, K, BK, row, K, ROWS)
             change = tl.dot(tl.trans(map_again), grad_map, change, input_precision=PRECISION)
-        store_block(d_maps + left * K * K, change, 0, K, ROWS, column, K, BK)
+        store_block(d_maps + left * K * K, change, row, K, ROWS, column, K, BK)
 
 
 @triton.jit(do_not_specialize=["N", "height"])
@@ -327,63 +332,39 @@ def _values_kernel(k, v, beta, grad_o, inverse, scores, gamma, d_added, dv, d_sc
 
 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
-def _inside_kernel(q, k, scales, beta, inverse, pulled, gamma, d_maps, d_scores, d_solved, d_erase, mixed, d_pairs,
-                   d_overlap, dscales, d_beta, d_gamma, tokens, firsts, rows_of, lefts, reads, places, N, H, G, scale,
-                   stride_q, stride_qg, stride_k, stride_kg, stride_s, stride_sh, stride_b, K, L, C: tl.constexpr,
-                   HEIGHT: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
-                   PRECISION: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
-    """Back through a chunk's scores and its inverse: gradients of pairs of rows, of β and of λ."""
+def _scores_kernel(q, k, scales, beta, inverse, mixed, pulled, gamma, d_scores, d_pairs, dscales, d_gamma, tokens,
+                   firsts, rows_of, reads, places, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_s,
+                   stride_sh, stride_b, K, L, C: tl.constexpr, HEIGHT: tl.constexpr, KT: tl.constexpr,
+                   BK: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """Back through a chunk's scores: gradients of λ, of MT (d_scores becomes it) and of q kᵀ."""
     head, slot = program_place()
     rows = tl.load(rows_of + slot, mask=slot < N, other=0)
     if rows == 0:
         return
     token = tl.load(tokens + slot)
     first = None if firsts is None else tl.load(firsts + slot)
-    writes, is_read = tl.load(lefts + slot) > 1, tl.load(reads + slot) > 0
     group = head // (H // G)
     q += group.to(tl.int64) * stride_qg
     k += group.to(tl.int64) * stride_kg
     place = slot.to(tl.int64) * H + head
     read = (tl.load(places + slot).to(tl.int64) * H + head) * C * K
     row = tl.arange(0, C)
-    exists = row_exists(row, first, rows)
     sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
-    end = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1)
-    entering, after = tl.exp2(sums), tl.exp2(end - sums)
-    strength = load_column(beta + head, token, first, rows, stride_b, C)
+    entering = tl.exp2(sums)
     dtype = mixed.dtype.element_ty
-    of_solved = load_block(d_solved + place * C * C, 0, C, C, 0, C, C)
     of_mixed = tl.zeros((C, C), tl.float32)
-    product, turned, overlap = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
-    for column in range(KT):
-        keys = load_tile(k, token, first, rows, stride_k, C, column * BK, K, BK)
-        queries = load_tile(q, token, first, rows, stride_q, C, column * BK, K, BK)
-        product = tl.dot(queries, tl.trans(keys), product, input_precision=PRECISION)
-        turned = tl.dot(keys, tl.trans(queries), turned, input_precision=PRECISION)
-        overlap = tl.dot(keys, tl.trans(keys), overlap, input_precision=PRECISION)
-        met = (keys.to(tl.float32) * entering[:, None]).to(dtype)
-        if writes:
-            erased = tl.zeros((C, BK), tl.float32)
-            for key in range(KT):
-                others = load_tile(k, token, first, rows, stride_k, C, key * BK, K, BK)
-                others = (others.to(tl.float32) * after[:, None]).to(dtype)
-                map = load_block(d_maps + place * K * K, key * BK, K, BK, column * BK, K, BK)
-                erased = tl.dot(others, map, erased, input_precision=PRECISION)
-            store_block(d_erase + place * C * K, -erased, 0, C, C, column * BK, K, BK)
-            of_solved -= tl.dot(erased.to(dtype), tl.trans(met), input_precision=PRECISION)
-        if is_read:
+    if tl.load(reads + slot) > 0:
+        for column in range(KT):
+            keys = load_tile(k, token, first, rows, stride_k, C, column * BK, K, BK)
+            met = (keys.to(tl.float32) * entering[:, None]).to(dtype)
             pull = load_block(pulled + read, 0, C, C, column * BK, K, BK)
             of_mixed -= tl.dot(pull, tl.trans(met), input_precision=PRECISION)
-    causal, strict = row[:, None] >= row[None, :], row[:, None] > row[None, :]
-    passing = tl.where(causal, decays_between(sums), 0.0)
-    inverted = load_block(inverse + place * C * C, 0, C, C, 0, C, C)
-    solved = inverted * strength[None, :]
-    product = product * passing * scale
-    both = tl.dot(product, solved, input_precision=EXACT)
-    store_block(mixed + place * C * C, both, 0, C, C, 0, C, C)
+    causal = row[:, None] >= row[None, :]
     of_scores = load_block(d_scores + place * C * C, 0, C, C, 0, C, C)
     if SCALED:
         lam, dlam = scales + head.to(tl.int64) * stride_sh, dscales + (token + row).to(tl.int64) * H * L + head * L
+        exists = row_exists(row, first, rows)
+        both = load_block(mixed + place * C * C, 0, C, C, 0, C, C).to(tl.float32)
         pairs = tl.where(causal, both * of_scores, 0.0)
         within, last = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
         for level in tl.static_range(HEIGHT + 1):
@@ -397,22 +378,82 @@ def _inside_kernel(q, k, scales, beta, inverse, pulled, gamma, d_maps, d_scores,
             tl.store(dlam + L - 1, last + tl.load(dlam + L - 1, mask=exists, other=0.0), mask=exists)
         of_scores *= level_factor(lam, token, first, rows, stride_s, L, C, HEIGHT)
     of_mixed = tl.where(causal, of_mixed + of_scores, 0.0)
-    # the transposed product is made directly: a product, cast and turned, is silently wrong on Hopper before 3.7.1
-    turned = tl.where(
-        row[:, None] <= row[None, :], turned * tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0)), 0.0
-    )
-    of_solved += tl.dot(turned * scale, of_mixed, input_precision=EXACT)
-    of_product = tl.dot(of_mixed, tl.trans(solved), input_precision=EXACT)
-    of_lower = tl.dot(tl.trans(inverted), of_solved, input_precision=EXACT)
-    of_lower = tl.where(strict, -tl.dot(of_lower, tl.trans(solved), input_precision=EXACT), 0.0)
-    raw = of_lower * overlap * passing  # with β of the row: A ⊙ dA
-    grad_beta = tl.sum(of_solved * inverted, 0) + tl.sum(raw, 1)
-    tl.store(d_beta + (token + row).to(tl.int64) * H + head, grad_beta, mask=exists)
-    mass = product * of_product + raw * strength[:, None]
-    mass = tl.where(causal, mass, 0.0)
+    store_block(d_scores + place * C * C, of_mixed, 0, C, C, 0, C, C)
+    strength = load_column(beta + head, token, first, rows, stride_b, C)
+    turned = load_turned(inverse + place * C * C, C) * strength[:, None]  # Tᵀ
+    of_product = tl.dot(of_mixed, turned, input_precision=EXACT)
+    product = tl.zeros((C, C), tl.float32)
+    for column in range(KT):
+        keys = load_tile(k, token, first, rows, stride_k, C, column * BK, K, BK)
+        queries = load_tile(q, token, first, rows, stride_q, C, column * BK, K, BK)
+        product = tl.dot(queries, tl.trans(keys), product, input_precision=PRECISION)
+    of_product = tl.where(causal, of_product * decays_between(sums) * scale, 0.0)
+    store_block(d_pairs + place * C * C, of_product, 0, C, C, 0, C, C)
+    mass = tl.where(causal, product * of_product, 0.0)
     tl.store(d_gamma + (head.to(tl.int64) * N + slot) * C + row, tl.sum(mass, 1) - tl.sum(mass, 0))
-    store_block(d_pairs + place * C * C, tl.where(causal, of_product * passing * scale, 0.0), 0, C, C, 0, C, C)
-    store_block(d_overlap + place * C * C, of_lower * passing * strength[:, None], 0, C, C, 0, C, C)
+
+
+@triton.jit(do_not_specialize=["N", "stride_b"])
+def _solve_kernel(q, k, beta, inverse, gamma, d_maps, d_mixed, d_solved, d_erase, d_overlap, d_beta, d_gamma, tokens,
+                  firsts, rows_of, lefts, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_b, K,
+                  C: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+                  EXACT: tl.constexpr):  # fmt: skip
+    """Back through a chunk's inverse: gradients of W, of β and of k kᵀ."""
+    head, slot = program_place()
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
+    if rows == 0:
+        return
+    token = tl.load(tokens + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    group = head // (H // G)
+    q += group.to(tl.int64) * stride_qg
+    k += group.to(tl.int64) * stride_kg
+    place = slot.to(tl.int64) * H + head
+    row = tl.arange(0, C)
+    sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
+    end = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1)
+    entering, after = tl.exp2(sums), tl.exp2(end - sums)
+    dtype = d_erase.dtype.element_ty
+    of_solved = load_block(d_solved + place * C * C, 0, C, C, 0, C, C)
+    # the transposed product is made directly: a product, cast and turned, is silently wrong on Hopper before 3.7.1
+    product = tl.zeros((C, C), tl.float32)
+    for column in range(KT):
+        keys = load_tile(k, token, first, rows, stride_k, C, column * BK, K, BK)
+        queries = load_tile(q, token, first, rows, stride_q, C, column * BK, K, BK)
+        product = tl.dot(keys, tl.trans(queries), product, input_precision=PRECISION)
+        if tl.load(lefts + slot) > 1:
+            erased = tl.zeros((C, BK), tl.float32)
+            for key in range(KT):
+                others = load_tile(k, token, first, rows, stride_k, C, key * BK, K, BK)
+                others = (others.to(tl.float32) * after[:, None]).to(dtype)
+                map = load_block(d_maps + place * K * K, key * BK, K, BK, column * BK, K, BK)
+                erased = tl.dot(others, map, erased, input_precision=PRECISION)
+            store_block(d_erase + place * C * K, -erased, 0, C, C, column * BK, K, BK)
+            met = (keys.to(tl.float32) * entering[:, None]).to(dtype)
+            of_solved -= tl.dot(erased.to(dtype), tl.trans(met), input_precision=PRECISION)
+    passing = tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0)) * scale
+    product = tl.where(row[:, None] <= row[None, :], product * passing, 0.0)
+    of_mixed = load_block(d_mixed + place * C * C, 0, C, C, 0, C, C)
+    of_solved += tl.dot(product, of_mixed, input_precision=EXACT)
+    strength = load_column(beta + head, token, first, rows, stride_b, C)
+    turned = load_turned(inverse + place * C * C, C)
+    of_lower = tl.dot(turned, of_solved, input_precision=EXACT)
+    strict = row[:, None] > row[None, :]
+    of_lower = tl.where(strict, -tl.dot(of_lower, turned * strength[:, None], input_precision=EXACT), 0.0)
+    of_lower *= decays_between(sums)
+    overlap = tl.zeros((C, C), tl.float32)
+    for column in range(KT):
+        keys = load_tile(k, token, first, rows, stride_k, C, column * BK, K, BK)
+        overlap = tl.dot(keys, tl.trans(keys), overlap, input_precision=PRECISION)
+    store_block(d_overlap + place * C * C, of_lower * strength[:, None], 0, C, C, 0, C, C)
+    inverted = load_block(inverse + place * C * C, 0, C, C, 0, C, C)
+    raw = tl.where(strict, of_lower * overlap, 0.0)  # with β of the row: A ⊙ dA
+    grad_beta = tl.sum(of_solved * inverted, 0) + tl.sum(raw, 1)
+    exists = row_exists(row, first, rows)
+    tl.store(d_beta + (token + row).to(tl.int64) * H + head, grad_beta, mask=exists)
+    mass = raw * strength[:, None]
+    at = d_gamma + (head.to(tl.int64) * N + slot) * C + row
+    tl.store(at, tl.load(at) + tl.sum(mass, 1) - tl.sum(mass, 0))
 
 
 @triton.jit(do_not_specialize=["N", "stride_b"])
@@ -501,38 +542,54 @@ class Gradients(NamedTuple):
     beta: Tensor
 
 
-def gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, nodes: Nodes, rights: Tensor, slots: Slots, places,
-              chunk: int, height: int, scale: float, precision: str) -> Gradients:  # fmt: skip
-    """After the forward's chunks, nodes and descent have been made again."""
+@dataclass
+class Remade:
+    """The forward's chunks, nodes and descent, made again. Each is let go of when the gradients need it no longer."""
+
+    chunks: Chunks
+    nodes: Nodes
+    rights: Tensor
+
+
+def gradients(q, k, v, scales, beta, grad_o, remade: Remade, slots: Slots, places, chunk: int, height: int,
+              scale: float, precision: str) -> Gradients:  # fmt: skip
+    """Of the rows of a call; `remade` is used up."""
     num_slots, (tokens, groups, key_dim), (_, heads, value_dim) = len(slots.token), q.shape, v.shape
     block_k, block_v = tile_width(key_dim), tile_width(value_dim)
     keys = {"KT": triton.cdiv(key_dim, block_k), "BK": block_k, "PRECISION": precision}
     values = {"VT": triton.cdiv(value_dim, block_v), "BV": block_v}
     columns, rows = keys["KT"] + values["VT"], max(16, triton.next_power_of_2(key_dim))
-    parts = nodes.maps.shape[3]
     scaled = scales is not None
     lam = scales if scaled else v
     num_levels = lam.shape[-1] if scaled else 1
     float32 = {"dtype": torch.float32, "device": v.device}
     dscales = torch.zeros(tokens, heads, num_levels, **float32) if scaled else lam
     of_g, of_s = grad_o.stride()[:2], lam.stride()[:2]
+    of_q, of_k, of_v = q.stride()[:2], k.stride()[:2], v.stride()[:2]
+    whole = {"C": chunk, "num_warps": warps_of(chunk), "num_stages": 2 if chunk <= 64 else 1}
+
+    # the tree
+    chunks, nodes, rights = remade.chunks, remade.nodes, remade.rights
+    del remade.chunks, remade.nodes, remade.rights
+    parts = nodes.maps.shape[3]
     pulled = torch.empty_like(chunks.seen)
     tables = (slots.rows, slots.block, slots.height, slots.reads, places)
-    options = {"C": chunk, "num_warps": 4, "num_stages": 2}
     _pull_kernel[programs(heads, num_slots)](
         grad_o, lam, chunks.seen, nodes.added, pulled, dscales, slots.token, slots.first, *tables, num_slots, heads,
-        *of_g, *of_s, key_dim, value_dim, num_levels, HEIGHT=height, SCALED=scaled, **keys, **values, **options,
+        *of_g, *of_s, key_dim, value_dim, num_levels, HEIGHT=height, SCALED=scaled, **keys, **values, **whole,
     )  # fmt: skip
     _ascend_kernel[programs(heads, num_slots)](
-        pulled, nodes.maps, *tables, num_slots, heads, key_dim, PARTS=parts, **keys, **options,
+        pulled, nodes.maps, *tables, num_slots, heads, key_dim, PARTS=parts, **keys, **whole,
     )  # fmt: skip
-    merge = {"num_warps": 8 if rows > 128 else 4, "num_stages": 2, "ROWS": rows}
+    tiled = row_tiles(key_dim)
+    all_rows = {"num_warps": 8 if rows > 128 else 4, "num_stages": 2, "ROWS": rows}
     d_added, d_maps = torch.empty_like(nodes.added), torch.empty_like(rights)
-    _gather_kernel[programs(heads * columns, num_slots)](
+    _gather_kernel[programs(heads * columns * tiled["RT"], num_slots)](
         grad_o, lam, chunks.seen, pulled, d_added, d_maps, slots.token, slots.first, slots.rows, slots.height,
         slots.left, slots.reads, places, slots.reader, slots.readers, slots.order, num_slots, heads, *of_g, *of_s,
-        key_dim, value_dim, num_levels, HEIGHT=height, C=chunk, SCALED=scaled, **keys, **values, **merge,
+        key_dim, value_dim, num_levels, HEIGHT=height, C=chunk, SCALED=scaled, **keys, **values, **tiled,
     )  # fmt: skip
+    chunks = chunks._replace(seen=None)
     if num_slots > 2**slots.cap:
         _running_back_kernel[(len(slots.base), heads, values["VT"])](
             nodes.maps, d_added, slots.base, slots.count, num_slots, heads, slots.cap, key_dim, value_dim,
@@ -540,44 +597,54 @@ def gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, nodes: Nodes, right
         )  # fmt: skip
         _right_kernel[programs(heads * keys["KT"], num_slots // 2**slots.cap)](
             nodes.added, nodes.maps, d_added, d_maps, slots.tallest, slots.height, slots.left, slots.block, num_slots,
-            heads, slots.cap, key_dim, value_dim, PARTS=parts, RUNNING=True, **keys, **values, **merge,
+            heads, slots.cap, key_dim, value_dim, PARTS=parts, RUNNING=True, **keys, **values, **all_rows,
         )  # fmt: skip
     for level in reversed(range(slots.cap)):
         highest = num_slots // 2 ** (level + 1)
         if highest:
-            _left_kernel[programs(heads * columns, highest)](
+            _left_kernel[programs(heads * columns * tiled["RT"], highest)](
                 rights, d_added, d_maps, slots.tallest, slots.height, slots.left, num_slots, heads, level, key_dim,
-                value_dim, **keys, **values, **merge,
+                value_dim, **keys, **values, **tiled,
             )  # fmt: skip
             _right_kernel[programs(heads * keys["KT"], highest)](
                 nodes.added, nodes.maps, d_added, d_maps, slots.tallest, slots.height, slots.left, slots.block,
-                num_slots, heads, level, key_dim, value_dim, PARTS=parts, RUNNING=False, **keys, **values, **merge,
+                num_slots, heads, level, key_dim, value_dim, PARTS=parts, RUNNING=False, **keys, **values, **all_rows,
             )  # fmt: skip
+    del nodes, rights
+
+    # every chunk by itself
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     square = (num_slots, heads, chunk, chunk)
     d_scores, d_solved = torch.empty(square, **float32), torch.empty(square, **float32)
-    of_q, of_k, of_v = q.stride()[:2], k.stride()[:2], v.stride()[:2]
     _values_kernel[programs(heads, num_slots)](
         k, v, beta, grad_o, chunks.inverse, chunks.scores, chunks.gamma, d_added, dv, d_scores, d_solved, slots.token,
         slots.first, slots.rows, slots.left, num_slots, heads, groups, *of_k, *of_v, beta.stride(0), *of_g, key_dim,
-        value_dim, **keys, **values, **options,
+        value_dim, **keys, **values, **whole,
     )  # fmt: skip
-    d_erase = v.new_empty(num_slots, heads, chunk, key_dim)
-    mixed, d_pairs, d_overlap = (v.new_empty(square) for _ in range(3))
+    d_pairs, d_overlap = (v.new_empty(square) for _ in range(2))
     d_gamma = torch.empty_like(chunks.gamma)
     d_beta, d_decay = (torch.empty(tokens, heads, **float32) for _ in range(2))
-    _inside_kernel[programs(heads, num_slots)](
-        q, k, lam, beta, chunks.inverse, pulled, chunks.gamma, d_maps, d_scores, d_solved, d_erase, mixed, d_pairs,
-        d_overlap, dscales, d_beta, d_gamma, slots.token, slots.first, slots.rows, slots.left, slots.reads, places,
-        num_slots, heads, groups, scale, *of_q, *of_k, *of_s, beta.stride(0), key_dim, num_levels, HEIGHT=height,
-        SCALED=scaled, EXACT=precision, C=chunk, num_warps=8, num_stages=1, **keys,
+    exact = {"C": chunk, "EXACT": precision, "num_warps": 8, "num_stages": 1}
+    _scores_kernel[programs(heads, num_slots)](
+        q, k, lam, beta, chunks.inverse, chunks.mixed, pulled, chunks.gamma, d_scores, d_pairs, dscales, d_gamma,
+        slots.token, slots.first, slots.rows, slots.reads, places, num_slots, heads, groups, scale, *of_q, *of_k,
+        *of_s, beta.stride(0), key_dim, num_levels, HEIGHT=height, SCALED=scaled, **keys, **exact,
     )  # fmt: skip
-    dq, dk = (torch.empty(tokens, heads, key_dim, **float32) for _ in range(2))
+    d_erase = v.new_empty(num_slots, heads, chunk, key_dim)
+    _solve_kernel[programs(heads, num_slots)](
+        q, k, beta, chunks.inverse, chunks.gamma, d_maps, d_scores, d_solved, d_erase, d_overlap, d_beta, d_gamma,
+        slots.token, slots.first, slots.rows, slots.left, num_slots, heads, groups, scale, *of_q, *of_k,
+        beta.stride(0), key_dim, **keys, **exact,
+    )  # fmt: skip
+    del d_scores, d_solved
+    wide = {"dtype": v.dtype if groups == heads else torch.float32, "device": v.device}  # sums over a group's heads
+    dq, dk = (torch.empty(tokens, heads, key_dim, **wide) for _ in range(2))
     _keys_kernel[programs(heads, num_slots)](
-        q, k, v, beta, chunks.inverse, chunks.erase, pulled, chunks.gamma, d_added, d_maps, d_erase, mixed, d_pairs,
-        d_overlap, dq, dk, d_gamma, d_decay, slots.token, slots.first, slots.rows, slots.left, slots.reads, places,
-        num_slots, heads, groups, scale, *of_q, *of_k, *of_v, beta.stride(0), key_dim, value_dim, PARTS=parts, C=chunk,
-        num_warps=4, num_stages=1, **keys, **values,
+        q, k, v, beta, chunks.inverse, chunks.erase, pulled, chunks.gamma, d_added, d_maps, d_erase, chunks.mixed,
+        d_pairs, d_overlap, dq, dk, d_gamma, d_decay, slots.token, slots.first, slots.rows, slots.left, slots.reads,
+        places, num_slots, heads, groups, scale, *of_q, *of_k, *of_v, beta.stride(0), key_dim, value_dim, PARTS=parts,
+        C=chunk, num_warps=warps_of(chunk), num_stages=1, **keys, **values,
     )  # fmt: skip
-    dq, dk = (x.unflatten(1, (groups, -1)).sum(2) for x in (dq, dk))
+    if groups != heads:
+        dq, dk = (x.unflatten(1, (groups, -1)).sum(2) for x in (dq, dk))
     return Gradients(dq, dk, dv, dscales if scaled else None, d_decay, d_beta)

@@ -15,7 +15,7 @@ Legend
     KT tiles of BK key columns
     inverse [N, H, C, C] (I + A)⁻¹, float32; erase [N, H, PARTS, C, K] W; scores [N, H, C, C]
     seen [M, H, C, K] queries, a place for each read, of which the first of each chunk is filled here
-    gamma [H, N, C] inclusive sums of the base-2 log decay
+    gamma [H, N, C] inclusive sums of the base-2 log decay; mixed [N, H, C, C] scores before λ, for the backward
 """
 
 from __future__ import annotations
@@ -170,9 +170,9 @@ def _inverse_kernel(k, log_decay, beta, inverse, gamma, tokens, firsts, rows_of,
 
 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
-def _chunks_kernel(q, k, scales, beta, inverse, erase, scores, seen, gamma, tokens, firsts, rows_of, reads, places, N,
-                   H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_s, stride_sh, stride_b, K, L,
-                   C: tl.constexpr, HEIGHT: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
+def _chunks_kernel(q, k, scales, beta, inverse, erase, scores, seen, gamma, kept, tokens, firsts, rows_of, reads,
+                   places, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_s, stride_sh, stride_b, K,
+                   L, C: tl.constexpr, HEIGHT: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
                    PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """W, scores and queries of one chunk."""
     head, slot = program_place()
@@ -206,6 +206,8 @@ def _chunks_kernel(q, k, scales, beta, inverse, erase, scores, seen, gamma, toke
     else:
         store_block(scores + place * C * C, mixed, 0, C, C, 0, C, C)
     mixed = mixed.to(dtype)
+    if kept is not None:
+        store_block(kept + place * C * C, mixed, 0, C, C, 0, C, C)
     entering = tl.exp2(sums)
     read = tl.load(places + slot).to(tl.int64) * H + head
     is_read = tl.load(reads + slot) > 0
@@ -228,13 +230,14 @@ class Chunks(NamedTuple):
     scores: Tensor
     seen: Tensor
     gamma: Tensor
+    mixed: Tensor | None
 
 
 def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor, num_reads: int, chunk: int, height: int,
-                scale: float, precision: str) -> Chunks:  # fmt: skip
+                scale: float, precision: str, backward: bool = False) -> Chunks:  # fmt: skip
     """Chunks of q, k [T, G, K], level scales [T, H, L] (None: 1), log_decay and beta [T, H].
 
-    places [N]: for each slot the first of its reads, of which there are at most `num_reads`.
+    places [N]: for each slot the first of its reads, of which there are at most `num_reads`. `backward`: keeps `mixed`.
     """
     num_slots, heads, (_, groups, key_dim) = len(slots.token), beta.shape[1], q.shape
     made = Chunks(
@@ -242,6 +245,7 @@ def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor, num
         erase=k.new_empty(num_slots, heads, parts_of(k), chunk, key_dim),
         scores=k.new_empty(num_slots, heads, chunk, chunk), seen=k.new_empty(num_reads, heads, chunk, key_dim),
         gamma=k.new_zeros(heads, num_slots, chunk, dtype=torch.float32),
+        mixed=k.new_empty(num_slots, heads, chunk, chunk) if backward else None,
     )  # fmt: skip
     scaled = scales is not None
     lam = scales if scaled else k
@@ -252,14 +256,19 @@ def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor, num
         k, log_decay, beta, made.inverse, made.gamma, slots.token, slots.first, slots.rows, num_slots, heads, groups,
         *of_k, log_decay.stride(0), beta.stride(0), key_dim, PRECISION=precision,
         EXACT=precision if k.dtype == torch.float32 else "tf32x3",
-        num_warps=4, num_stages=2, **tiles,
+        num_warps=warps_of(chunk), num_stages=2, **tiles,
     )  # fmt: skip
     _chunks_kernel[programs(heads, num_slots)](
         q, k, lam, beta, *made, slots.token, slots.first, slots.rows, slots.reads, places, num_slots, heads, groups,
         scale, *of_q, *of_k, *of_scales, beta.stride(0), key_dim, lam.shape[-1] if scaled else 1, SCALED=scaled,
-        PARTS=parts_of(k), PRECISION=precision, num_warps=4, num_stages=1, **tiles,
+        PARTS=parts_of(k), PRECISION=precision, num_warps=warps_of(chunk), num_stages=1, **tiles,
     )  # fmt: skip
     return made
+
+
+def warps_of(chunk: int) -> int:
+    """Of a program that has all rows of a chunk."""
+    return max(4, chunk // 16)
 
 
 def parts_of(k: Tensor) -> int:

@@ -5,7 +5,7 @@ height, every node that is not yet as high as its slot takes in its left sibling
 cap on, slots hold running states, made one after the other.
 
 A node that grows is read by many programs while it does, so its P changes places: P of height h is in half h mod 2 of
-`maps`. Columns of U are read by the program alone that writes them.
+`maps`. U of a node that grows is read by nobody else.
 
 Legend
     N slots, C rows of a chunk, H heads, G groups, K key width, V value width, KT, VT tiles of BK keys and BV values
@@ -31,6 +31,7 @@ from loglinear.ops.triton.delta_chunks import (
     store_block,
     store_parts,
     tile_width,
+    warps_of,
 )
 
 
@@ -84,16 +85,17 @@ def _leaves_kernel(k, v, beta, inverse, erase, gamma, added, maps, tokens, first
 
 @triton.jit(do_not_specialize=["N", "height"])
 def _merge_kernel(added, maps, rights, tallest, heights, N, H, height, K, V, KT: tl.constexpr, VT: tl.constexpr,
-                  ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,
+                  RT: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
-    """Some columns of U or P of the nodes of `height` + 1, from those of `height`; ROWS ≥ K."""
+    """A tile of U or P of the nodes of `height` + 1, from those of `height`."""
     part, number = program_place()
     slot = tl.load(tallest + number, mask=number < N, other=-1)
     if slot < 0:
         return
     if tl.load(heights + slot) <= height:
         return
-    head, tile = part // (KT + VT), part % (KT + VT)
+    head, tile = part // ((KT + VT) * RT), part // RT % (KT + VT)
+    row = part % RT * ROWS
     span = tl.exp2(height.to(tl.float32)).to(tl.int32)
     place = slot.to(tl.int64) * H + head
     left = place - span.to(tl.int64) * H
@@ -101,31 +103,32 @@ def _merge_kernel(added, maps, rights, tallest, heights, N, H, height, K, V, KT:
     map, size = half + place * PARTS * K * K, K * K
     if tile < VT:
         column = tile * BV
-        total = load_block(added + place * K * V, 0, K, ROWS, column, V, BV).to(tl.float32)
+        total = load_block(added + place * K * V, row, K, ROWS, column, V, BV).to(tl.float32)
         for key in range(KT):
             before = load_block(added + left * K * V, key * BK, K, BK, column, V, BV)
-            total = tl.dot(load_block(map, 0, K, ROWS, key * BK, K, BK), before, total, input_precision=PRECISION)
+            total = tl.dot(load_block(map, row, K, ROWS, key * BK, K, BK), before, total, input_precision=PRECISION)
             if PARTS == 2:
-                rest = load_block(map + size, 0, K, ROWS, key * BK, K, BK)
+                rest = load_block(map + size, row, K, ROWS, key * BK, K, BK)
                 total = tl.dot(rest, before, total, input_precision=PRECISION)
-        store_block(added + place * K * V, total, 0, K, ROWS, column, V, BV)
+        store_block(added + place * K * V, total, row, K, ROWS, column, V, BV)
     else:
         column = (tile - VT) * BK
         earlier = half + left * PARTS * K * K
         composed = tl.zeros((ROWS, BK), tl.float32)
         for key in range(KT):
-            first = load_block(map, 0, K, ROWS, key * BK, K, BK)
+            first = load_block(map, row, K, ROWS, key * BK, K, BK)
             second = load_block(earlier, key * BK, K, BK, column, K, BK)
             composed = tl.dot(first, second, composed, input_precision=PRECISION)
             if PARTS == 2:
-                first_lost = load_block(map + size, 0, K, ROWS, key * BK, K, BK)
+                first_lost = load_block(map + size, row, K, ROWS, key * BK, K, BK)
                 composed = tl.dot(first_lost, second, composed, input_precision=PRECISION)
                 second_lost = load_block(earlier + size, key * BK, K, BK, column, K, BK)
                 composed = tl.dot(first, second_lost, composed, input_precision=PRECISION)
         if rights is not None:  # the backward needs P of this node, the right sibling of the one on its left
-            store_block(rights + left * K * K, load_block(map, 0, K, ROWS, column, K, BK), 0, K, ROWS, column, K, BK)
+            right = load_block(map, row, K, ROWS, column, K, BK)
+            store_block(rights + left * K * K, right, row, K, ROWS, column, K, BK)
         other = maps + (1 - height % 2).to(tl.int64) * N * H * PARTS * K * K
-        store_parts(other + place * PARTS * K * K, composed, K * K, 0, K, ROWS, column, K, BK, PARTS)
+        store_parts(other + place * PARTS * K * K, composed, K * K, row, K, ROWS, column, K, BK, PARTS)
 
 
 @triton.jit(do_not_specialize=["N", "cap"])
@@ -180,15 +183,15 @@ def make_nodes(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, slots: Slots,
     _leaves_kernel[programs(heads * columns, num_slots)](
         k, v, beta, chunks.inverse, chunks.erase, chunks.gamma, *nodes, slots.token, slots.first, slots.rows,
         slots.left, num_slots, heads, groups, k.stride(0), k.stride(1), v.stride(0), v.stride(1), beta.stride(0),
-        key_dim, value_dim, C=chunk, num_warps=4, num_stages=2, **keys, **values,
+        key_dim, value_dim, C=chunk, num_warps=warps_of(chunk), num_stages=2, **keys, **values,
     )  # fmt: skip
-    rows = max(16, triton.next_power_of_2(key_dim))
+    merge = row_tiles(key_dim)
     for height in range(slots.cap):
         highest = num_slots // 2 ** (height + 1)  # there are no more nodes above this height
         if highest:
-            _merge_kernel[programs(heads * columns, highest)](
-                *nodes, rights, slots.tallest, slots.height, num_slots, heads, height, key_dim, value_dim, ROWS=rows,
-                num_warps=8 if rows > 128 else 4, num_stages=2, **keys, **values,
+            _merge_kernel[programs(heads * columns * merge["RT"], highest)](
+                *nodes, rights, slots.tallest, slots.height, num_slots, heads, height, key_dim, value_dim,
+                **merge, **keys, **values,
             )  # fmt: skip
     if num_slots > 2**slots.cap:
         # one program after the other has each head's columns: narrow tiles make more of them
@@ -197,3 +200,9 @@ def make_nodes(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, slots: Slots,
             BV=block_v, num_warps=4, num_stages=3, **keys,
         )  # fmt: skip
     return nodes
+
+
+def row_tiles(key_dim: int) -> dict[str, int]:
+    """How the rows of U and P are split among programs, and how those are launched."""
+    rows = 128 if key_dim % 128 == 0 else min(64, max(16, triton.next_power_of_2(key_dim)))
+    return {"RT": triton.cdiv(key_dim, rows), "ROWS": rows, "num_warps": 4, "num_stages": 2}

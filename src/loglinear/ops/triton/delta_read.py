@@ -24,7 +24,15 @@ from loglinear.ops.triton.common import (
     program_place,
     programs,
 )
-from loglinear.ops.triton.delta_chunks import Chunks, load_block, load_tile, store_block, store_tile, tile_width
+from loglinear.ops.triton.delta_chunks import (
+    Chunks,
+    load_block,
+    load_tile,
+    store_block,
+    store_tile,
+    tile_width,
+    warps_of,
+)
 from loglinear.ops.triton.delta_nodes import Nodes
 
 
@@ -97,26 +105,32 @@ def _read_kernel(v, scales, o, scores, seen, added, tokens, firsts, rows_of, blo
     store_tile(o + head * V, out, token, first, rows, H * V, C, column, V, BV)
 
 
+def descend(chunks: Chunks, nodes: Nodes, slots: Slots, places: Tensor, chunk: int, precision: str) -> None:
+    """Fills in the rest of `chunks.seen`."""
+    num_slots, (heads, key_dim) = len(slots.token), nodes.added.shape[1:3]
+    block = tile_width(key_dim)
+    _descend_kernel[programs(heads, num_slots)](
+        chunks.seen, nodes.maps, slots.rows, slots.block, slots.height, slots.reads, places, num_slots, heads, key_dim,
+        C=chunk, KT=triton.cdiv(key_dim, block), BK=block, PARTS=nodes.maps.shape[3], PRECISION=precision,
+        num_warps=warps_of(chunk), num_stages=3 if chunk <= 64 else 2,
+    )  # fmt: skip
+
+
 def read(v: Tensor, scales: Tensor | None, chunks: Chunks, nodes: Nodes, slots: Slots, places: Tensor, chunk: int,
          height: int, precision: str) -> Tensor:  # fmt: skip
-    """o [T, H, V] for v [T, H, V] and level scales [T, H, L] (None: 1)."""
+    """o [T, H, V] for v [T, H, V] and level scales [T, H, L] (None: 1), after `descend`."""
     num_slots, (_, heads, value_dim), key_dim = len(slots.token), v.shape, chunks.seen.shape[-1]
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     block_k, block_v = tile_width(key_dim), tile_width(value_dim)
     if v.dtype == torch.bfloat16:  # of float32 only so much fits
         block_v = tile_width(value_dim, 2 * block_v)
-    keys = {"KT": triton.cdiv(key_dim, block_k), "BK": block_k}
-    _descend_kernel[programs(heads, num_slots)](
-        chunks.seen, nodes.maps, slots.rows, slots.block, slots.height, slots.reads, places, num_slots, heads, key_dim,
-        C=chunk, PARTS=nodes.maps.shape[3], PRECISION=precision, num_warps=4, num_stages=3, **keys,
-    )  # fmt: skip
     scaled = scales is not None
     lam = scales if scaled else v
     values = triton.cdiv(value_dim, block_v)
     _read_kernel[programs(heads * values, num_slots)](
         v, lam, o, chunks.scores, chunks.seen, nodes.added, slots.token, slots.first, slots.rows, slots.block,
         slots.height, slots.reads, places, num_slots, heads, v.stride(0), v.stride(1), lam.stride(0), lam.stride(1),
-        key_dim, value_dim, lam.shape[-1] if scaled else 1, C=chunk, HEIGHT=height, VT=values, BV=block_v,
-        SCALED=scaled, PRECISION=precision, num_warps=4, num_stages=3, **keys,
+        key_dim, value_dim, lam.shape[-1] if scaled else 1, C=chunk, HEIGHT=height, KT=triton.cdiv(key_dim, block_k),
+        BK=block_k, VT=values, BV=block_v, SCALED=scaled, PRECISION=precision, num_warps=warps_of(chunk), num_stages=3,
     )  # fmt: skip
     return o

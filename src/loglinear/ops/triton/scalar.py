@@ -123,21 +123,21 @@ def _prepare(q, k, v, level_scales, log_decay, cu_seqlens, positions, return_sta
         inputs[:3] = [x.float() for x in inputs[:3]]
     rows = [None if x is None else as_rows(x) for x in inputs]
     num_levels = 1 if level_scales is None else level_scales.shape[-1]
-    slots = slots_of(batch, tokens, num_levels, v.device, cu_seqlens, positions, return_state)
+    slots = slots_of(batch, tokens, CHUNK, num_levels, v.device, cu_seqlens, positions, return_state)
     exact = v.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return rows, slots, "ieee" if exact else "tf32"
 
 
-def slots_of(batch, tokens, num_levels, device, cu_seqlens, positions, return_state) -> Slots:
+def slots_of(batch, tokens, chunk, num_levels, device, cu_seqlens, positions, return_state) -> Slots:
     has_ends = positions is not None or return_state
     if cu_seqlens is None and positions is None:
         # what is made while a graph is captured belongs to that graph
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         uniform = fenwick.uniform_slots.__wrapped__ if capturing else fenwick.uniform_slots
-        return uniform(batch, tokens, CHUNK, num_levels, device, has_ends)
+        return uniform(batch, tokens, chunk, num_levels, device, has_ends)
     bounds = torch.arange(batch + 1, device=device) * tokens if cu_seqlens is None else cu_seqlens
-    count = fenwick.num_slots(batch * tokens, len(bounds) - 1, CHUNK, num_levels, positions is not None)
-    return fenwick.slots(bounds, count, CHUNK, num_levels, positions, has_ends)
+    count = fenwick.num_slots(batch * tokens, len(bounds) - 1, chunk, num_levels, positions is not None)
+    return fenwick.slots(bounds, count, chunk, num_levels, positions, has_ends)
 
 
 def as_rows(x: Tensor) -> Tensor:
