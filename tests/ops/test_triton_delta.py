@@ -50,11 +50,29 @@ def test_interpreted_packed():
 
 
 @needs_interpreter
-def test_interpreted_with_chunks_of_64(monkeypatch):
+@pytest.mark.parametrize("halves", [False, True])
+def test_interpreted_with_chunks_of_64(monkeypatch, halves):
     """The inverse of a chunk is joined from blocks of 16."""
     monkeypatch.setattr(scalar, "CHUNK", 64)
     monkeypatch.setattr(delta, "CHUNK", 64)
+    monkeypatch.setattr(delta, "HALVES", halves)
     compare_with_tree(make_inputs("gated_deltanet", Shape(B=1, T=150, G=1, H=1, K=16, V=16, L=9), torch.float32))
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(B=1, T=17, G=1, H=1, K=16, V=16, L=1),  # the only chunk has rows in both halves
+        Shape(B=2, T=129, G=2, H=4, K=20, V=24, L=5),  # levels end where halves do
+        Shape(B=1, T=113, G=1, H=2, K=80, V=40, L=6),
+        Shape(B=1, T=75, G=1, H=1, K=16, V=80, L=None),
+    ],
+)
+def test_interpreted_in_halves_of_chunks(monkeypatch, shape):
+    monkeypatch.setattr(scalar, "CHUNK", 32)
+    monkeypatch.setattr(delta, "CHUNK", 32)
+    compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32, key_norm=1.2).map(poisoned))
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 3, 5, 8, 13, 64])

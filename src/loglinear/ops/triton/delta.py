@@ -16,13 +16,16 @@ from torch import Tensor
 
 from loglinear import fenwick
 from loglinear.ops.packing import check_bounds
+from loglinear.ops.triton import delta_chunks, delta_halves, delta_nodes
 from loglinear.ops.triton.delta_backward import Remade, gradients
-from loglinear.ops.triton.delta_chunks import Chunks, make_chunks
+from loglinear.ops.triton.delta_chunks import Chunks
 from loglinear.ops.triton.delta_nodes import Nodes, make_nodes
 from loglinear.ops.triton.delta_read import descend, read
 from loglinear.ops.triton.scalar import CHUNK, INTERPRETED, MOST_PROGRAMS, as_rows, slots_of
 
 WIDEST_KEY = 256
+# Half a chunk's rows a program. No GPU has compared that with float64 yet: there, a program has all of them.
+HALVES = INTERPRETED
 LONG_CHUNK = 16 if INTERPRETED else 128  # of bfloat16: half as many nodes, each of which moves more than its chunk
 
 
@@ -104,6 +107,9 @@ def _tree(call: _Call, backward: bool) -> tuple[Chunks, Nodes, Tensor | None]:
     queries, keys, values, scales, decays, strengths = call.rows
     slots = call.slots
     num_reads = fenwick.most_reads(len(slots.token), slots.cap)
+    halves = HALVES and call.chunk >= 32  # products and the inverse's blocks have 16 rows at least
+    make_chunks = delta_halves.make_chunks if halves else delta_chunks.make_chunks
+    make_leaves = delta_halves.make_leaves if halves else delta_nodes.make_leaves
     chunks = make_chunks(
         queries, keys, scales, decays, strengths, slots, call.places, num_reads, call.chunk, call.height, call.scale,
         call.precision, backward,
@@ -111,7 +117,7 @@ def _tree(call: _Call, backward: bool) -> tuple[Chunks, Nodes, Tensor | None]:
     rights = None
     if backward:
         rights = values.new_empty(len(slots.token), values.shape[1], keys.shape[-1], keys.shape[-1])
-    nodes = make_nodes(keys, values, strengths, chunks, slots, call.chunk, call.precision, rights)
+    nodes = make_nodes(keys, values, strengths, chunks, slots, call.chunk, call.precision, rights, make_leaves)
     descend(chunks, nodes, slots, call.places, call.chunk, call.precision)
     return chunks, nodes, rights
 

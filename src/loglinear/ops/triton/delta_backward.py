@@ -642,8 +642,8 @@ def gradients(q, k, v, scales, beta, grad_o, remade: Remade, slots: Slots, place
     _keys_kernel[programs(heads, num_slots)](
         q, k, v, beta, chunks.inverse, chunks.erase, pulled, chunks.gamma, d_added, d_maps, d_erase, chunks.mixed,
         d_pairs, d_overlap, dq, dk, d_gamma, d_decay, slots.token, slots.first, slots.rows, slots.left, slots.reads,
-        places, num_slots, heads, groups, scale, *of_q, *of_k, *of_v, beta.stride(0), key_dim, value_dim, PARTS=parts,
-        C=chunk, num_warps=warps_of(chunk), num_stages=1, **keys, **values,
+        places, num_slots, heads, groups, scale, *of_q, *of_k, *of_v, beta.stride(0), key_dim, value_dim,
+        PARTS=chunks.erase.shape[2], C=chunk, num_warps=warps_of(chunk), num_stages=1, **keys, **values,
     )  # fmt: skip
     if groups != heads:
         dq, dk = (x.unflatten(1, (groups, -1)).sum(2) for x in (dq, dk))

@@ -104,28 +104,29 @@ def dot_parts(left, right, PARTS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _join(matrix, C: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+def _join(matrix, C: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     """From blocks of SIZE rows that are inverted to blocks twice as large."""
     for pair in range(C // (2 * SIZE)):
         start = pair * 2 * SIZE
-        left = load_block(matrix, start, C, SIZE, start, C, SIZE)
-        between = load_block(matrix, start + SIZE, C, SIZE, start, C, SIZE)
-        right = load_block(matrix, start + SIZE, C, SIZE, start + SIZE, C, SIZE)
+        left = load_block(matrix, start, C, SIZE, start, WIDTH, SIZE)
+        between = load_block(matrix, start + SIZE, C, SIZE, start, WIDTH, SIZE)
+        right = load_block(matrix, start + SIZE, C, SIZE, start + SIZE, WIDTH, SIZE)
         step = tl.dot(between, left, input_precision=PRECISION)
         step = tl.dot(right, step, input_precision=PRECISION)
-        store_block(matrix, -step, start + SIZE, C, SIZE, start, C, SIZE)
+        store_block(matrix, -step, start + SIZE, C, SIZE, start, WIDTH, SIZE)
 
 
 @triton.jit
-def _invert(matrix, C: tl.constexpr, HEIGHT: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + A)⁻¹ in place of a strictly lower A [C, C], C = 2^HEIGHT, in memory that this program has written.
+def invert(matrix, C: tl.constexpr, WIDTH: tl.constexpr, HEIGHT: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + A)⁻¹ in place of a strictly lower A [C, C], C = 2^HEIGHT, in memory that this program has written, in rows
+    of WIDTH.
 
     By substitution in blocks of 16, then block by block: [[X, 0], [-Y B X, Y]] for [[X⁻¹, 0], [B, Y⁻¹]].
     """
     BASE: tl.constexpr = 16
     BLOCKS: tl.constexpr = C // BASE
     block, row, column = tl.arange(0, BLOCKS), tl.arange(0, BASE), tl.arange(0, BASE)
-    at = matrix + (block[:, None, None] * BASE * (C + 1) + row[None, :, None] * C + column[None, None, :])
+    at = matrix + (block[:, None, None] * BASE * (WIDTH + 1) + row[None, :, None] * WIDTH + column[None, None, :])
     lower = tl.load(at)
     solved = tl.zeros((BLOCKS, BASE, BASE), tl.float32)
     solved += tl.where(row[:, None] == column[None, :], 1.0, 0.0)[None, :, :]
@@ -137,7 +138,7 @@ def _invert(matrix, C: tl.constexpr, HEIGHT: tl.constexpr, PRECISION: tl.constex
     tl.store(at, solved)
     for doubling in tl.static_range(HEIGHT - 4):
         tl.debug_barrier()
-        _join(matrix, C, 16 * 2**doubling, PRECISION)
+        _join(matrix, C, WIDTH, 16 * 2**doubling, PRECISION)
 
 
 @triton.jit(do_not_specialize=["N", "stride_d", "stride_b"])
@@ -166,7 +167,7 @@ def _inverse_kernel(k, log_decay, beta, inverse, gamma, tokens, firsts, rows_of,
     matrix = inverse + (slot.to(tl.int64) * H + head) * C * C
     store_block(matrix, lower, 0, C, C, 0, C, C)
     tl.debug_barrier()
-    _invert(matrix, C, HEIGHT, EXACT)
+    invert(matrix, C, C, HEIGHT, EXACT)
 
 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
@@ -226,7 +227,7 @@ class Chunks(NamedTuple):
     """See the legend of this file."""
 
     inverse: Tensor
-    erase: Tensor
+    erase: Tensor | None
     scores: Tensor
     seen: Tensor
     gamma: Tensor

@@ -14,6 +14,7 @@ Legend
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import triton
@@ -163,28 +164,44 @@ class Nodes(NamedTuple):
     maps: Tensor
 
 
+def make_leaves(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, added: Tensor, maps: Tensor, slots: Slots,
+                chunk: int, precision: str) -> None:  # fmt: skip
+    """Fills in U and P of the chunks."""
+    num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), k.shape, v.shape
+    parts, block_k = parts_of(k), tile_width(key_dim)
+    wide_v = _value_width(value_dim, key_dim, parts)
+    key_tiles, value_tiles = triton.cdiv(key_dim, block_k), triton.cdiv(value_dim, wide_v)
+    _leaves_kernel[programs(heads * (key_tiles + value_tiles), num_slots)](
+        k, v, beta, chunks.inverse, chunks.erase, chunks.gamma, added, maps, slots.token, slots.first, slots.rows,
+        slots.left, num_slots, heads, groups, k.stride(0), k.stride(1), v.stride(0), v.stride(1), beta.stride(0),
+        key_dim, value_dim, C=chunk, KT=key_tiles, VT=value_tiles, BK=block_k, BV=wide_v, PARTS=parts,
+        PRECISION=precision, num_warps=warps_of(chunk), num_stages=2,
+    )  # fmt: skip
+
+
+def _value_width(value_dim: int, key_dim: int, parts: int) -> int:
+    """Columns of U in a tile: of float32 only so much fits."""
+    return tile_width(value_dim, 2 * tile_width(key_dim)) if parts == 2 else tile_width(value_dim)
+
+
 def make_nodes(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, slots: Slots, chunk: int, precision: str,
-               rights: Tensor | None = None) -> Nodes:  # fmt: skip
-    """Nodes of k [T, G, K], v [T, H, V] and beta [T, H]. The last chunks of sequences have none.
+               rights: Tensor | None = None, leaves: Callable[..., None] = make_leaves) -> Nodes:  # fmt: skip
+    """Nodes of k [T, G, K], v [T, H, V] and beta [T, H], from `leaves` up. The last chunks of sequences have none.
 
     rights [N, H, K, K], if given, gets P of the right sibling of the node in each slot, where it has one.
     """
-    num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), k.shape, v.shape
+    num_slots, key_dim, (_, heads, value_dim) = len(slots.token), k.shape[-1], v.shape
     parts = parts_of(k)
     nodes = Nodes(
         added=v.new_empty(num_slots, heads, key_dim, value_dim),
         maps=v.new_empty(2, num_slots, heads, parts, key_dim, key_dim),
     )
     block_k, block_v = tile_width(key_dim), tile_width(value_dim)
-    wide_v = tile_width(value_dim, 2 * block_v) if parts == 2 else block_v  # of float32 only so much fits
+    wide_v = _value_width(value_dim, key_dim, parts)
     keys = {"KT": triton.cdiv(key_dim, block_k), "BK": block_k, "PARTS": parts, "PRECISION": precision}
     values = {"VT": triton.cdiv(value_dim, wide_v), "BV": wide_v}
     columns = keys["KT"] + values["VT"]
-    _leaves_kernel[programs(heads * columns, num_slots)](
-        k, v, beta, chunks.inverse, chunks.erase, chunks.gamma, *nodes, slots.token, slots.first, slots.rows,
-        slots.left, num_slots, heads, groups, k.stride(0), k.stride(1), v.stride(0), v.stride(1), beta.stride(0),
-        key_dim, value_dim, C=chunk, num_warps=warps_of(chunk), num_stages=2, **keys, **values,
-    )  # fmt: skip
+    leaves(k, v, beta, chunks, *nodes, slots, chunk, precision)
     merge = row_tiles(key_dim)
     for height in range(slots.cap):
         highest = num_slots // 2 ** (height + 1)  # there are no more nodes above this height

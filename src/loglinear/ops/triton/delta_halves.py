@@ -1,0 +1,318 @@
+"""What one chunk of the delta rule is, made by programs that have half of its rows: see `delta_chunks.py` for what.
+
+A chunk is long so that the tree has few nodes, each of which moves more than its chunk. A program that has all rows of
+a long chunk takes all registers of a multiprocessor, and waits alone for each of its loads. Everything in a chunk is
+lower triangular, in blocks of half a chunk:
+
+    T = [[T₀, 0], [T₁₀, T₁]]        T₁₀ = -X₁ B X₀ diag(β₀) for (I + A)⁻¹ = [[X₀, 0], [., X₁]], A = [[., 0], [B, .]]
+
+so a program takes one half of the rows, or goes through both one after the other. Decays are put on the left operand of
+every product, which is in registers as it is; keys and values are multiplied as they come from memory.
+
+Legend as in `delta_chunks.py` and `delta_nodes.py`, and
+    E rows of half a chunk, W columns of a tile of v or k
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loglinear.fenwick import Slots
+from loglinear.ops.triton.common import (
+    decays_between,
+    level_factor,
+    load_column,
+    log2_decays,
+    program_place,
+    programs,
+)
+from loglinear.ops.triton.delta_chunks import (
+    Chunks,
+    dot_parts,
+    invert,
+    load_block,
+    load_tile,
+    parts_of,
+    store_block,
+    store_parts,
+    tile_width,
+)
+
+
+@triton.jit
+def _decays_across(later, earlier):
+    """2^(sums of the row, in the second half - sums of the column, in the first): [E, E]."""
+    return tl.exp2(tl.minimum(later[:, None] - earlier[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit(do_not_specialize=["N", "stride_d", "stride_b"])
+def _inverse_kernel(k, log_decay, beta, inverse, gamma, tokens, firsts, rows_of, N, H, G, stride_k, stride_kg, stride_d,
+                    stride_b, K, E: tl.constexpr, HEIGHT: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr,
+                    PRECISION: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """X₀ or X₁, and gamma of those rows. E = 2^HEIGHT."""
+    part, slot = program_place()
+    head, half = part // 2, part % 2
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
+    if rows == 0:
+        return
+    token = tl.load(tokens + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    k += (head // (H // G)).to(tl.int64) * stride_kg
+    row = tl.arange(0, E)
+    before = log2_decays(log_decay + head, token, first, rows * half, stride_d, E)
+    start = half * E
+    first = None if first is None else first - start
+    token, rows = token + start, rows - start
+    decay = log2_decays(log_decay + head, token, first, rows, stride_d, E)
+    strength = load_column(beta + head, token, first, rows, stride_b, E)
+    sums = tl.cumsum(decay, 0)
+    tl.store(gamma + (head.to(tl.int64) * N + slot) * 2 * E + start + row, tl.sum(before, 0) + sums)
+    overlap = tl.zeros((E, E), tl.float32)
+    for tile in range(KT):
+        keys = load_tile(k, token, first, rows, stride_k, E, tile * BK, K, BK)
+        overlap = tl.dot(keys, tl.trans(keys), overlap, input_precision=PRECISION)
+    passing = decays_between(sums) * strength[:, None]
+    lower = tl.where(row[:, None] > row[None, :], overlap * passing, 0.0)
+    matrix = inverse + (slot.to(tl.int64) * H + head) * 4 * E * E + start * (2 * E + 1)
+    store_block(matrix, lower, 0, E, E, 0, 2 * E, E)
+    tl.debug_barrier()
+    invert(matrix, E, 2 * E, HEIGHT, EXACT)
+
+
+@triton.jit(do_not_specialize=["N", "stride_b"])
+def _join_kernel(k, beta, inverse, gamma, tokens, firsts, rows_of, N, H, G, stride_k, stride_kg, stride_b, K,
+                 E: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+                 EXACT: tl.constexpr):  # fmt: skip
+    """The lower left quarter of (I + A)⁻¹, and zeros in the upper right one."""
+    head, slot = program_place()
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
+    if rows == 0:
+        return
+    token = tl.load(tokens + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    k += (head // (H // G)).to(tl.int64) * stride_kg
+    row = tl.arange(0, E)
+    sums = gamma + (head.to(tl.int64) * N + slot) * 2 * E + row
+    later = None if first is None else first - E
+    overlap = tl.zeros((E, E), tl.float32)
+    for tile in range(KT):
+        keys = load_tile(k, token + E, later, rows - E, stride_k, E, tile * BK, K, BK)
+        others = load_tile(k, token, first, rows, stride_k, E, tile * BK, K, BK)
+        overlap = tl.dot(keys, tl.trans(others), overlap, input_precision=PRECISION)
+    strength = load_column(beta + head, token + E, later, rows - E, stride_b, E)
+    between = overlap * _decays_across(tl.load(sums + E), tl.load(sums)) * strength[:, None]
+    matrix = inverse + (slot.to(tl.int64) * H + head) * 4 * E * E
+    step = tl.dot(between, load_block(matrix, 0, E, E, 0, 2 * E, E), input_precision=EXACT)
+    step = tl.dot(load_block(matrix, E, 2 * E, E, E, 2 * E, E), step, input_precision=EXACT)
+    store_block(matrix, -step, E, 2 * E, E, 0, 2 * E, E)
+    store_block(matrix, tl.zeros((E, E), tl.float32), 0, E, E, E, 2 * E, E)
+
+
+@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
+def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, tokens, firsts, rows_of, reads, places, N, H,
+                   G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_s, stride_sh, stride_b, K, L,
+                   E: tl.constexpr, HEIGHT: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
+    """Scores and queries of half of the rows. E = 2^HEIGHT.
+
+    The other half is what the second one reads of the first; of the first half, for which it lies ahead, all of that
+    is zero.
+    """
+    part, slot = program_place()
+    head, half = part // 2, part % 2
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
+    if rows == 0:
+        return
+    group = head // (H // G)
+    token = tl.load(tokens + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    q += group.to(tl.int64) * stride_qg
+    k += group.to(tl.int64) * stride_kg
+    start, ahead = half * E, (1 - half) * E
+    first_of = None if first is None else first - start
+    token_of, rows_of_half = token + start, rows - start
+    earlier = rows * half  # none for the first half
+    row = tl.arange(0, E)
+    sums = gamma + (head.to(tl.int64) * N + slot) * 2 * E + row
+    own_sums, other_sums = tl.load(sums + start), tl.load(sums)
+    product, across = tl.zeros((E, E), tl.float32), tl.zeros((E, E), tl.float32)
+    for tile in range(KT):
+        queries = load_tile(q, token_of, first_of, rows_of_half, stride_q, E, tile * BK, K, BK)
+        keys = load_tile(k, token_of, first_of, rows_of_half, stride_k, E, tile * BK, K, BK)
+        others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
+        product = tl.dot(queries, tl.trans(keys), product, input_precision=PRECISION)
+        across = tl.dot(queries, tl.trans(others), across, input_precision=PRECISION)
+    product = tl.where(row[:, None] >= row[None, :], product * decays_between(own_sums) * scale, 0.0)
+    across *= _decays_across(own_sums, other_sums) * scale
+
+    place = slot.to(tl.int64) * H + head
+    matrix = inverse + place * 4 * E * E
+    strength = load_column(beta + head, token_of, first_of, rows_of_half, stride_b, E)
+    before = load_column(beta + head, token, first, earlier, stride_b, E)
+    mixed = tl.dot(product, load_block(matrix, start, 2 * E, E, start, 2 * E, E) * strength[None, :],
+                   input_precision=PRECISION)  # fmt: skip
+    # for the first half `before` is zero
+    mixed_across = tl.dot(across, load_block(matrix, 0, E, E, 0, 2 * E, E) * before[None, :],
+                          input_precision=PRECISION)  # fmt: skip
+    mixed_across = tl.dot(product, load_block(matrix, start, 2 * E, E, ahead, 2 * E, E) * before[None, :], mixed_across,
+                          input_precision=PRECISION)  # fmt: skip
+    out = scores + place * 4 * E * E
+    if SCALED:
+        lam = scales + head.to(tl.int64) * stride_sh
+        factor = level_factor(lam, token_of, first_of, rows_of_half, stride_s, L, E, HEIGHT)
+        store_block(out, mixed * factor, start, 2 * E, E, start, 2 * E, E)
+        far = load_column(lam + tl.minimum(HEIGHT + 1, L - 1), token_of, first_of, rows_of_half, stride_s, E)
+        store_block(out, mixed_across * far[:, None], start, 2 * E, E, ahead, 2 * E, E)
+    else:
+        store_block(out, mixed, start, 2 * E, E, start, 2 * E, E)
+        store_block(out, mixed_across, start, 2 * E, E, ahead, 2 * E, E)
+    if kept is not None:
+        store_block(kept + place * 4 * E * E, mixed, start, 2 * E, E, start, 2 * E, E)
+        store_block(kept + place * 4 * E * E, mixed_across, start, 2 * E, E, ahead, 2 * E, E)
+    if tl.load(reads + slot) == 0:
+        return
+    dtype = scores.dtype.element_ty
+    entering = tl.exp2(own_sums)
+    mixed = (mixed * entering[None, :]).to(dtype)
+    mixed_across = (mixed_across * tl.exp2(other_sums)[None, :]).to(dtype)
+    seen += (tl.load(places + slot).to(tl.int64) * H + head) * 2 * E * K
+    for tile in range(KT):
+        keys = load_tile(k, token_of, first_of, rows_of_half, stride_k, E, tile * BK, K, BK)
+        others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
+        passed = tl.dot(mixed, keys, input_precision=PRECISION)
+        passed = tl.dot(mixed_across, others, passed, input_precision=PRECISION)
+        queries = load_tile(q, token_of, first_of, rows_of_half, stride_q, E, tile * BK, K, BK).to(tl.float32)
+        store_block(seen, queries * (entering * scale)[:, None] - passed, start, 2 * E, E, tile * BK, K, BK)
+
+
+@triton.jit
+def _own_rows(matrix, row, column, strength, E: tl.constexpr):
+    """A quarter of T, with what its columns are multiplied by."""
+    return load_block(matrix, row, 2 * E, E, column, 2 * E, E) * strength[None, :]
+
+
+@triton.jit
+def _times_keys(k, whole0, lost0, whole1, lost1, token, first, later, rows, stride, column, K, E: tl.constexpr,
+                BK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """BK columns of k, transposed, times what is kept in parts for each half of the rows."""
+    keys0 = load_tile(k, token, first, rows, stride, E, column, K, BK)
+    keys1 = load_tile(k, token + E, later, rows - E, stride, E, column, K, BK)
+    made = tl.dot(tl.trans(keys0), whole0, input_precision=PRECISION)
+    made = tl.dot(tl.trans(keys1), whole1, made, input_precision=PRECISION)
+    if PARTS == 2:
+        made = tl.dot(tl.trans(keys0), lost0, made, input_precision=PRECISION)
+        made = tl.dot(tl.trans(keys1), lost1, made, input_precision=PRECISION)
+    return made
+
+
+@triton.jit(do_not_specialize=["N", "stride_b"])
+def _leaves_kernel(k, v, beta, inverse, erase, gamma, added, maps, tokens, firsts, rows_of, lefts, N, H, G, stride_k,
+                   stride_kg, stride_v, stride_vh, stride_b, K, V, E: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr,
+                   BK: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of columns of U, or of P (and W), of one chunk: kᵀ of what T makes of the tile of v, or of k e^γ."""
+    part, slot = program_place()
+    columns: tl.constexpr = VT + (KT * BK + W - 1) // W
+    head, tile = part // columns, part % columns
+    if tl.load(lefts + slot, mask=slot < N, other=0) <= 1:
+        return  # nobody reads the last chunk of a sequence
+    rows, token = tl.load(rows_of + slot), tl.load(tokens + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    later = None if first is None else first - E
+    k += (head // (H // G)).to(tl.int64) * stride_kg
+    v += head.to(tl.int64) * stride_vh
+    place = slot.to(tl.int64) * H + head
+    row = tl.arange(0, E)
+    sums = gamma + (head.to(tl.int64) * N + slot) * 2 * E + row
+    sums0, sums1 = tl.load(sums), tl.load(sums + E)
+    end = tl.load(gamma + (head.to(tl.int64) * N + slot) * 2 * E + 2 * E - 1)
+    strength0 = load_column(beta + head, token, first, rows, stride_b, E)
+    strength1 = load_column(beta + head, token + E, later, rows - E, stride_b, E)
+    dtype = added.dtype.element_ty
+    of_values = tile < VT
+    if of_values:
+        column = tile * W
+        source0 = load_tile(v, token, first, rows, stride_v, E, column, V, W)
+        source1 = load_tile(v, token + E, later, rows - E, stride_v, E, column, V, W)
+    else:
+        column = (tile - VT) * W
+        source0 = load_tile(k, token, first, rows, stride_k, E, column, K, W)
+        source1 = load_tile(k, token + E, later, rows - E, stride_k, E, column, K, W)
+        strength0 *= tl.exp2(sums0)
+        strength1 *= tl.exp2(sums1)
+    matrix = inverse + place * 4 * E * E
+    solved0 = dot_parts(_own_rows(matrix, 0, 0, strength0, E), source0, PARTS, PRECISION)
+    solved1 = dot_parts(_own_rows(matrix, E, 0, strength0, E), source0, PARTS, PRECISION)
+    solved1 += dot_parts(_own_rows(matrix, E, E, strength1, E), source1, PARTS, PRECISION)
+    if erase is not None:
+        if not of_values:
+            erase += place * 2 * E * K
+            store_block(erase, solved0, 0, 2 * E, E, column, K, W)
+            store_block(erase, solved1, E, 2 * E, E, column, K, W)
+    solved0 *= tl.exp2(end - sums0)[:, None]
+    solved1 *= tl.exp2(end - sums1)[:, None]
+    whole0, whole1 = solved0.to(dtype), solved1.to(dtype)
+    lost0, lost1 = (solved0 - whole0.to(tl.float32)).to(dtype), (solved1 - whole1.to(tl.float32)).to(dtype)
+    if of_values:
+        for key in range(KT):
+            made = _times_keys(k, whole0, lost0, whole1, lost1, token, first, later, rows, stride_k, key * BK, K, E, BK,
+                               PARTS, PRECISION)  # fmt: skip
+            store_block(added + place * K * V, made, key * BK, K, BK, column, V, W)
+    else:
+        for key in range(KT):
+            made = _times_keys(k, whole0, lost0, whole1, lost1, token, first, later, rows, stride_k, key * BK, K, E, BK,
+                               PARTS, PRECISION)  # fmt: skip
+            unchanged = (key * BK + tl.arange(0, BK))[:, None] == (column + tl.arange(0, W))[None, :]
+            made = tl.where(unchanged, tl.exp2(end), 0.0) - made
+            store_parts(maps + place * PARTS * K * K, made, K * K, key * BK, K, BK, column, K, W, PARTS)
+
+
+def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor, num_reads: int, chunk: int, height: int,
+                scale: float, precision: str, backward: bool = False) -> Chunks:  # fmt: skip
+    """As `delta_chunks.make_chunks`, but for `erase` [N, H, 1, C, K], which is left to `make_leaves`, and for the
+    backward alone."""
+    num_slots, heads, (_, groups, key_dim) = len(slots.token), beta.shape[1], q.shape
+    made = Chunks(
+        inverse=k.new_empty(num_slots, heads, chunk, chunk, dtype=torch.float32),
+        erase=k.new_empty(num_slots, heads, 1, chunk, key_dim) if backward else None,
+        scores=k.new_empty(num_slots, heads, chunk, chunk), seen=k.new_empty(num_reads, heads, chunk, key_dim),
+        gamma=k.new_zeros(heads, num_slots, chunk, dtype=torch.float32),
+        mixed=k.new_empty(num_slots, heads, chunk, chunk) if backward else None,
+    )  # fmt: skip
+    scaled = scales is not None
+    lam = scales if scaled else k
+    block = tile_width(key_dim)
+    tiles = {"E": chunk // 2, "KT": triton.cdiv(key_dim, block), "BK": block, "PRECISION": precision, "num_warps": 4}
+    exact = precision if k.dtype == torch.float32 else "tf32x3"
+    of_q, of_k, of_scales = q.stride()[:2], k.stride()[:2], lam.stride()[:2]
+    rows = (slots.token, slots.first, slots.rows)
+    _inverse_kernel[programs(2 * heads, num_slots)](
+        k, log_decay, beta, made.inverse, made.gamma, *rows, num_slots, heads, groups, *of_k, log_decay.stride(0),
+        beta.stride(0), key_dim, HEIGHT=height - 1, EXACT=exact, num_stages=2, **tiles,
+    )  # fmt: skip
+    _join_kernel[programs(heads, num_slots)](
+        k, beta, made.inverse, made.gamma, *rows, num_slots, heads, groups, *of_k, beta.stride(0), key_dim,
+        EXACT=exact, num_stages=2, **tiles,
+    )  # fmt: skip
+    _scores_kernel[programs(2 * heads, num_slots)](
+        q, k, lam, beta, made.inverse, made.scores, made.seen, made.gamma, made.mixed, *rows, slots.reads, places,
+        num_slots, heads, groups, scale, *of_q, *of_k, *of_scales, beta.stride(0), key_dim,
+        lam.shape[-1] if scaled else 1, HEIGHT=height - 1, SCALED=scaled, num_stages=2, **tiles,
+    )  # fmt: skip
+    return made
+
+
+def make_leaves(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, added: Tensor, maps: Tensor, slots: Slots,
+                chunk: int, precision: str) -> None:  # fmt: skip
+    """As `delta_nodes.make_leaves`; and W, if `chunks` has room for it."""
+    num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), k.shape, v.shape
+    block, width = tile_width(key_dim), max(tile_width(key_dim), tile_width(value_dim))
+    key_tiles, value_tiles = triton.cdiv(key_dim, block), triton.cdiv(value_dim, width)
+    _leaves_kernel[programs(heads * (triton.cdiv(key_dim, width) + value_tiles), num_slots)](
+        k, v, beta, chunks.inverse, chunks.erase, chunks.gamma, added, maps, slots.token, slots.first, slots.rows,
+        slots.left, num_slots, heads, groups, k.stride(0), k.stride(1), v.stride(0), v.stride(1), beta.stride(0),
+        key_dim, value_dim, E=chunk // 2, KT=key_tiles, VT=value_tiles, BK=block, W=width, PARTS=parts_of(k),
+        PRECISION=precision, num_warps=4, num_stages=2,
+    )  # fmt: skip
