@@ -129,14 +129,26 @@ def test_on_gpu(shape, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", ON_GPU)
+def test_halves_of_chunks_on_gpu(monkeypatch, shape, dtype):
+    monkeypatch.setattr(delta, "HALVES", True)
+    on_device(make_inputs("gated_deltanet", shape, dtype, "cuda", decay=0.1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("decay", [1e-6, 100 / 32])
-def test_extreme_decays_on_gpu(decay):
+def test_extreme_decays_on_gpu(monkeypatch, decay, halves):
+    monkeypatch.setattr(delta, "HALVES", halves)
     shape = Shape(B=1, T=3000, G=2, H=2, K=128, V=64, L=13)
     on_device(make_inputs("gated_deltanet", shape, torch.bfloat16, "cuda", decay=decay))
 
 
 @pytest.mark.gpu
-def test_packed_among_nan_on_gpu():
+@pytest.mark.parametrize("halves", [False, True])
+def test_packed_among_nan_on_gpu(monkeypatch, halves):
+    monkeypatch.setattr(delta, "HALVES", halves)
     lengths = [0, 700, 1, 64, 0, 63, 129, 2048, 5]
     bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0)
     shape = Shape(B=1, T=sum(lengths), G=1, H=2, K=192, V=64, L=9)

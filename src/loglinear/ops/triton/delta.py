@@ -111,8 +111,8 @@ def _tree(call: _Call, backward: bool) -> tuple[Chunks, Nodes, Tensor | None]:
     make_chunks = delta_halves.make_chunks if halves else delta_chunks.make_chunks
     make_leaves = delta_halves.make_leaves if halves else delta_nodes.make_leaves
     chunks = make_chunks(
-        queries, keys, scales, decays, strengths, slots, call.places, num_reads, call.chunk, call.height, call.scale,
-        call.precision, backward,
+        queries, keys, values, scales, decays, strengths, slots, call.places, num_reads, call.chunk, call.height,
+        call.scale, call.precision, backward,
     )  # fmt: skip
     rights = None
     if backward:

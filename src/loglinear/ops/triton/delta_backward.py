@@ -36,6 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.fenwick import Slots
+from loglinear.ops.triton import delta_backward_halves
 from loglinear.ops.triton.common import (
     decays_between,
     drop_lowest_bit,
@@ -551,6 +552,57 @@ class Remade:
     rights: Tensor
 
 
+def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tensor, d_added: Tensor, d_maps: Tensor,
+                    dscales: Tensor, slots: Slots, places: Tensor, chunk: int, height: int, scale: float,
+                    precision: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q and k by head [T, H, K], of v, log_decay and beta, from those of nodes and queries; adds to
+    `dscales`."""
+    num_slots, (tokens, groups, key_dim), (_, heads, value_dim) = len(slots.token), q.shape, v.shape
+    block_k, block_v = tile_width(key_dim), tile_width(value_dim)
+    keys = {"KT": triton.cdiv(key_dim, block_k), "BK": block_k, "PRECISION": precision}
+    values = {"VT": triton.cdiv(value_dim, block_v), "BV": block_v}
+    scaled = scales is not None
+    lam = scales if scaled else v
+    num_levels = lam.shape[-1] if scaled else 1
+    float32 = {"dtype": torch.float32, "device": v.device}
+    of_g, of_s = grad_o.stride()[:2], lam.stride()[:2]
+    of_q, of_k, of_v = q.stride()[:2], k.stride()[:2], v.stride()[:2]
+    whole = {"C": chunk, "num_warps": warps_of(chunk), "num_stages": 2 if chunk <= 64 else 1}
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    square = (num_slots, heads, chunk, chunk)
+    d_scores, d_solved = torch.empty(square, **float32), torch.empty(square, **float32)
+    _values_kernel[programs(heads, num_slots)](
+        k, v, beta, grad_o, chunks.inverse, chunks.scores, chunks.gamma, d_added, dv, d_scores, d_solved, slots.token,
+        slots.first, slots.rows, slots.left, num_slots, heads, groups, *of_k, *of_v, beta.stride(0), *of_g, key_dim,
+        value_dim, **keys, **values, **whole,
+    )  # fmt: skip
+    d_pairs, d_overlap = (v.new_empty(square) for _ in range(2))
+    d_gamma = torch.empty_like(chunks.gamma)
+    d_beta, d_decay = (torch.empty(tokens, heads, **float32) for _ in range(2))
+    exact = {"C": chunk, "EXACT": precision, "num_warps": 8, "num_stages": 1}
+    _scores_kernel[programs(heads, num_slots)](
+        q, k, lam, beta, chunks.inverse, chunks.mixed, pulled, chunks.gamma, d_scores, d_pairs, dscales, d_gamma,
+        slots.token, slots.first, slots.rows, slots.reads, places, num_slots, heads, groups, scale, *of_q, *of_k,
+        *of_s, beta.stride(0), key_dim, num_levels, HEIGHT=height, SCALED=scaled, **keys, **exact,
+    )  # fmt: skip
+    d_erase = v.new_empty(num_slots, heads, chunk, key_dim)
+    _solve_kernel[programs(heads, num_slots)](
+        q, k, beta, chunks.inverse, chunks.gamma, d_maps, d_scores, d_solved, d_erase, d_overlap, d_beta, d_gamma,
+        slots.token, slots.first, slots.rows, slots.left, num_slots, heads, groups, scale, *of_q, *of_k,
+        beta.stride(0), key_dim, **keys, **exact,
+    )  # fmt: skip
+    del d_scores, d_solved
+    wide = {"dtype": v.dtype if groups == heads else torch.float32, "device": v.device}  # sums over a group's heads
+    dq, dk = (torch.empty(tokens, heads, key_dim, **wide) for _ in range(2))
+    _keys_kernel[programs(heads, num_slots)](
+        q, k, v, beta, chunks.inverse, chunks.erase, pulled, chunks.gamma, d_added, d_maps, d_erase, chunks.mixed,
+        d_pairs, d_overlap, dq, dk, d_gamma, d_decay, slots.token, slots.first, slots.rows, slots.left, slots.reads,
+        places, num_slots, heads, groups, scale, *of_q, *of_k, *of_v, beta.stride(0), key_dim, value_dim,
+        PARTS=chunks.erase.shape[2], C=chunk, num_warps=warps_of(chunk), num_stages=1, **keys, **values,
+    )  # fmt: skip
+    return dq, dk, dv, d_decay, d_beta
+
+
 def gradients(q, k, v, scales, beta, grad_o, remade: Remade, slots: Slots, places, chunk: int, height: int,
               scale: float, precision: str) -> Gradients:  # fmt: skip
     """Of the rows of a call; `remade` is used up."""
@@ -565,7 +617,6 @@ def gradients(q, k, v, scales, beta, grad_o, remade: Remade, slots: Slots, place
     float32 = {"dtype": torch.float32, "device": v.device}
     dscales = torch.zeros(tokens, heads, num_levels, **float32) if scaled else lam
     of_g, of_s = grad_o.stride()[:2], lam.stride()[:2]
-    of_q, of_k, of_v = q.stride()[:2], k.stride()[:2], v.stride()[:2]
     whole = {"C": chunk, "num_warps": warps_of(chunk), "num_stages": 2 if chunk <= 64 else 1}
 
     # the tree
@@ -611,39 +662,10 @@ def gradients(q, k, v, scales, beta, grad_o, remade: Remade, slots: Slots, place
                 num_slots, heads, level, key_dim, value_dim, PARTS=parts, RUNNING=False, **keys, **values, **all_rows,
             )  # fmt: skip
     del nodes, rights
-
-    # every chunk by itself
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    square = (num_slots, heads, chunk, chunk)
-    d_scores, d_solved = torch.empty(square, **float32), torch.empty(square, **float32)
-    _values_kernel[programs(heads, num_slots)](
-        k, v, beta, grad_o, chunks.inverse, chunks.scores, chunks.gamma, d_added, dv, d_scores, d_solved, slots.token,
-        slots.first, slots.rows, slots.left, num_slots, heads, groups, *of_k, *of_v, beta.stride(0), *of_g, key_dim,
-        value_dim, **keys, **values, **whole,
-    )  # fmt: skip
-    d_pairs, d_overlap = (v.new_empty(square) for _ in range(2))
-    d_gamma = torch.empty_like(chunks.gamma)
-    d_beta, d_decay = (torch.empty(tokens, heads, **float32) for _ in range(2))
-    exact = {"C": chunk, "EXACT": precision, "num_warps": 8, "num_stages": 1}
-    _scores_kernel[programs(heads, num_slots)](
-        q, k, lam, beta, chunks.inverse, chunks.mixed, pulled, chunks.gamma, d_scores, d_pairs, dscales, d_gamma,
-        slots.token, slots.first, slots.rows, slots.reads, places, num_slots, heads, groups, scale, *of_q, *of_k,
-        *of_s, beta.stride(0), key_dim, num_levels, HEIGHT=height, SCALED=scaled, **keys, **exact,
-    )  # fmt: skip
-    d_erase = v.new_empty(num_slots, heads, chunk, key_dim)
-    _solve_kernel[programs(heads, num_slots)](
-        q, k, beta, chunks.inverse, chunks.gamma, d_maps, d_scores, d_solved, d_erase, d_overlap, d_beta, d_gamma,
-        slots.token, slots.first, slots.rows, slots.left, num_slots, heads, groups, scale, *of_q, *of_k,
-        beta.stride(0), key_dim, **keys, **exact,
-    )  # fmt: skip
-    del d_scores, d_solved
-    wide = {"dtype": v.dtype if groups == heads else torch.float32, "device": v.device}  # sums over a group's heads
-    dq, dk = (torch.empty(tokens, heads, key_dim, **wide) for _ in range(2))
-    _keys_kernel[programs(heads, num_slots)](
-        q, k, v, beta, chunks.inverse, chunks.erase, pulled, chunks.gamma, d_added, d_maps, d_erase, chunks.mixed,
-        d_pairs, d_overlap, dq, dk, d_gamma, d_decay, slots.token, slots.first, slots.rows, slots.left, slots.reads,
-        places, num_slots, heads, groups, scale, *of_q, *of_k, *of_v, beta.stride(0), key_dim, value_dim,
-        PARTS=chunks.erase.shape[2], C=chunk, num_warps=warps_of(chunk), num_stages=1, **keys, **values,
+    by_chunk = chunk_gradients if chunks.written is None else delta_backward_halves.chunk_gradients
+    dq, dk, dv, d_decay, d_beta = by_chunk(
+        q, k, v, scales, beta, grad_o, chunks, pulled, d_added, d_maps, dscales, slots, places, chunk, height, scale,
+        precision,
     )  # fmt: skip
     if groups != heads:
         dq, dk = (x.unflatten(1, (groups, -1)).sum(2) for x in (dq, dk))

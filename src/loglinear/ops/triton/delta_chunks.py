@@ -232,15 +232,16 @@ class Chunks(NamedTuple):
     seen: Tensor
     gamma: Tensor
     mixed: Tensor | None
+    written: Tensor | None = None  # [N, H, C, V] T v, where `delta_halves.py` keeps it for the backward
 
 
-def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor, num_reads: int, chunk: int, height: int,
+def make_chunks(q, k, v, scales, log_decay, beta, slots: Slots, places: Tensor, num_reads: int, chunk: int, height: int,
                 scale: float, precision: str, backward: bool = False) -> Chunks:  # fmt: skip
-    """Chunks of q, k [T, G, K], level scales [T, H, L] (None: 1), log_decay and beta [T, H].
+    """Chunks of q, k [T, G, K], v [T, H, V], level scales [T, H, L] (None: 1), log_decay and beta [T, H].
 
     places [N]: for each slot the first of its reads, of which there are at most `num_reads`. `backward`: keeps `mixed`.
     """
-    num_slots, heads, (_, groups, key_dim) = len(slots.token), beta.shape[1], q.shape
+    num_slots, heads, (_, groups, key_dim) = len(slots.token), v.shape[1], q.shape
     made = Chunks(
         inverse=k.new_empty(num_slots, heads, chunk, chunk, dtype=torch.float32),
         erase=k.new_empty(num_slots, heads, parts_of(k), chunk, key_dim),
@@ -260,8 +261,8 @@ def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor, num
         num_warps=warps_of(chunk), num_stages=2, **tiles,
     )  # fmt: skip
     _chunks_kernel[programs(heads, num_slots)](
-        q, k, lam, beta, *made, slots.token, slots.first, slots.rows, slots.reads, places, num_slots, heads, groups,
-        scale, *of_q, *of_k, *of_scales, beta.stride(0), key_dim, lam.shape[-1] if scaled else 1, SCALED=scaled,
+        q, k, lam, beta, *made[:-1], slots.token, slots.first, slots.rows, slots.reads, places, num_slots, heads,
+        groups, scale, *of_q, *of_k, *of_scales, beta.stride(0), key_dim, lam.shape[-1] if scaled else 1, SCALED=scaled,
         PARTS=parts_of(k), PRECISION=precision, num_warps=warps_of(chunk), num_stages=1, **tiles,
     )  # fmt: skip
     return made

@@ -43,7 +43,7 @@ from loglinear.ops.triton.delta_chunks import (
 
 
 @triton.jit
-def _decays_across(later, earlier):
+def decays_across(later, earlier):
     """2^(sums of the row, in the second half - sums of the column, in the first): [E, E]."""
     return tl.exp2(tl.minimum(later[:, None] - earlier[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL))
 
@@ -103,7 +103,7 @@ def _join_kernel(k, beta, inverse, gamma, tokens, firsts, rows_of, N, H, G, stri
         others = load_tile(k, token, first, rows, stride_k, E, tile * BK, K, BK)
         overlap = tl.dot(keys, tl.trans(others), overlap, input_precision=PRECISION)
     strength = load_column(beta + head, token + E, later, rows - E, stride_b, E)
-    between = overlap * _decays_across(tl.load(sums + E), tl.load(sums)) * strength[:, None]
+    between = overlap * decays_across(tl.load(sums + E), tl.load(sums)) * strength[:, None]
     matrix = inverse + (slot.to(tl.int64) * H + head) * 4 * E * E
     step = tl.dot(between, load_block(matrix, 0, E, E, 0, 2 * E, E), input_precision=EXACT)
     step = tl.dot(load_block(matrix, E, 2 * E, E, E, 2 * E, E), step, input_precision=EXACT)
@@ -146,7 +146,7 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
         product = tl.dot(queries, tl.trans(keys), product, input_precision=PRECISION)
         across = tl.dot(queries, tl.trans(others), across, input_precision=PRECISION)
     product = tl.where(row[:, None] >= row[None, :], product * decays_between(own_sums) * scale, 0.0)
-    across *= _decays_across(own_sums, other_sums) * scale
+    across *= decays_across(own_sums, other_sums) * scale
 
     place = slot.to(tl.int64) * H + head
     matrix = inverse + place * 4 * E * E
@@ -209,9 +209,10 @@ def _times_keys(k, whole0, lost0, whole1, lost1, token, first, later, rows, stri
 
 
 @triton.jit(do_not_specialize=["N", "stride_b"])
-def _leaves_kernel(k, v, beta, inverse, erase, gamma, added, maps, tokens, firsts, rows_of, lefts, N, H, G, stride_k,
-                   stride_kg, stride_v, stride_vh, stride_b, K, V, E: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr,
-                   BK: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _leaves_kernel(k, v, beta, inverse, erase, written, gamma, added, maps, tokens, firsts, rows_of, lefts, N, H, G,
+                   stride_k, stride_kg, stride_v, stride_vh, stride_b, K, V, E: tl.constexpr, KT: tl.constexpr,
+                   VT: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
     """One tile of columns of U, or of P (and W), of one chunk: kᵀ of what T makes of the tile of v, or of k e^γ."""
     part, slot = program_place()
     columns: tl.constexpr = VT + (KT * BK + W - 1) // W
@@ -247,7 +248,11 @@ def _leaves_kernel(k, v, beta, inverse, erase, gamma, added, maps, tokens, first
     solved1 = dot_parts(_own_rows(matrix, E, 0, strength0, E), source0, PARTS, PRECISION)
     solved1 += dot_parts(_own_rows(matrix, E, E, strength1, E), source1, PARTS, PRECISION)
     if erase is not None:
-        if not of_values:
+        if of_values:
+            written += place * 2 * E * V
+            store_block(written, solved0, 0, 2 * E, E, column, V, W)
+            store_block(written, solved1, E, 2 * E, E, column, V, W)
+        else:
             erase += place * 2 * E * K
             store_block(erase, solved0, 0, 2 * E, E, column, K, W)
             store_block(erase, solved1, E, 2 * E, E, column, K, W)
@@ -269,14 +274,14 @@ def _leaves_kernel(k, v, beta, inverse, erase, gamma, added, maps, tokens, first
             store_parts(maps + place * PARTS * K * K, made, K * K, key * BK, K, BK, column, K, W, PARTS)
 
 
-def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor, num_reads: int, chunk: int, height: int,
+def make_chunks(q, k, v, scales, log_decay, beta, slots: Slots, places: Tensor, num_reads: int, chunk: int, height: int,
                 scale: float, precision: str, backward: bool = False) -> Chunks:  # fmt: skip
-    """As `delta_chunks.make_chunks`, but for `erase` [N, H, 1, C, K], which is left to `make_leaves`, and for the
-    backward alone."""
-    num_slots, heads, (_, groups, key_dim) = len(slots.token), beta.shape[1], q.shape
+    """As `delta_chunks.make_chunks`, but W and T v are left to `make_leaves`, and single: for the backward alone."""
+    num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), q.shape, v.shape
     made = Chunks(
         inverse=k.new_empty(num_slots, heads, chunk, chunk, dtype=torch.float32),
         erase=k.new_empty(num_slots, heads, 1, chunk, key_dim) if backward else None,
+        written=k.new_empty(num_slots, heads, chunk, value_dim) if backward else None,
         scores=k.new_empty(num_slots, heads, chunk, chunk), seen=k.new_empty(num_reads, heads, chunk, key_dim),
         gamma=k.new_zeros(heads, num_slots, chunk, dtype=torch.float32),
         mixed=k.new_empty(num_slots, heads, chunk, chunk) if backward else None,
@@ -306,13 +311,13 @@ def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor, num
 
 def make_leaves(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, added: Tensor, maps: Tensor, slots: Slots,
                 chunk: int, precision: str) -> None:  # fmt: skip
-    """As `delta_nodes.make_leaves`; and W, if `chunks` has room for it."""
+    """As `delta_nodes.make_leaves`; and W and T v, if `chunks` has room for them."""
     num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), k.shape, v.shape
     block, width = tile_width(key_dim), max(tile_width(key_dim), tile_width(value_dim))
     key_tiles, value_tiles = triton.cdiv(key_dim, block), triton.cdiv(value_dim, width)
     _leaves_kernel[programs(heads * (triton.cdiv(key_dim, width) + value_tiles), num_slots)](
-        k, v, beta, chunks.inverse, chunks.erase, chunks.gamma, added, maps, slots.token, slots.first, slots.rows,
-        slots.left, num_slots, heads, groups, k.stride(0), k.stride(1), v.stride(0), v.stride(1), beta.stride(0),
-        key_dim, value_dim, E=chunk // 2, KT=key_tiles, VT=value_tiles, BK=block, W=width, PARTS=parts_of(k),
+        k, v, beta, chunks.inverse, chunks.erase, chunks.written, chunks.gamma, added, maps, slots.token, slots.first,
+        slots.rows, slots.left, num_slots, heads, groups, *k.stride()[:2], *v.stride()[:2], beta.stride(0), key_dim,
+        value_dim, E=chunk // 2, KT=key_tiles, VT=value_tiles, BK=block, W=width, PARTS=parts_of(k),
         PRECISION=precision, num_warps=4, num_stages=2,
     )  # fmt: skip

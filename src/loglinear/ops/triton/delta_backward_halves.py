@@ -1,0 +1,553 @@
+"""Gradients of one chunk of the delta rule, in programs that have half of its rows: see `delta_backward.py` for what.
+
+Of the matrices [C, C] of a chunk only three quarters exist, for they are lower triangular: two of a half with itself,
+and that of the second half (`later` rows) with the first. Programs go by half, and take in what lies across:
+
+    dv₀ = S₀ᵀ dO₀ + S₁₀ᵀ dO₁ + T₀ᵀ dY₀ + T₁₀ᵀ dY₁        dT₀ = M₀ᵀ d(MT)₀ + M₁₀ᵀ d(MT)₁₀ + …
+    dv₁ = S₁ᵀ dO₁ + T₁ᵀ dY₁                              dT₁ = M₁ᵀ d(MT)₁ + …        dT₁₀ = M₁ᵀ d(MT)₁₀ + …
+    dA₀ = -(X₀ᵀ dT₀ + X₁₀ᵀ dT₁₀) T₀ᵀ      dA₁₀ = -X₁ᵀ dT₁₀ T₀ᵀ      dA₁ = -X₁ᵀ (dT₁₀ T₁₀ᵀ + dT₁ T₁ᵀ)
+
+Legend as in `delta_backward.py`, and
+    E rows of half a chunk; written, d_written [N, H, C, V] Y = T v and its gradient; d_mass [2, H, N, C] what each half
+    adds to the gradient of gamma
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loglinear.fenwick import Slots
+from loglinear.ops.triton.common import (
+    decays_between,
+    in_same_block,
+    level_factor,
+    load_column,
+    program_place,
+    programs,
+    row_exists,
+)
+from loglinear.ops.triton.delta_chunks import Chunks, load_block, load_tile, store_block, store_tile, tile_width
+from loglinear.ops.triton.delta_halves import decays_across
+
+
+@triton.jit
+def _turned(matrix, row, column, E: tl.constexpr):
+    """The transpose of a quarter of a matrix [2 E, 2 E]: see `delta_chunks.load_turned`."""
+    place = tl.arange(0, E)
+    return tl.load(matrix + ((row + place[None, :]) * (2 * E) + column + place[:, None]))
+
+
+@triton.jit(do_not_specialize=["N", "stride_b"])
+def _values_kernel(k, beta, grad_o, inverse, scores, gamma, d_added, dv, d_written, tokens, firsts, rows_of, lefts, N,
+                   H, G, stride_k, stride_kg, stride_b, stride_g, stride_gh, K, V, E: tl.constexpr, KT: tl.constexpr,
+                   VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Gradients of a tile of v, and of what T made of it."""
+    part, slot = program_place()
+    head, tile = part // VT, part % VT
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
+    if rows == 0:
+        return
+    token = tl.load(tokens + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    later = None if first is None else first - E
+    k += (head // (H // G)).to(tl.int64) * stride_kg
+    grad_o += head.to(tl.int64) * stride_gh
+    place = slot.to(tl.int64) * H + head
+    column = tile * BV
+    grad0 = load_tile(grad_o, token, first, rows, stride_g, E, column, V, BV)
+    grad1 = load_tile(grad_o, token + E, later, rows - E, stride_g, E, column, V, BV)
+    scores += place * 4 * E * E
+    grad_v0 = tl.dot(tl.trans(load_block(scores, 0, E, E, 0, 2 * E, E)), grad0, input_precision=PRECISION)
+    grad_v0 = tl.dot(tl.trans(load_block(scores, E, 2 * E, E, 0, 2 * E, E)), grad1, grad_v0, input_precision=PRECISION)
+    grad_v1 = tl.dot(tl.trans(load_block(scores, E, 2 * E, E, E, 2 * E, E)), grad1, input_precision=PRECISION)
+    if tl.load(lefts + slot) > 1:
+        row = tl.arange(0, E)
+        sums = gamma + (head.to(tl.int64) * N + slot) * 2 * E
+        end = tl.load(sums + 2 * E - 1)
+        wrote0, wrote1 = tl.zeros((E, BV), tl.float32), tl.zeros((E, BV), tl.float32)
+        for key in range(KT):
+            keys0 = load_tile(k, token, first, rows, stride_k, E, key * BK, K, BK)
+            keys1 = load_tile(k, token + E, later, rows - E, stride_k, E, key * BK, K, BK)
+            state = load_block(d_added + place * K * V, key * BK, K, BK, column, V, BV)
+            wrote0 = tl.dot(keys0, state, wrote0, input_precision=PRECISION)
+            wrote1 = tl.dot(keys1, state, wrote1, input_precision=PRECISION)
+        dtype = d_written.dtype.element_ty
+        wrote0 = (wrote0 * tl.exp2(end - tl.load(sums + row))[:, None]).to(dtype)
+        wrote1 = (wrote1 * tl.exp2(end - tl.load(sums + E + row))[:, None]).to(dtype)
+        d_written += place * 2 * E * V
+        store_block(d_written, wrote0, 0, 2 * E, E, column, V, BV)
+        store_block(d_written, wrote1, E, 2 * E, E, column, V, BV)
+        strength0 = load_column(beta + head, token, first, rows, stride_b, E)
+        strength1 = load_column(beta + head, token + E, later, rows - E, stride_b, E)
+        matrix = inverse + place * 4 * E * E
+        # of Tᵀ = diag(β) Xᵀ
+        grad_v0 = tl.dot((_turned(matrix, 0, 0, E) * strength0[:, None]).to(dtype), wrote0, grad_v0,
+                         input_precision=PRECISION)  # fmt: skip
+        grad_v0 = tl.dot((_turned(matrix, E, 0, E) * strength0[:, None]).to(dtype), wrote1, grad_v0,
+                         input_precision=PRECISION)  # fmt: skip
+        grad_v1 = tl.dot((_turned(matrix, E, E, E) * strength1[:, None]).to(dtype), wrote1, grad_v1,
+                         input_precision=PRECISION)  # fmt: skip
+    store_tile(dv + head * V, grad_v0, token, first, rows, H * V, E, column, V, BV)
+    store_tile(dv + head * V, grad_v1, token + E, later, rows - E, H * V, E, column, V, BV)
+
+
+@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
+def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma, d_mixed, d_pairs, dscales, d_mass,
+                   tokens, firsts, rows_of, reads, places, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg,
+                   stride_v, stride_vh, stride_s, stride_sh, stride_b, stride_g, stride_gh, K, V, L, E: tl.constexpr,
+                   HEIGHT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                   SCALED: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """Back through the scores of half of the rows: gradients of λ, of MT and of q kᵀ. E = 2^HEIGHT.
+
+    For the first half all that is across is zero.
+    """
+    part, slot = program_place()
+    head, half = part // 2, part % 2
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
+    if rows == 0:
+        return
+    token = tl.load(tokens + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    group = head // (H // G)
+    q += group.to(tl.int64) * stride_qg
+    k += group.to(tl.int64) * stride_kg
+    v += head.to(tl.int64) * stride_vh
+    grad_o += head.to(tl.int64) * stride_gh
+    place = slot.to(tl.int64) * H + head
+    start = half * E
+    own_first = None if first is None else first - start
+    own_token, own_rows = token + start, rows - start
+    earlier = rows * half  # none for the first half
+    row = tl.arange(0, E)
+    sums = gamma + (head.to(tl.int64) * N + slot) * 2 * E + row
+    own_sums, other_sums = tl.load(sums + start), tl.load(sums)
+    causal = row[:, None] >= row[None, :]
+    quarters = place * 4 * E * E
+
+    own, across = tl.zeros((E, E), tl.float32), tl.zeros((E, E), tl.float32)
+    for tile in range(VT):
+        grad = load_tile(grad_o, own_token, own_first, own_rows, stride_g, E, tile * BV, V, BV)
+        values = load_tile(v, own_token, own_first, own_rows, stride_v, E, tile * BV, V, BV)
+        others = load_tile(v, token, first, earlier, stride_v, E, tile * BV, V, BV)
+        own = tl.dot(grad, tl.trans(values), own, input_precision=PRECISION)
+        across = tl.dot(grad, tl.trans(others), across, input_precision=PRECISION)
+    if SCALED:
+        lam = scales + head.to(tl.int64) * stride_sh
+        dlam = dscales + (own_token + row).to(tl.int64) * H * L + head * L
+        exists = row_exists(row, own_first, own_rows)
+        pairs = load_block(mixed + quarters, start, 2 * E, E, start, 2 * E, E).to(tl.float32)
+        pairs = tl.where(causal, pairs * own, 0.0)
+        within, last = tl.zeros((E,), tl.float32), tl.zeros((E,), tl.float32)
+        for level in tl.static_range(HEIGHT + 1):
+            upto = tl.sum(tl.where(in_same_block(row[:, None], row[None, :], level), pairs, 0.0), 1)
+            if level < L - 1:
+                tl.store(dlam + level, upto - within, mask=exists)
+            else:
+                last += upto - within
+            within = upto
+        # of the first half `across` is zero, and what is loaded beside it finite
+        pairs_across = load_block(mixed + quarters, start, 2 * E, E, 0, 2 * E, E).to(tl.float32) * across
+        beyond = tl.sum(pairs_across, 1)
+        if HEIGHT + 1 < L - 1:
+            tl.store(dlam + HEIGHT + 1, beyond, mask=exists)
+        else:
+            last += beyond
+            tl.store(dlam + L - 1, last + tl.load(dlam + L - 1, mask=exists, other=0.0), mask=exists)
+        own *= level_factor(lam, own_token, own_first, own_rows, stride_s, L, E, HEIGHT)
+        far = load_column(lam + tl.minimum(HEIGHT + 1, L - 1), own_token, own_first, own_rows, stride_s, E)
+        across *= far[:, None]
+    if tl.load(reads + slot) > 0:
+        pulled += (tl.load(places + slot).to(tl.int64) * H + head) * 2 * E * K
+        met, met_across = tl.zeros((E, E), tl.float32), tl.zeros((E, E), tl.float32)
+        for tile in range(KT):
+            pull = load_block(pulled, start, 2 * E, E, tile * BK, K, BK)
+            keys = load_tile(k, own_token, own_first, own_rows, stride_k, E, tile * BK, K, BK)
+            others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
+            met = tl.dot(pull, tl.trans(keys), met, input_precision=PRECISION)
+            met_across = tl.dot(pull, tl.trans(others), met_across, input_precision=PRECISION)
+        own -= met * tl.exp2(own_sums)[None, :]
+        across -= met_across * tl.exp2(other_sums)[None, :]
+    own = tl.where(causal, own, 0.0)
+    d_mixed += quarters
+    store_block(d_mixed, own, start, 2 * E, E, start, 2 * E, E)
+    if half == 1:
+        store_block(d_mixed, across, E, 2 * E, E, 0, 2 * E, E)
+
+    # d(MT) Tᵀ
+    strength = load_column(beta + head, own_token, own_first, own_rows, stride_b, E)
+    before = load_column(beta + head, token, first, earlier, stride_b, E)
+    matrix = inverse + quarters
+    of_own = tl.dot(own, _turned(matrix, start, start, E) * strength[:, None], input_precision=EXACT)
+    of_own = tl.dot(across, _turned(matrix, start, 0, E) * before[:, None], of_own, input_precision=EXACT)
+    of_across = tl.dot(across, _turned(matrix, 0, 0, E) * before[:, None], input_precision=EXACT)
+    product, product_across = tl.zeros((E, E), tl.float32), tl.zeros((E, E), tl.float32)
+    for tile in range(KT):
+        queries = load_tile(q, own_token, own_first, own_rows, stride_q, E, tile * BK, K, BK)
+        keys = load_tile(k, own_token, own_first, own_rows, stride_k, E, tile * BK, K, BK)
+        others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
+        product = tl.dot(queries, tl.trans(keys), product, input_precision=PRECISION)
+        product_across = tl.dot(queries, tl.trans(others), product_across, input_precision=PRECISION)
+    of_own = tl.where(causal, of_own * decays_between(own_sums) * scale, 0.0)
+    of_across *= decays_across(own_sums, other_sums) * scale
+    d_pairs += quarters
+    store_block(d_pairs, of_own, start, 2 * E, E, start, 2 * E, E)
+    d_mass += ((half * H + head).to(tl.int64) * N + slot) * 2 * E + row
+    mass = tl.where(causal, product * of_own, 0.0)
+    mass_across = product_across * of_across
+    tl.store(d_mass + start, tl.sum(mass, 1) + tl.sum(mass_across, 1) - tl.sum(mass, 0))
+    if half == 1:
+        store_block(d_pairs, of_across, E, 2 * E, E, 0, 2 * E, E)
+        tl.store(d_mass, -tl.sum(mass_across, 0))
+
+
+@triton.jit(do_not_specialize=["N"])
+def _solved_kernel(q, k, v, gamma, d_maps, d_written, d_mixed, d_solved, d_erase, tokens, firsts, rows_of, lefts, N, H,
+                   G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, K, V, E: tl.constexpr,
+                   KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+                   EXACT: tl.constexpr):  # fmt: skip
+    """Gradients of half of the rows of T, and of W."""
+    part, slot = program_place()
+    head, half = part // 2, part % 2
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
+    if rows == 0:
+        return
+    token = tl.load(tokens + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    group = head // (H // G)
+    q += group.to(tl.int64) * stride_qg
+    k += group.to(tl.int64) * stride_kg
+    v += head.to(tl.int64) * stride_vh
+    place = slot.to(tl.int64) * H + head
+    start = half * E
+    own_first = None if first is None else first - start
+    later_first = None if first is None else first - E
+    own_token, own_rows = token + start, rows - start
+    earlier, later_rows = rows * half, (rows - E) * (1 - half)
+    row = tl.arange(0, E)
+    sums = gamma + (head.to(tl.int64) * N + slot) * 2 * E + row
+    own_sums, first_sums, later_sums = tl.load(sums + start), tl.load(sums), tl.load(sums + E)
+    dtype = d_erase.dtype.element_ty
+    own, across = tl.zeros((E, E), tl.float32), tl.zeros((E, E), tl.float32)
+    if tl.load(lefts + slot) > 1:
+        end = tl.load(gamma + (head.to(tl.int64) * N + slot) * 2 * E + 2 * E - 1)
+        after = tl.exp2(end - own_sums)[:, None]
+        for column in range(KT):
+            erased = tl.zeros((E, BK), tl.float32)
+            for key in range(KT):
+                keys = load_tile(k, own_token, own_first, own_rows, stride_k, E, key * BK, K, BK)
+                map = load_block(d_maps + place * K * K, key * BK, K, BK, column * BK, K, BK)
+                erased = tl.dot(keys, map, erased, input_precision=PRECISION)
+            erased = (-erased * after).to(dtype)
+            store_block(d_erase + place * 2 * E * K, erased, start, 2 * E, E, column * BK, K, BK)
+            met = load_tile(k, own_token, own_first, own_rows, stride_k, E, column * BK, K, BK)
+            others = load_tile(k, token, first, earlier, stride_k, E, column * BK, K, BK)
+            own = tl.dot(erased, tl.trans(met), own, input_precision=PRECISION)
+            across = tl.dot(erased, tl.trans(others), across, input_precision=PRECISION)
+        own *= tl.exp2(own_sums)[None, :]
+        across *= tl.exp2(first_sums)[None, :]
+        for tile in range(VT):
+            wrote = load_block(d_written + place * 2 * E * V, start, 2 * E, E, tile * BV, V, BV)
+            values = load_tile(v, own_token, own_first, own_rows, stride_v, E, tile * BV, V, BV)
+            others_v = load_tile(v, token, first, earlier, stride_v, E, tile * BV, V, BV)
+            own = tl.dot(wrote, tl.trans(values), own, input_precision=PRECISION)
+            across = tl.dot(wrote, tl.trans(others_v), across, input_precision=PRECISION)
+    # the transposed products are made directly: a product, cast and turned, is silently wrong on Hopper before 3.7.1
+    product, product_later = tl.zeros((E, E), tl.float32), tl.zeros((E, E), tl.float32)
+    for tile in range(KT):
+        keys_of = load_tile(k, own_token, own_first, own_rows, stride_k, E, tile * BK, K, BK)
+        queries = load_tile(q, own_token, own_first, own_rows, stride_q, E, tile * BK, K, BK)
+        later = load_tile(q, token + E, later_first, later_rows, stride_q, E, tile * BK, K, BK)
+        product = tl.dot(keys_of, tl.trans(queries), product, input_precision=PRECISION)
+        product_later = tl.dot(keys_of, tl.trans(later), product_later, input_precision=PRECISION)
+    passing = tl.exp2(tl.minimum(own_sums[None, :] - own_sums[:, None], 0.0)) * scale
+    product = tl.where(row[:, None] <= row[None, :], product * passing, 0.0)
+    product_later *= tl.exp2(tl.minimum(later_sums[None, :] - own_sums[:, None], 0.0)) * scale
+    d_mixed += place * 4 * E * E
+    d_solved += place * 4 * E * E
+    below = load_block(d_mixed, E, 2 * E, E, 0, 2 * E, E)
+    own = tl.dot(product, load_block(d_mixed, start, 2 * E, E, start, 2 * E, E), own, input_precision=EXACT)
+    own = tl.dot(product_later, below, own, input_precision=EXACT)
+    store_block(d_solved, own, start, 2 * E, E, start, 2 * E, E)
+    if half == 1:
+        across = tl.dot(product, below, across, input_precision=EXACT)
+        store_block(d_solved, across, E, 2 * E, E, 0, 2 * E, E)
+
+
+@triton.jit
+def _overlap(k, later, later_first, later_rows, token, first, rows, stride, K, E: tl.constexpr, KT: tl.constexpr,
+             BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """k kᵀ of E rows from `later` on and E rows from `token` on."""
+    overlap = tl.zeros((E, E), tl.float32)
+    for tile in range(KT):
+        keys = load_tile(k, later, later_first, later_rows, stride, E, tile * BK, K, BK)
+        others = load_tile(k, token, first, rows, stride, E, tile * BK, K, BK)
+        overlap = tl.dot(keys, tl.trans(others), overlap, input_precision=PRECISION)
+    return overlap
+
+
+@triton.jit(do_not_specialize=["N", "stride_b"])
+def _overlap_kernel(k, beta, inverse, gamma, d_solved, d_overlap, d_beta, d_mass0, d_mass1, d_gamma, tokens, firsts,
+                    rows_of, N, H, G, stride_k, stride_kg, stride_b, K, E: tl.constexpr, KT: tl.constexpr,
+                    BK: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """Back through a chunk's inverse: gradients of β and of k kᵀ, and all that gamma gets from [C, C]."""
+    head, slot = program_place()
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
+    if rows == 0:
+        return
+    token = tl.load(tokens + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    later = None if first is None else first - E
+    k += (head // (H // G)).to(tl.int64) * stride_kg
+    place = slot.to(tl.int64) * H + head
+    quarters = place * 4 * E * E
+    row = tl.arange(0, E)
+    sums = gamma + (head.to(tl.int64) * N + slot) * 2 * E + row
+    sums0, sums1 = tl.load(sums), tl.load(sums + E)
+    strength0 = load_column(beta + head, token, first, rows, stride_b, E)
+    strength1 = load_column(beta + head, token + E, later, rows - E, stride_b, E)
+    matrix, given = inverse + quarters, d_solved + quarters
+    below = load_block(given, E, 2 * E, E, 0, 2 * E, E)
+    strict = row[:, None] > row[None, :]
+
+    # the second half with itself
+    given1 = load_block(given, E, 2 * E, E, E, 2 * E, E)
+    turned = _turned(matrix, E, E, E)
+    of_below = tl.dot(turned, below, input_precision=EXACT)
+    lower = tl.dot(tl.dot(turned, given1, input_precision=EXACT), turned * strength1[:, None], input_precision=EXACT)
+    lower = tl.dot(of_below, _turned(matrix, E, 0, E) * strength0[:, None], lower, input_precision=EXACT)
+    overlap = _overlap(k, token + E, later, rows - E, token + E, later, rows - E, stride_k, K, E, KT, BK, PRECISION)
+    lower = tl.where(strict, -lower * decays_between(sums1), 0.0)
+    store_block(d_overlap + quarters, lower * strength1[:, None], E, 2 * E, E, E, 2 * E, E)
+    raw = tl.where(strict, lower * overlap, 0.0)  # with β of the row: A ⊙ dA
+    inverted = load_block(matrix, E, 2 * E, E, E, 2 * E, E)
+    of_beta1 = tl.sum(given1 * inverted, 0) + tl.sum(raw, 1)
+    mass = raw * strength1[:, None]
+    mass1 = tl.sum(mass, 1) - tl.sum(mass, 0)
+
+    # with the first
+    lower = -tl.dot(of_below, _turned(matrix, 0, 0, E) * strength0[:, None], input_precision=EXACT)
+    overlap = _overlap(k, token + E, later, rows - E, token, first, rows, stride_k, K, E, KT, BK, PRECISION)
+    lower *= decays_across(sums1, sums0)
+    store_block(d_overlap + quarters, lower * strength1[:, None], E, 2 * E, E, 0, 2 * E, E)
+    raw = lower * overlap
+    inverted = load_block(matrix, E, 2 * E, E, 0, 2 * E, E)
+    of_beta1 += tl.sum(raw, 1)
+    of_beta0 = tl.sum(below * inverted, 0)
+    mass = raw * strength1[:, None]
+    mass1 += tl.sum(mass, 1)
+    mass0 = -tl.sum(mass, 0)
+
+    # the first half with itself
+    given0 = load_block(given, 0, E, E, 0, 2 * E, E)
+    turned0 = _turned(matrix, 0, 0, E)
+    of_both = tl.dot(turned0, given0, input_precision=EXACT)
+    of_both = tl.dot(_turned(matrix, E, 0, E), below, of_both, input_precision=EXACT)
+    lower = tl.dot(of_both, turned0 * strength0[:, None], input_precision=EXACT)
+    overlap = _overlap(k, token, first, rows, token, first, rows, stride_k, K, E, KT, BK, PRECISION)
+    lower = tl.where(strict, -lower * decays_between(sums0), 0.0)
+    store_block(d_overlap + quarters, lower * strength0[:, None], 0, E, E, 0, 2 * E, E)
+    raw = tl.where(strict, lower * overlap, 0.0)
+    inverted = load_block(matrix, 0, E, E, 0, 2 * E, E)
+    of_beta0 += tl.sum(given0 * inverted, 0) + tl.sum(raw, 1)
+    mass = raw * strength0[:, None]
+    mass0 += tl.sum(mass, 1) - tl.sum(mass, 0)
+
+    own_beta = d_beta + (token + row).to(tl.int64) * H + head
+    tl.store(own_beta, of_beta0, mask=row_exists(row, first, rows))
+    tl.store(own_beta + E * H, of_beta1, mask=row_exists(row, later, rows - E))
+    at = (head.to(tl.int64) * N + slot) * 2 * E + row
+    tl.store(d_gamma + at, mass0 + tl.load(d_mass0 + at) + tl.load(d_mass1 + at))
+    tl.store(d_gamma + at + E, mass1 + tl.load(d_mass1 + at + E))
+
+
+@triton.jit(do_not_specialize=["N", "stride_b"])
+def _keys_kernel(q, k, beta, inverse, erase, written, pulled, gamma, d_added, d_maps, d_erase, mixed, d_pairs,
+                 d_overlap, dq, dk, d_sums, d_end, tokens, firsts, rows_of, lefts, reads, places, N, H, G, scale,
+                 stride_q, stride_qg, stride_k, stride_kg, stride_b, K, V, E: tl.constexpr, KT: tl.constexpr,
+                 VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """A tile of the gradients of q and k by head, [T, H, K] each, for half of the rows.
+
+    And what gamma and its end get from those columns: d_sums, d_end [KT, H, N, C].
+    """
+    part, slot = program_place()
+    head, half, tile = part // (2 * KT), part // KT % 2, part % KT
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
+    if rows == 0:
+        return
+    token = tl.load(tokens + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    writes, is_read = tl.load(lefts + slot) > 1, tl.load(reads + slot) > 0
+    group = head // (H // G)
+    q += group.to(tl.int64) * stride_qg
+    k += group.to(tl.int64) * stride_kg
+    place = slot.to(tl.int64) * H + head
+    start, other, column = half * E, (1 - half) * E, tile * BK
+    own_first = None if first is None else first - start
+    other_first = None if first is None else first - other
+    own_token, own_rows, other_token, other_rows = token + start, rows - start, token + other, rows - other
+    row = tl.arange(0, E)
+    own_gamma = gamma + (head.to(tl.int64) * N + slot) * 2 * E + start + row
+    sums = tl.load(own_gamma)
+    end = tl.load(gamma + (head.to(tl.int64) * N + slot) * 2 * E + 2 * E - 1)
+    entering, after = tl.exp2(sums)[:, None], tl.exp2(end - sums)[:, None]
+    dtype = mixed.dtype.element_ty
+    mixed += place * 4 * E * E
+    d_pairs += place * 4 * E * E
+    d_overlap += place * 4 * E * E
+    pulled += (tl.load(places + slot).to(tl.int64) * H + head) * 2 * E * K
+    keys = load_tile(k, own_token, own_first, own_rows, stride_k, E, column, K, BK)
+    queries = load_tile(q, own_token, own_first, own_rows, stride_q, E, column, K, BK)
+
+    # as they write to the state that leaves
+    grad_k = tl.zeros((E, BK), tl.float32)
+    if writes:
+        written += place * 2 * E * V
+        for value in range(VT):
+            wrote = load_block(written, start, 2 * E, E, value * BV, V, BV)
+            state = load_block(d_added + place * K * V, column, K, BK, value * BV, V, BV)
+            grad_k = tl.dot(wrote, tl.trans(state), grad_k, input_precision=PRECISION)
+        erase += place * 2 * E * K
+        kept = tl.zeros((E, BK), tl.float32)
+        for key in range(KT):
+            erased = load_block(erase, start, 2 * E, E, key * BK, K, BK)
+            map = load_block(d_maps + place * K * K, column, K, BK, key * BK, K, BK)
+            kept = tl.dot(erased, tl.trans(map), kept, input_precision=PRECISION)
+        grad_k = (grad_k - kept) * after
+    to_end = tl.sum(grad_k * keys.to(tl.float32), 1)
+
+    # as they meet the state that enters; the first half also through what the second makes of it
+    met = tl.zeros((E, BK), tl.float32)
+    seen = tl.zeros((E, BK), tl.float32)
+    if is_read:
+        pull = load_block(pulled, start, 2 * E, E, column, K, BK)
+        met -= tl.dot(tl.trans(load_block(mixed, start, 2 * E, E, start, 2 * E, E)), pull, input_precision=PRECISION)
+        seen = pull.to(tl.float32) * entering * scale
+        if half == 0:
+            pull_later = load_block(pulled, E, 2 * E, E, column, K, BK)
+            met -= tl.dot(tl.trans(load_block(mixed, E, 2 * E, E, 0, 2 * E, E)), pull_later,
+                          input_precision=PRECISION)  # fmt: skip
+    if writes:
+        matrix = inverse + place * 4 * E * E
+        d_erase += place * 2 * E * K
+        strength = load_column(beta + head, own_token, own_first, own_rows, stride_b, E)[:, None]
+        of_erase = load_block(d_erase, start, 2 * E, E, column, K, BK)
+        met = tl.dot((_turned(matrix, start, start, E) * strength).to(dtype), of_erase, met, input_precision=PRECISION)
+        if half == 0:
+            of_erase_later = load_block(d_erase, E, 2 * E, E, column, K, BK)
+            met = tl.dot((_turned(matrix, E, 0, E) * strength).to(dtype), of_erase_later, met,
+                         input_precision=PRECISION)  # fmt: skip
+    met *= entering
+    mass = tl.sum(met * keys.to(tl.float32), 1) + tl.sum(seen * queries.to(tl.float32), 1)
+
+    # as they meet each other
+    of_pairs = load_block(d_pairs, start, 2 * E, E, start, 2 * E, E)
+    of_overlap = load_block(d_overlap, start, 2 * E, E, start, 2 * E, E)  # of k kᵀ, whose both sides are keys
+    grad_q = tl.dot(of_pairs, keys, seen, input_precision=PRECISION)
+    grad_k = tl.dot(tl.trans(of_pairs), queries, grad_k + met, input_precision=PRECISION)
+    grad_k = tl.dot(of_overlap, keys, grad_k, input_precision=PRECISION)
+    grad_k = tl.dot(tl.trans(of_overlap), keys, grad_k, input_precision=PRECISION)
+    others = load_tile(k, other_token, other_first, other_rows, stride_k, E, column, K, BK)
+    across = load_block(d_overlap, E, 2 * E, E, 0, 2 * E, E)
+    pairs_across = load_block(d_pairs, E, 2 * E, E, 0, 2 * E, E)
+    if half == 0:
+        later = load_tile(q, other_token, other_first, other_rows, stride_q, E, column, K, BK)
+        grad_k = tl.dot(tl.trans(across), others, grad_k, input_precision=PRECISION)
+        grad_k = tl.dot(tl.trans(pairs_across), later, grad_k, input_precision=PRECISION)
+    else:
+        grad_k = tl.dot(across, others, grad_k, input_precision=PRECISION)
+        grad_q = tl.dot(pairs_across, others, grad_q, input_precision=PRECISION)
+    store_tile(dq + head * K, grad_q, own_token, own_first, own_rows, H * K, E, column, K, BK)
+    store_tile(dk + head * K, grad_k, own_token, own_first, own_rows, H * K, E, column, K, BK)
+    at = ((tile * H + head).to(tl.int64) * N + slot) * 2 * E + start + row
+    tl.store(d_sums + at, mass - to_end)
+    tl.store(d_end + at, to_end)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _decays_kernel(gamma, d_maps, d_gamma, d_sums, d_end, d_decay, tokens, firsts, rows_of, lefts, N, H, K,
+                   C: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Gradient of log_decay [T, H]: of everything that comes after in the chunk, and of what leaves it."""
+    head, slot = program_place()
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
+    if rows == 0:
+        return
+    token = tl.load(tokens + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    row, channel = tl.arange(0, C), tl.arange(0, BK)
+    at = (head.to(tl.int64) * N + slot) * C + row
+    mass, to_end = tl.load(d_gamma + at), tl.zeros((C,), tl.float32)
+    for tile in tl.static_range(KT):
+        at_tile = ((tile * H + head).to(tl.int64) * N + slot) * C + row
+        mass += tl.load(d_sums + at_tile)
+        to_end += tl.load(d_end + at_tile)
+    whole = tl.sum(to_end, 0)
+    if tl.load(lefts + slot) > 1:
+        through = 0.0
+        for tile in tl.static_range(KT):
+            diagonal = tile * BK + channel
+            of_map = d_maps + (slot.to(tl.int64) * H + head) * K * K + diagonal * (K + 1)
+            through += tl.sum(tl.load(of_map, mask=diagonal < K, other=0.0).to(tl.float32), 0)
+        whole += tl.exp2(tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1)) * through
+    own = d_decay + (token + row).to(tl.int64) * H + head
+    tl.store(own, tl.sum(mass, 0) - tl.cumsum(mass, 0) + mass + whole, mask=row_exists(row, first, rows))
+
+
+def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tensor, d_added: Tensor, d_maps: Tensor,
+                    dscales: Tensor, slots: Slots, places: Tensor, chunk: int, height: int, scale: float,
+                    precision: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `delta_backward.chunk_gradients`."""
+    num_slots, (tokens, groups, key_dim), (_, heads, value_dim) = len(slots.token), q.shape, v.shape
+    block_k, block_v = tile_width(key_dim), tile_width(value_dim)
+    key_tiles, value_tiles = triton.cdiv(key_dim, block_k), triton.cdiv(value_dim, block_v)
+    keys = {"E": chunk // 2, "KT": key_tiles, "BK": block_k, "PRECISION": precision, "num_warps": 4, "num_stages": 2}
+    values = {"VT": value_tiles, "BV": block_v}
+    scaled = scales is not None
+    lam = scales if scaled else v
+    float32 = {"dtype": torch.float32, "device": v.device}
+    of_q, of_k, of_v, of_g, of_s, of_b = (x.stride() for x in (q, k, v, grad_o, lam, beta))
+    rows, halves = (slots.token, slots.first, slots.rows), programs(2 * heads, num_slots)
+    square = (num_slots, heads, chunk, chunk)
+
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    d_written = v.new_empty(num_slots, heads, chunk, value_dim)
+    _values_kernel[programs(heads * value_tiles, num_slots)](
+        k, beta, grad_o, chunks.inverse, chunks.scores, chunks.gamma, d_added, dv, d_written, *rows, slots.left,
+        num_slots, heads, groups, *of_k[:2], of_b[0], *of_g[:2], key_dim, value_dim, **values, **keys,
+    )  # fmt: skip
+    d_mixed, d_pairs = torch.empty(square, **float32), v.new_empty(square)
+    d_mass = torch.zeros(2, *chunks.gamma.shape, **float32)
+    _scores_kernel[halves](
+        q, k, v, lam, beta, grad_o, chunks.inverse, chunks.mixed, pulled, chunks.gamma, d_mixed, d_pairs, dscales,
+        d_mass, *rows, slots.reads, places, num_slots, heads, groups, scale, *of_q[:2], *of_k[:2], *of_v[:2],
+        *of_s[:2], of_b[0], *of_g[:2], key_dim, value_dim, lam.shape[-1] if scaled else 1, HEIGHT=height - 1,
+        SCALED=scaled, EXACT=precision, **values, **keys,
+    )  # fmt: skip
+    d_solved, d_erase = torch.empty(square, **float32), v.new_empty(num_slots, heads, chunk, key_dim)
+    _solved_kernel[halves](
+        q, k, v, chunks.gamma, d_maps, d_written, d_mixed, d_solved, d_erase, *rows, slots.left, num_slots, heads,
+        groups, scale, *of_q[:2], *of_k[:2], *of_v[:2], key_dim, value_dim, EXACT=precision, **values, **keys,
+    )  # fmt: skip
+    del d_mixed, d_written
+    d_overlap, d_gamma = v.new_empty(square), torch.empty_like(chunks.gamma)
+    d_beta, d_decay = (torch.empty(tokens, heads, **float32) for _ in range(2))
+    _overlap_kernel[programs(heads, num_slots)](
+        k, beta, chunks.inverse, chunks.gamma, d_solved, d_overlap, d_beta, *d_mass, d_gamma, *rows, num_slots,
+        heads, groups, *of_k[:2], of_b[0], key_dim, EXACT=precision, **keys,
+    )  # fmt: skip
+    del d_solved, d_mass
+    wide = {"dtype": v.dtype if groups == heads else torch.float32, "device": v.device}  # sums over a group's heads
+    dq, dk = (torch.empty(tokens, heads, key_dim, **wide) for _ in range(2))
+    d_sums, d_end = (torch.empty(key_tiles, *d_gamma.shape, **float32) for _ in range(2))
+    _keys_kernel[programs(2 * heads * key_tiles, num_slots)](
+        q, k, beta, chunks.inverse, chunks.erase, chunks.written, pulled, chunks.gamma, d_added, d_maps, d_erase,
+        chunks.mixed, d_pairs, d_overlap, dq, dk, d_sums, d_end, *rows, slots.left, slots.reads, places, num_slots,
+        heads, groups, scale, *of_q[:2], *of_k[:2], of_b[0], key_dim, value_dim, **values, **keys,
+    )  # fmt: skip
+    _decays_kernel[programs(heads, num_slots)](
+        chunks.gamma, d_maps, d_gamma, d_sums, d_end, d_decay, *rows, slots.left, num_slots, heads, key_dim, C=chunk,
+        KT=key_tiles, BK=block_k, num_warps=1,
+    )  # fmt: skip
+    return dq, dk, dv, d_decay, d_beta
