@@ -183,7 +183,17 @@ def sweep(
     workers: int | None = typer.Option(
         None, min=1, help="Trainings side by side on the device, a process each. (default: what the file says, or 1)"
     ),
-    seconds: float | None = typer.Option(None, help="Begin no training after so many seconds. (default: all of them)"),
+    together: int | None = typer.Option(
+        None,
+        min=1,
+        help="Trainings of one model and width that are computed together, as one larger model; each is what it would "
+        "be alone. (default: what the file says, or 1)",
+    ),
+    seconds: float | None = typer.Option(
+        None,
+        help="All training is over after so many seconds: what would take longer is left for the next call. "
+        "(default: all of it)",
+    ),
     device: str = typer.Option(
         "auto", metavar="auto|cpu|cuda", help="Where to train: auto takes the GPU when there is one."
     ),
@@ -197,7 +207,7 @@ def sweep(
     """
     from loglinear.evals.command import run_sweep
 
-    run_sweep(file, output, device, workers, seconds)
+    run_sweep(file, output, device, workers, seconds, together)
 
 
 @app.command()

@@ -1,5 +1,7 @@
 """Runs that are computed together do what each does alone, and leave each other alone."""
 
+import functools
+
 import pytest
 import torch
 
@@ -123,12 +125,44 @@ def test_what_cannot_go_together_is_refused():
         RunsTogether(runs)
 
 
+def test_a_compiled_pass_is_the_same(monkeypatch, caplog):
+    sizes = {**MODELS["log-linear-mamba2"], "num_hidden_layers": 1}
+    # what the compiler makes of the graph is the compiler's; without its backend for the CPU, which takes half a minute
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    together, alone = runs_of(sizes, compile=True), runs_of(sizes)
+    joint = RunsTogether(together)
+    for _ in range(2):
+        joint.advance()
+        for run in alone:
+            run.advance()
+    assert joint.how == "compiled eager"
+    for one, other in zip(together, alone, strict=True):
+        ours, theirs = one.progress(), other.progress()
+        assert (ours.steps, ours.finite) == (2, True) and ours.loss == pytest.approx(theirs.loss, rel=1e-4)
+        for name, weight in other.model.named_parameters():
+            torch.testing.assert_close(dict(one.model.named_parameters())[name], weight, rtol=5e-3, atol=1e-4, msg=name)
+
+    def broken(function, **_):
+        def call(*arguments):
+            raise RuntimeError("no compiler here")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    joint = RunsTogether(runs_of(sizes, compile=True))
+    joint.advance()
+    assert joint.how == "eager" and "cannot be compiled, so it is launched as it is: no compiler here" in caplog.text
+    assert [run.progress().steps for run in joint.runs] == [1, 1, 1]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "kda"])
-def test_a_graph_of_runs_together(name, dtype):
-    """Prints whether the step was captured."""
-    together, alone = (runs_of(MODELS[name], "cuda", dtype, sequence_length=100) for _ in range(2))
+def test_a_graph_of_runs_together(name, dtype, compiled):
+    """Prints whether the step was compiled and captured."""
+    together = runs_of(MODELS[name], "cuda", dtype, sequence_length=100, compile=compiled)
+    alone = runs_of(MODELS[name], "cuda", dtype, sequence_length=100)
     joint = RunsTogether(together)
     for _ in range(5):
         joint.advance()

@@ -19,6 +19,7 @@ from loglinear.folders import check_output_folder
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.train import load_checkpoint, resolve_checkpoint
 from loglinear.train.checkpoints import choose_device
+from loglinear.train.recall import Progress
 from loglinear.train.reporting import Clock, duration
 
 
@@ -174,6 +175,7 @@ def run_sweep(
     device: str = "auto",
     workers: int | None = None,
     seconds: float | None = None,
+    together: int | None = None,
     console: Console | None = None,
 ) -> list[sweep.SweepSummary]:
     """Trains what a file describes (see `sweep.run_sweep`), says each run as it ends, prints the table, writes CSV and
@@ -188,12 +190,13 @@ def run_sweep(
     clock, first = Clock(), dict[str, int]()
 
     def tell(row: sweep.SweepRow, done: int, runs: int) -> None:
-        first.setdefault("before", done - 1)
+        first.setdefault("before", done - row.together)
         seconds = clock.seconds
         left = (runs - done) * seconds / (done - first["before"])
         what = f"{row.status}: {row.message}"
         if row.validation_accuracy is not None:
             what = f"validation {row.validation_accuracy:.1%}, {row.steps_per_second:.1f} steps/s ({row.step_runs})"
+            what += f" of {row.together} together" if row.together > 1 else ""
         console.print(
             f"{done}/{runs} · {row.model}, width {row.width}, pairs {row.pairs}, rate {row.learning_rate:g}, "
             f"seed {row.seed} · {what} · {duration(left)} left",
@@ -202,7 +205,22 @@ def run_sweep(
             soft_wrap=True,
         )
 
-    rows = sweep.run_sweep(config, output, device, workers, tell, seconds)
+    told = [0.0]
+
+    def tell_progress(runs: Sequence[sweep.SweepRun], progress: Progress) -> None:
+        if clock.seconds - told[0] < 15:
+            return
+        told[0] = clock.seconds
+        first, several = runs[0], f", {len(runs)} together" if len(runs) > 1 else ""
+        console.print(
+            f"{first.model.name}, width {first.width}{several}: step {progress.steps:,} of {first.training.steps:,}, "
+            f"loss {progress.loss:.3f}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+    rows = sweep.run_sweep(config, output, device, workers, tell, seconds, together, tell_progress)
     summaries = sweep.summarize(rows)
     failed = [row for row in rows if row.status == sweep.FAILED]
     written = [output / sweep.ROWS_FILE]

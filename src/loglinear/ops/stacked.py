@@ -16,7 +16,8 @@ TENSORS = ("q", "k", "v", "level_scales", "log_decay", "beta")  # [B, T, …] ea
 
 def is_mapped(*tensors: Tensor | None) -> bool:
     """Whether `vmap` maps over one of them: shapes are those of one entry then, and Python cannot see all of it."""
-    return any(x is not None and torch._C._functorch.is_batchedtensor(x) for x in tensors)
+    is_batched = torch._C._functorch.is_batchedtensor  # type: ignore[attr-defined]
+    return any(x is not None and is_batched(x) for x in tensors)
 
 
 def register(operator: CustomOpDef) -> None:

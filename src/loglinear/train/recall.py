@@ -130,8 +130,6 @@ class RecallRun:
         self.config, self.task, self.device, self.dtype = config, task, device, dtype
         self.model = model.train()
         torch.nn.Module.to(self.model, device)
-        if config.compile:
-            self.model.model.compile_blocks()
         self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         for weight in self.weights:
             weight.grad = torch.zeros_like(weight)
@@ -166,6 +164,8 @@ class RecallRun:
     def advance(self) -> None:
         """One optimiser step."""
         questions = self.questions_of(self.step)
+        if self._questions is None and self.config.compile:
+            self.model.model.compile_blocks()
         if self._questions is None or not self.fixed_shapes:
             self._questions = Questions(*(tensor.clone() for tensor in questions))
         else:
@@ -313,8 +313,7 @@ def capture(run_pass: Callable[[], None], counters: list[Tensor], device: torch.
 
 
 def questions_of(batch: RecallBatch, most: int | None = None) -> Questions:
-    """The answers of some sequences, in their order; with `most` as many places, those that are left without an answer.
-    """
+    """The answers of some sequences, in their order; with `most` as many places, the last of them without an answer."""
     answers = batch.answers.flatten()
     if most is None:
         chosen = (answers != NO_ANSWER).nonzero()[:, 0]
@@ -337,8 +336,7 @@ def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor, dtype: torch.dt
 
 
 class _AnswerLoss(torch.autograd.Function):
-    """Its own rule: logits are by far the largest tensors of a step, so their gradient is made in their place at once.
-    """
+    """Its own rule: logits are by far the largest tensors of a step, so their gradient is made in their place."""
 
     @staticmethod
     def forward(ctx, hidden, weight, answers, dtype):

@@ -9,9 +9,14 @@ rounding; one that is not finite does not touch the others.
 
 The weights of the runs' models are views of the stacked ones, and their gradients of the stacked gradients: between
 steps every model is an ordinary one.
+
+With `compile` in the configuration the forward and backward pass of all models go through `torch.compile` as a whole:
+most of what a step does is to move elementwise results through memory, and the compiler fuses those. Where it cannot,
+a warning says so and the pass is launched as it is.
 """
 
 import contextlib
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loglinear.data.recall import NO_ANSWER
 from loglinear.train.recall import Questions, RecallRun, answer_loss, capture
+
+logger = logging.getLogger(__name__)
 
 _BODY = "model."  # the model without its head
 
@@ -55,6 +62,11 @@ class RunsTogether:
             run.gradients = [weight.grad for weight in run.weights if weight.grad is not None]
         head = first.model.lm_head.weight
         self._head = next(name for name, parameter in named[0].items() if parameter is head)
+        self._hidden = self._mapped = vmap(self._hidden_of)
+        if first.config.compile:
+            # Every instance is another model for the compiler, which would stop at the eighth in a process.
+            torch.compiler.reset()
+            self._hidden = torch.compile(self._mapped, dynamic=False)
         self._questions: list[Questions] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured = self.device.type != "cuda"
@@ -67,8 +79,9 @@ class RunsTogether:
 
     @property
     def how(self) -> str:
-        """How a step runs: "graph" or "eager"."""
-        return "eager" if self._graph is None else "graph"
+        """How a step runs: "graph" or "eager", after "compiled" where it is."""
+        how = "eager" if self._graph is None else "graph"
+        return how if self._hidden is self._mapped else f"compiled {how}"
 
     def _by_seed(self) -> dict[int, RecallRun]:
         return {run.config.seed: run for run in self.runs}
@@ -82,16 +95,35 @@ class RunsTogether:
         else:
             for kept, new in zip(self._questions, questions, strict=True):
                 torch._foreach_copy_(list(kept), list(new))
+        if self.step == 0:
+            self._try_compiled()
         if not self._captured:
             self._captured = True
-            counters = [counter for run in self.runs for counter in run.counters]
-            self._graph = capture(self._pass, counters, self.device)
+            self._graph = capture(self._pass, self._counters, self.device)
         if self._graph is None:
             self._pass()
         else:
             self._graph.replay()
         for run in self.runs:
             run.take()
+
+    def _try_compiled(self) -> None:
+        """Compiles, where that is wanted; goes on without where it cannot be done."""
+        if self._hidden is self._mapped:
+            return
+        kept = [counter.clone() for counter in self._counters]
+        try:
+            self._pass()
+        except Exception as error:  # of the compiler, of whatever kind
+            reason = " ".join(str(error).split())[:300]
+            logger.warning("the pass cannot be compiled, so it is launched as it is: %s", reason)
+            self._hidden = self._mapped
+        for counter, before in zip(self._counters, kept, strict=True):
+            counter.copy_(before)
+
+    @property
+    def _counters(self) -> list[Tensor]:
+        return [counter for run in self.runs for counter in run.counters]
 
     def _room(self, questions: Questions) -> Questions:
         """The same with `_most` places: those of another seed may have more answers."""
@@ -107,13 +139,8 @@ class RunsTogether:
         torch._foreach_zero_([weights.grad for weights in self.weights.values() if weights.grad is not None])
         inputs = torch.stack([questions.inputs for questions in self._questions])
         body = {name.removeprefix(_BODY): weights for name, weights in self.weights.items() if name.startswith(_BODY)}
-        network = self.runs[0].model.model
-
-        def hidden_of(weights: dict[str, Tensor], inputs: Tensor) -> Tensor:
-            return functional_call(network, weights, kwargs={"input_ids": inputs, "use_cache": False}).last_hidden_state
-
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32), _attention(self.device):
-            hidden = vmap(hidden_of)(body, inputs)
+            hidden = self._hidden(body, inputs)
         losses = [
             answer_loss(one.flatten(0, 1).index_select(0, questions.places), head, questions.answers, self.dtype)
             for one, head, questions in zip(hidden, self.weights[self._head], self._questions, strict=True)
@@ -121,6 +148,11 @@ class RunsTogether:
         torch.stack(losses).sum().backward()
         for run, loss in zip(self.runs, losses, strict=True):
             run.judge(loss)
+
+    def _hidden_of(self, weights: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        """`[R, T, M]` of one model's weights and sequences `[R, T]`."""
+        arguments = {"input_ids": inputs, "use_cache": False}
+        return functional_call(self.runs[0].model.model, weights, kwargs=arguments).last_hidden_state
 
 
 def _attention(device: torch.device) -> contextlib.AbstractContextManager:
@@ -138,8 +170,6 @@ def _check(runs: Sequence[RecallRun]) -> None:
             raise ValueError("runs together: got configurations that differ in more than seed and learning rate")
         if run.model.config.to_dict() != first.model.config.to_dict():
             raise ValueError("runs together: got models of different shapes, wanted one shape")
-        if run.config.compile:
-            raise ValueError("runs together: got compile, which is for runs of their own")
         if run.step:
             raise ValueError(f"runs together: got one at step {run.step}, wanted runs that have not begun")
         if (run.device, run.dtype) != (first.device, first.dtype):
