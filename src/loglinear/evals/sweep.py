@@ -10,7 +10,6 @@ sequences; what is reported is the accuracy of those runs on the test sequences,
 was not finite counts as an accuracy of zero in both.
 """
 
-import csv
 import dataclasses
 import functools
 import itertools
@@ -21,7 +20,6 @@ import multiprocessing
 import os
 import statistics
 import time
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -35,6 +33,7 @@ from matplotlib.figure import Figure
 from loglinear import plots
 from loglinear.bench.rows import environment
 from loglinear.data.recall import RecallTask
+from loglinear.evals import rowfile
 from loglinear.models import LogLinearConfig
 from loglinear.train.checkpoints import choose_device
 from loglinear.train.config import TrainConfig, read_mapping
@@ -305,57 +304,13 @@ class SweepRow:
         return {int(pairs): float(share) for pairs, share in (cell.split(":") for cell in cells)}
 
 
-COLUMNS = tuple(one.name for one in fields(SweepRow))
-
-
 def read_rows(path: str | Path) -> list[SweepRow]:
     """The rows of a sweep so far; a last line that was cut off while it was written is left out.
 
     Raises:
         ValueError: the file has other columns.
     """
-    path = Path(path)
-    if not path.is_file():
-        return []
-    whole = path.read_text(encoding="utf-8")
-    lines = whole[: whole.rfind("\n") + 1].splitlines(keepends=True)
-    if not lines:
-        return []
-    reader = csv.DictReader(lines)
-    if tuple(reader.fieldnames or ()) != COLUMNS:
-        raise ValueError(f"{path}: got the columns {', '.join(reader.fieldnames or ())}, wanted {', '.join(COLUMNS)}")
-    hints = typing.get_type_hints(SweepRow)
-    return [SweepRow(**{name: _value(cell, hints[name]) for name, cell in line.items()}) for line in reader]
-
-
-def _value(cell: str, kind: Any) -> Any:
-    optional = kind not in (str, int, float)
-    if optional:
-        return None if cell == "" else float(cell)
-    return kind(cell)
-
-
-class RowFile:
-    """The CSV of a sweep, to which each run is appended as it ends."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        rows = read_rows(path)
-        if not path.is_file() or not path.read_bytes().endswith(b"\n"):  # new, or cut off in a line
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file, lineterminator="\n").writerow(COLUMNS)
-                self._write(file, rows)
-
-    def append(self, row: SweepRow) -> None:
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            self._write(file, [row])
-
-    @staticmethod
-    def _write(file: typing.IO[str], rows: Sequence[SweepRow]) -> None:
-        writer = csv.writer(file, lineterminator="\n")
-        for row in rows:
-            writer.writerow(["" if cell is None else cell for cell in dataclasses.astuple(row)])
+    return rowfile.read_rows(path, SweepRow)
 
 
 def train_together(
@@ -505,7 +460,7 @@ def run_sweep(
     choose_device(device)
     deadline = math.inf if seconds is None else time.monotonic() + seconds
     runs, path = config.runs(), Path(output) / ROWS_FILE
-    file = RowFile(path)
+    file = rowfile.RowFile(path, SweepRow)
     done = {row.key: row for row in read_rows(path) if row.status != FAILED}
     waiting = groups_of([run for run in runs if run.key not in done], together)
     finished = len(runs) - sum(map(len, waiting))
@@ -513,7 +468,7 @@ def run_sweep(
     for rows in _rows_of(waiting, device, min(workers, max(1, len(waiting))), deadline, on_progress):
         finished += len(rows)
         for row in rows:
-            file.append(row)
+            file.append([row])
             newest[row.key] = row
             if on_row is not None:
                 on_row(row, finished, len(runs))
