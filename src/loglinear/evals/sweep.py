@@ -88,6 +88,8 @@ class SweepConfig:
         workers: trainings side by side, each a process of its own (1: none but this).
         together: runs of one model, width and task, which differ in learning rate and seed, that are computed together
             at most (`loglinear.train.recall_together`); each of them is what it is alone.
+        title, about, conclusion: what the page of results says of it.
+        paper: figures of a paper to be shown beside: model -> width -> text.
 
     Raises:
         ValueError, TypeError: a key that is unknown or missing, a value that cannot be, or a model that cannot be made.
@@ -103,6 +105,10 @@ class SweepConfig:
     test_sequences: int = 1000
     workers: int = 1
     together: int = 1
+    title: str = ""
+    about: str = ""
+    conclusion: str = ""
+    paper: dict[str, dict[int, str]] = field(default_factory=dict)
 
     def __post_init__(self):
         for name in ("models", "train"):
@@ -123,6 +129,9 @@ class SweepConfig:
                 raise ValueError(f"train: got {name}, which is not for all runs; wanted options that they share")
         if "pairs" in self.train.get("task_options", {}):
             raise ValueError("train: got task_options.pairs, wanted the pairs of the sweep")
+        unknown = [name for name in self.paper if name not in self.models]
+        if unknown:
+            raise ValueError(f"paper: got {unknown[0]!r}, wanted names of models: {', '.join(map(str, self.models))}")
         named = [str(model) for model in self.models]
         object.__setattr__(self, "models", dict(zip(named, self.models.values(), strict=True)))
         for run in self.runs():
