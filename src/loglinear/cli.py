@@ -211,6 +211,53 @@ def sweep(
 
 
 @app.command()
+def compare(
+    file: Path = typer.Argument(help="YAML, TOML or JSON file of the comparison: see experiments/language-tiny.yaml."),
+    output: str = typer.Option("runs/comparison", "--output", "-o", help="Folder for the CSV."),
+    work: str | None = typer.Option(
+        None,
+        "--work",
+        help="Folder for checkpoints, which are not needed afterwards. (default: runs/ and the name of the file)",
+    ),
+    seconds: float | None = typer.Option(
+        None,
+        help="Begin no run that would not be done after so many seconds, as far as those before it tell. "
+        "(default: all of them)",
+    ),
+    device: str = typer.Option(
+        "auto", metavar="auto|cpu|cuda", help="Where to train: auto takes the GPU when there is one."
+    ),
+) -> None:
+    """Train language models on the same tokens, and compare them.
+
+    Every run is trained, examined (held-out loss, loss by position, needles, use of levels, cost) and written to
+    comparison.csv as rows. Called again, also elsewhere with that file, those that are there are not run again.
+
+    Example: loglinear compare experiments/language-tiny.yaml --output runs/language-tiny
+    """
+    from loglinear.evals.command import run_comparison
+
+    run_comparison(file, output, work, device, seconds)
+
+
+@app.command()
+def results(
+    experiments: str = typer.Option("experiments", help="Folder with the files of experiments."),
+    benchmarks: str = typer.Option("benchmarks", help="Folder with their rows, each in a folder of its name."),
+    output: str = typer.Option("docs/results.md", "--output", "-o", help="The page; plots go into figures/ beside it."),
+) -> None:
+    """Draw the page of results from the rows of sweeps and comparisons.
+
+    Tables of means and standard deviations over seeds, plots, and for twins whether they differ by more than seeds do.
+
+    Example: loglinear results
+    """
+    from loglinear.evals.command import run_results
+
+    run_results(experiments, benchmarks, output)
+
+
+@app.command()
 def generate(
     checkpoint: Path = typer.Argument(
         help="Folder of a checkpoint, or of a training run (its newest checkpoint is taken)."

@@ -1,4 +1,4 @@
-"""What the commands of `loglinear eval`, `loglinear sweep` and `loglinear inspect` do: choose, compute, print, and
+"""What the commands of `loglinear eval`, `sweep`, `compare`, `results` and `inspect` do: choose, compute, print, and
 leave files.
 """
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from loglinear import fenwick, plots
 from loglinear.data import ByteTokenizer, load_tokenizer
 from loglinear.data.tokenizers import encode_prompt
-from loglinear.evals import harness, inspection, needle, position_loss, recall, sweep
+from loglinear.evals import comparison, harness, inspection, needle, position_loss, recall, results, sweep
 from loglinear.folders import check_output_folder
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.train import load_checkpoint, resolve_checkpoint
@@ -236,6 +236,72 @@ def run_sweep(
     for path in written:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return summaries
+
+
+def run_comparison(
+    file: str | Path,
+    output: str | Path,
+    work: str | Path | None = None,
+    device: str = "auto",
+    seconds: float | None = None,
+    console: Console | None = None,
+) -> list[comparison.ComparisonRow]:
+    """Trains and examines the models that a file describes (see `comparison.run_comparison`), says each run as it ends,
+    and prints the table.
+
+    Raises:
+        FileExistsError, PermissionError: a folder cannot be written.
+    """
+    config = comparison.ComparisonConfig.from_file(file)
+    work = Path("runs") / Path(file).stem if work is None else Path(work)
+    for folder in (output, work):
+        check_output_folder(folder)
+    console, output, clock = console or Console(), Path(output), Clock()
+
+    def begin(run: comparison.ComparisonRun, done: int, runs: int) -> None:
+        console.print(f"{done + 1}/{runs} · {run.model}, seed {run.seed} …", highlight=False, markup=False)
+
+    def tell(rows: list[comparison.ComparisonRow], done: int, runs: int) -> None:
+        end = rows[-1]
+        what = f"{end.status}: {end.detail}"
+        if end.status == comparison.FINISHED:
+            loss = next(row.value for row in rows if row.metric == "held_out_loss")
+            what = f"held-out loss {loss:.4f}, {duration(end.value or 0.0)}"
+        console.print(
+            f"{done}/{runs} · {end.model}, seed {end.seed} · {what} · {duration(clock.seconds)} so far",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+    rows = comparison.run_comparison(config, output, work, device, seconds, begin, tell)
+    if any(row.metric == "held_out_loss" for row in rows):
+        print_table(console, f"{config.title or Path(file).name}", *results.comparison_table(config, rows))
+        console.print("± one standard deviation over seeds", highlight=False)
+    ends = [row for row in rows if row.metric == "run"]
+    if left := len(config.runs()) - sum(row.status != comparison.FAILED for row in ends):
+        console.print(f"{left} runs are left: the same command goes on with them", highlight=False)
+    for row in ends:
+        if row.status == comparison.FAILED:
+            console.print(f"{row.model}, seed {row.seed} failed: {row.detail}", highlight=False, markup=False)
+    console.print(f"wrote {output / comparison.ROWS_FILE}", highlight=False, soft_wrap=True)
+    return rows
+
+
+def run_results(
+    experiments: str | Path, benchmarks: str | Path, output: str | Path, console: Console | None = None
+) -> list[Path]:
+    """Draws the page of results (see `results.write_page`) and says what was written.
+
+    Raises:
+        FileExistsError, PermissionError: the folder cannot be written.
+    """
+    check_output_folder(Path(output).parent)
+    console = console or Console()
+    written = results.write_page(experiments, benchmarks, output)
+    for path in written:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    return written
 
 
 def default_text() -> str:

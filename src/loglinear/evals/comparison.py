@@ -275,12 +275,12 @@ def read_rows(path: str | Path) -> list[ComparisonRow]:
         ValueError: the file has other columns.
     """
     whole: dict[tuple[str, int, str], list[ComparisonRow]] = {}
-    under_way: dict[tuple[str, int, str], list[ComparisonRow]] = {}
+    tries: dict[tuple[tuple[str, int, str], str], list[ComparisonRow]] = {}  # of a run, by when
     for row in rowfile.read_rows(path, ComparisonRow):
-        rows = under_way.setdefault(row.key, [])
+        rows = tries.setdefault((row.key, row.date), [])
         rows.append(row)
         if row.metric == "run":
-            whole[row.key] = under_way.pop(row.key)
+            whole[row.key] = tries.pop((row.key, row.date))
     return [row for rows in whole.values() for row in rows]
 
 

@@ -261,7 +261,7 @@ def plot(cells: Sequence[NeedleCell], most_annotated: int = 12) -> Figure:
     depths = sorted({cell.depth for cell in cells if cell.depth is not None})
     found = {(cell.model, cell.task, cell.length, cell.depth): cell.accuracy for cell in cells}
     with plots.style():
-        width, height = max(2.6, 0.55 * len(lengths) + 1.4), max(1.8, 0.3 * len(depths) + 1.1)
+        width, height = max(2.6, 0.55 * len(lengths) + 1.4), max(2.0, 0.3 * len(depths) + 1.3)
         figure, axes = plots.new_figure(len(tasks), len(models), width, height)
         image = None
         for number, axis in enumerate(axes):
@@ -275,7 +275,7 @@ def plot(cells: Sequence[NeedleCell], most_annotated: int = 12) -> Figure:
                             ink = "white" if value < 60 else "black"
                             axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=8)
             axis.grid(False)
-            axis.set_title(f"{model}: {task}", fontsize=9)
+            axis.set_title(f"{model}\n{task}", fontsize=9)
             axis.set_xticks(range(len(lengths)), [plots.format_tokens(length) for length in lengths])
             axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths])
             if number % len(models) == 0:

@@ -78,6 +78,8 @@ def verdict(difference: Difference | None, what: str, unit: str, decimals: int, 
     if difference is None:
         return f"{what}: no seed of both has been measured."
     number = f"{what}: {_signed(difference.mean, decimals)} {unit}".rstrip()
+    if difference.mean == 0 and difference.deviation == 0:
+        return f"{what}: none with any of {difference.seeds} seeds."
     if difference.interval is None:
         return f"{number}, of one seed, which says nothing of how much seeds differ."
     low, high = (_signed(end, decimals) for end in difference.interval)
@@ -246,10 +248,10 @@ def language_section(file: Path, config: ComparisonConfig, rows: Sequence[Compar
     tokens = training.steps * training.rows * training.accumulation * trained
     parts = [f"## {config.title or file.stem}", *([config.about.strip()] if config.about else [])]
     share = f"; {config.needles.share:.0%} of the tokens are texts with needles" if config.needles.share else ""
+    kind = "bytes" if training.tokenizer == "bytes" else f"of the tokenizer {training.tokenizer}"
     parts.append(
-        f"Trained on {tokens:,} tokens ({'bytes' if training.tokenizer == 'bytes' else training.tokenizer}) at "
-        f"{trained:,} tokens a row{share}; learning rate {training.learning_rate:g} for all. {_corpus(rows, training.data)} "
-        f"{_done(len(ends), len(wanted))}"
+        f"Trained on {tokens:,} tokens ({kind}) at {trained:,} tokens a row{share}; learning rate "
+        f"{training.learning_rate:g} for all. {_corpus(rows, training.data)} {_done(len(ends), len(wanted))}"
     )
     if not ends:
         return "\n\n".join(parts)
@@ -257,7 +259,7 @@ def language_section(file: Path, config: ComparisonConfig, rows: Sequence[Compar
     parts += ["### Loss by position", markdown(*_position_table(values, models)), "Nats per token, mean ± standard "
               "deviation over seeds, on the same held-out documents."]  # fmt: skip
     figure = plots.save(_plot_positions(values, models, pairs, trained), output / f"{file.stem}-positions.png")
-    parts.append(f"![loss by position](figures/{figure.name})")
+    parts.append(f"![loss by position; dotted: the trained length](figures/{figure.name})")
     places = values.places("position_loss")
     widths = [(until or 0) - (position or 0) for _, position, until, _ in places]
     chosen = [
@@ -292,6 +294,12 @@ def _restricted(
     return (
         values.over(model, "position_loss", [place for place, _ in kept], [width for _, width in kept]) if kept else {}
     )
+
+
+def comparison_table(config: ComparisonConfig, rows: Sequence[ComparisonRow]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: loss and cost of each model that has been measured."""
+    measured = {row.model for row in rows if row.metric == "held_out_loss"}
+    return _cost_table(_Values(rows), [name for name in config.models if name in measured])
 
 
 _COST_NOTE = (
@@ -428,6 +436,12 @@ def _needle_parts(
             ]
             name = f"{other} minus {linear}, {task}, {what}"
             lines.append(verdict(Difference.of(*found), name, "points", 1, higher_is_better=True))
+    for linear, other in pairs:
+        places = [(task, length, None, None) for task in needles.tasks for length in lengths if length <= trained]
+        if places:
+            found = [values.over(model, "needle_loss", places, [1.0] * len(places)) for model in (other, linear)]
+            name = f"{other} minus {linear}, loss of the right answer, all tasks up to {trained:,} tokens"
+            lines.append(verdict(Difference.of(*found), name, "nats", 3, higher_is_better=False))
     return [*parts, _bullets(lines)] if lines else parts
 
 
@@ -538,10 +552,11 @@ def write_page(experiments: str | Path, benchmarks: str | Path, output: str | Pa
         raise FileNotFoundError(f"no rows in {benchmarks} of an experiment in {experiments}")
     head = (
         "# What was measured\n\n"
-        "Drawn from the rows in `benchmarks/` by `loglinear results`; figures are means ± standard deviations over seeds. "
-        "Twins differ in the number of levels alone, share data, order and initial weights, and are compared seed by "
-        "seed: a difference is called larger than the spread of seeds if the 95 % interval of its mean leaves out zero "
-        "(Student's t over seeds). How to repeat each experiment: [evaluation.md](evaluation.md#repeating-the-measurements)."
+        "Drawn from the rows in `benchmarks/` by `loglinear results`; figures are means ± standard deviations over "
+        "seeds. Twins differ in the number of levels alone, share data, order and initial weights, and are compared "
+        "seed by seed: a difference is called larger than the spread of seeds if the 95 % interval of its mean leaves "
+        "out zero (Student's t over seeds). How to repeat each experiment, and how long it takes: "
+        "[evaluation.md](evaluation.md#repeating-the-measurements)."
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("\n\n".join([head, *sections]) + "\n", encoding="utf-8")

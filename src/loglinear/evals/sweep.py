@@ -150,7 +150,8 @@ class SweepConfig:
         unknown = [name for name in values if name not in known]
         if unknown:
             raise ValueError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(known)}")
-        missing = [name for name, one in known.items() if name not in values and one.default is dataclasses.MISSING]
+        wanted = ("models", "widths", "pairs", "learning_rates", "seeds", "train")
+        missing = [name for name in wanted if name not in values]
         if missing:
             raise ValueError(f"{path}: got no {', '.join(missing)}, wanted {'it' if len(missing) == 1 else 'them'}")
         return cls(**values)
