@@ -492,8 +492,8 @@ def needle(
         [],
         "--task",
         "-t",
-        help="A task of RULER by name, or all (repeat for several). (default: niah_single_1, a passkey in repeated "
-        "sentences; niah_single_2, a number in running text; niah_single_3, a uuid in it)",
+        help="A task of RULER by name, or all (repeat, or separate by commas). (default: niah_single_1, a passkey in "
+        "repeated sentences; niah_single_2, a number in running text; niah_single_3, a uuid in it)",
     ),
     lengths: list[str] = typer.Option([], help="Tokens of prompt and answer, such as 512,1K,4K. (default: 1K)"),
     depths: str = typer.Option("0,25,50,75,100", help="Where the needle is, in per cent of the haystack."),
@@ -532,7 +532,7 @@ def needle(
         device=device,
         precision=precision,
         harness_task=harness_task,
-        tasks=task or list(DEFAULT_TASKS),
+        tasks=[name for entry in task for name in entry.split(",") if name] or list(DEFAULT_TASKS),
         lengths=parse_lengths(lengths) if lengths else (1024,),
         depths=_depths(depths),
         samples=samples,

@@ -25,7 +25,8 @@ from loglinear.train.reporting import Clock, duration
 
 def print_table(console: Console, title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     """Prints a table whose first column is text and whose others are numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    console.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)  # as wide as it is, not the table
+    table = Table()
     for number, column in enumerate(header):
         table.add_column(column, justify="left" if number == 0 else "right")
     for line in lines:
