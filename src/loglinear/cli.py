@@ -244,7 +244,9 @@ def compare(
 def results(
     experiments: str = typer.Option("experiments", help="Folder with the files of experiments."),
     benchmarks: str = typer.Option("benchmarks", help="Folder with their rows, each in a folder of its name."),
-    output: str = typer.Option("docs/results.md", "--output", "-o", help="The page; plots go into figures/ beside it."),
+    output: str = typer.Option(
+        "docs/results.md", "--output", "-o", help="The page; plots go into figures/results/ beside it."
+    ),
 ) -> None:
     """Draw the page of results from the rows of sweeps and comparisons.
 

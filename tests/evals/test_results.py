@@ -10,7 +10,7 @@ import pytest
 from loglinear.cli import main
 from loglinear.evals import comparison, rowfile, sweep
 from loglinear.evals.comparison import ComparisonConfig, ComparisonRow
-from loglinear.evals.results import Difference, twins, verdict, write_page
+from loglinear.evals.results import FIGURES, Difference, twins, verdict, write_page
 from loglinear.evals.sweep import SweepConfig, SweepRow
 
 ROOT = Path(__file__).parent.parent.parent
@@ -113,9 +113,9 @@ def test_the_page_of_a_comparison(tmp_path):
         and "a machine (torch 2.11; 2026-11-20 to 2026-11-21)" in page
     )
     for name in ("positions", "needles", "levels"):
-        path = tmp_path / "docs" / "figures" / f"words-{name}.png"
+        path = tmp_path / "docs" / FIGURES / f"words-{name}.png"
         assert path in written and path.read_bytes().startswith(b"\x89PNG")
-        assert f"(figures/{path.name})" in page
+        assert f"({FIGURES}/{path.name})" in page
 
 
 def test_what_is_missing_or_went_wrong_is_said(tmp_path):
@@ -172,7 +172,7 @@ def test_the_page_of_a_sweep(tmp_path):
     assert "log-linear-gated-deltanet minus gated-deltanet, width 32: +20.0 points" in page
     assert "log-linear-mamba2 minus mamba2, width 32: none with any of 2 seeds." in page
     assert "Took 5:00" in page  # 20 runs of 30 seconds, two at a time
-    assert (tmp_path / "figures" / "recall.png").is_file()
+    assert (tmp_path / FIGURES / "recall.png").is_file()
     with pytest.raises(ValueError, match="paper: got 'mamba3'"):
         SweepConfig(**{**dataclasses.asdict(config), "paper": {"mamba3": {32: "1"}}})
 

@@ -30,6 +30,7 @@ from loglinear.evals.position_loss import student_quantile
 from loglinear.evals.sweep import SweepConfig, SweepRow
 from loglinear.train.reporting import duration
 
+FIGURES = "figures/results"  # beside the page
 FIRST_SHOWN = 128  # positions below are in the plot alone
 
 
@@ -148,7 +149,7 @@ def recall_section(file: Path, config: SweepConfig, rows: Sequence[SweepRow], ou
             lines = [[*line, config.paper.get(line[0], {}).get(int(line[1]), "–")] for line in lines]
         parts += [markdown(header, lines), f"Per cent of queries answered right, {sweep.SUMMARY_NOTE}."]
         figure = plots.save(sweep.plot(summaries), output / f"{file.stem}.png")
-        parts.append(f"![accuracy by number of pairs](figures/{figure.name})")
+        parts.append(f"![accuracy by number of pairs]({FIGURES}/{figure.name})")
         parts += [*_recall_verdicts(config, rows, summaries)]
     parts += _diverged([(row.model, f"width {row.width}, rate {row.learning_rate:g}, seed {row.seed}", row.message)
                         for row in rows if row.status == sweep.DIVERGED])  # fmt: skip
@@ -259,7 +260,7 @@ def language_section(file: Path, config: ComparisonConfig, rows: Sequence[Compar
     parts += ["### Loss by position", markdown(*_position_table(values, models)), "Nats per token, mean ± standard "
               "deviation over seeds, on the same held-out documents."]  # fmt: skip
     figure = plots.save(_plot_positions(values, models, pairs, trained), output / f"{file.stem}-positions.png")
-    parts.append(f"![loss by position; dotted: the trained length](figures/{figure.name})")
+    parts.append(f"![loss by position; dotted: the trained length]({FIGURES}/{figure.name})")
     places = values.places("position_loss")
     widths = [(until or 0) - (position or 0) for _, position, until, _ in places]
     chosen = [
@@ -420,7 +421,7 @@ def _needle_parts(
         if (value := values.mean(model, "needle", position=position, task=task, depth=depth)) is not None
     ]
     figure = plots.save(plot_needles(cells), output / f"{file.stem}-needles.png")
-    parts.append(f"![exact answers by depth and length, mean over seeds](figures/{figure.name})")
+    parts.append(f"![exact answers by depth and length, mean over seeds]({FIGURES}/{figure.name})")
     lines = []
     for (linear, other), task in itertools.product(pairs, needles.tasks):
         for what, chosen in (
@@ -480,7 +481,7 @@ def _level_parts(file: Path, values: _Values, models: Sequence[str], output: Pat
         markdown(header, lines),
         "Share of the operator's output (%), mean over layers, heads and the tokens of a held-out document; level 0 is "
         "the token itself, level l holds 2^(l-1) tokens where it is filled, the last one everything older.",
-        f"![share and λ by level](figures/{path.name})",
+        f"![share and λ by level]({FIGURES}/{path.name})",
     ]
 
 
@@ -523,7 +524,7 @@ def _repeat(command: str, seconds: float, rows: Sequence[Any]) -> str:
 
 
 def write_page(experiments: str | Path, benchmarks: str | Path, output: str | Path) -> list[Path]:
-    """Writes the page and its plots, which go into `figures` beside it.
+    """Writes the page and its plots, which go into `FIGURES` beside it.
 
     Args:
         experiments: folder of experiments' files.
@@ -538,7 +539,7 @@ def write_page(experiments: str | Path, benchmarks: str | Path, output: str | Pa
         ValueError: a file of an experiment or of rows that cannot be read.
     """
     output, sections = Path(output), []
-    figures = output.parent / "figures"
+    figures = output.parent / FIGURES
     before = {path: path.stat().st_mtime_ns for path in figures.glob("*.png")}
     for file in sorted(Path(experiments).glob("*.yaml")):
         folder = Path(benchmarks) / file.stem
