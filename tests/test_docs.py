@@ -11,7 +11,7 @@ import typer.main
 from loglinear.cli import app
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "math.md", ROOT / "docs" / "log.md", ROOT / "docs" / "evaluation.md"]
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("math", "log", "evaluation", "results"))]
 SHELL = ("sh", "bash", "shell", "console")
 
 

@@ -47,3 +47,19 @@ def test_a_plot_is_written_and_settings_stay(tmp_path):
     assert [label.get_text() for label in axis.get_xticklabels()] == ["1K", "4K"]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a"]
     assert dict(matplotlib.rcParams) == before
+
+
+def test_bands_that_reach_far_do_not_flatten_the_lines():
+    with plots.style():
+        figure, (axis, other) = plots.new_figure(1, 2)
+        wide = plots.Series("wide", [1, 2], [1.0, 1.5], low=[-20.0, 1.4], high=[20.0, 1.6])
+        narrow = plots.Series("narrow", [1, 2], [1.0, 1.5], low=[0.9, 1.4], high=[1.1, 1.6])
+        plots.draw_series(axis, [wide])
+        plots.follow_lines(axis, [wide])
+        plots.draw_series(other, [narrow])
+        plots.follow_lines(other, [narrow])
+    low, high = axis.get_ylim()
+    assert -1 < low < 0.9 and 1.6 < high < 3
+    low, high = other.get_ylim()
+    assert low < 0.9 and high > 1.6 and high - low < 1.0
+    assert not figure.texts

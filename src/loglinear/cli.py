@@ -183,7 +183,17 @@ def sweep(
     workers: int | None = typer.Option(
         None, min=1, help="Trainings side by side on the device, a process each. (default: what the file says, or 1)"
     ),
-    seconds: float | None = typer.Option(None, help="Begin no training after so many seconds. (default: all of them)"),
+    together: int | None = typer.Option(
+        None,
+        min=1,
+        help="Trainings of one model and width that are computed together, as one larger model; each is what it would "
+        "be alone. (default: what the file says, or 1)",
+    ),
+    seconds: float | None = typer.Option(
+        None,
+        help="All training is over after so many seconds: what would take longer is left for the next call. "
+        "(default: all of it)",
+    ),
     device: str = typer.Option(
         "auto", metavar="auto|cpu|cuda", help="Where to train: auto takes the GPU when there is one."
     ),
@@ -197,7 +207,56 @@ def sweep(
     """
     from loglinear.evals.command import run_sweep
 
-    run_sweep(file, output, device, workers, seconds)
+    run_sweep(file, output, device, workers, seconds, together)
+
+
+@app.command()
+def compare(
+    file: Path = typer.Argument(help="YAML, TOML or JSON file of the comparison: see experiments/language-tiny.yaml."),
+    output: str = typer.Option("runs/comparison", "--output", "-o", help="Folder for the CSV."),
+    work: str | None = typer.Option(
+        None,
+        "--work",
+        help="Folder for checkpoints, which are not needed afterwards. (default: runs/ and the name of the file)",
+    ),
+    seconds: float | None = typer.Option(
+        None,
+        help="Begin no run that would not be done after so many seconds, as far as those before it tell. "
+        "(default: all of them)",
+    ),
+    device: str = typer.Option(
+        "auto", metavar="auto|cpu|cuda", help="Where to train: auto takes the GPU when there is one."
+    ),
+) -> None:
+    """Train language models on the same tokens, and compare them.
+
+    Every run is trained, examined (held-out loss, loss by position, needles, use of levels, cost) and written to
+    comparison.csv as rows. Called again, also elsewhere with that file, those that are there are not run again.
+
+    Example: loglinear compare experiments/language-tiny.yaml --output runs/language-tiny
+    """
+    from loglinear.evals.command import run_comparison
+
+    run_comparison(file, output, work, device, seconds)
+
+
+@app.command()
+def results(
+    experiments: str = typer.Option("experiments", help="Folder with the files of experiments."),
+    benchmarks: str = typer.Option("benchmarks", help="Folder with their rows, each in a folder of its name."),
+    output: str = typer.Option(
+        "docs/results.md", "--output", "-o", help="The page; plots go into figures/results/ beside it."
+    ),
+) -> None:
+    """Draw the page of results from the rows of sweeps and comparisons.
+
+    Tables of means and standard deviations over seeds, plots, and for twins whether they differ by more than seeds do.
+
+    Example: loglinear results
+    """
+    from loglinear.evals.command import run_results
+
+    run_results(experiments, benchmarks, output)
 
 
 @app.command()
@@ -435,8 +494,8 @@ def needle(
         [],
         "--task",
         "-t",
-        help="A task of RULER by name, or all (repeat for several). (default: niah_single_1, a passkey in repeated "
-        "sentences; niah_single_2, a number in running text; niah_single_3, a uuid in it)",
+        help="A task of RULER by name, or all (repeat, or separate by commas). (default: niah_single_1, a passkey in "
+        "repeated sentences; niah_single_2, a number in running text; niah_single_3, a uuid in it)",
     ),
     lengths: list[str] = typer.Option([], help="Tokens of prompt and answer, such as 512,1K,4K. (default: 1K)"),
     depths: str = typer.Option("0,25,50,75,100", help="Where the needle is, in per cent of the haystack."),
@@ -475,7 +534,7 @@ def needle(
         device=device,
         precision=precision,
         harness_task=harness_task,
-        tasks=task or list(DEFAULT_TASKS),
+        tasks=[name for entry in task for name in entry.split(",") if name] or list(DEFAULT_TASKS),
         lengths=parse_lengths(lengths) if lengths else (1024,),
         depths=_depths(depths),
         samples=samples,

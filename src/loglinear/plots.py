@@ -149,6 +149,17 @@ class Series:
     marker: int | None = None
 
 
+def follow_lines(axis: Axes, series: Sequence[Series]) -> None:
+    """Gives the y axis to the lines: bands that reach much further, as of very few values, are cut off."""
+    values = [value for line in series for value in line.y]
+    ends = [end for line in series for side in (line.low, line.high) if side is not None for end in side]
+    if not values or not ends:
+        return
+    span = max(max(values) - min(values), 0.02 * max(map(abs, values)), 1e-9)
+    low, high = (max(min(ends), min(values) - 2 * span), min(max(ends), max(values) + 2 * span))
+    axis.set_ylim(min(low, min(values)) - 0.1 * span, max(high, max(values)) + 0.1 * span)
+
+
 def draw_series(axis: Axes, series: Sequence[Series]) -> None:
     """Draws each series with its own colour and marker; errors as bars, low and high ends as a band."""
     for index, line in enumerate(series):

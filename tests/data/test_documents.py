@@ -42,6 +42,16 @@ def test_glob(tmp_path):
     assert texts(f"{tmp_path}/**/*.txt") == ["x1.txt", "x2.txt", "y.txt"]
 
 
+def test_the_source_of_a_package():
+    found = Documents("package:jaxtyping")
+    assert found.files and all(file.suffix == ".py" and "jaxtyping" in file.parts for file in found.files)
+    assert len(Documents(["package:jaxtyping", "package:packaging"]).files) > len(found.files)
+    assert not any("tests" in file.parts for file in Documents("package:numpy").files)
+    for name in ("no_such_package", "textwrap", ""):
+        with pytest.raises(FileNotFoundError, match=f"got package:{name}, wanted an installed Python package"):
+            Documents(f"package:{name}")
+
+
 def test_jsonl_with_a_field_of_choice(tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", [{"body": "one", "n": 1}, {"body": None}, {"body": "two"}])
     documents = list(Documents(path, text_field="body"))

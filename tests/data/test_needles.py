@@ -5,7 +5,15 @@ import re
 import pytest
 
 from loglinear.data import ByteTokenizer, encode_prompt
-from loglinear.data.needles import NEEDLE_TASKS, Haystack, default_haystack, read_haystack, score, sentences_of
+from loglinear.data.needles import (
+    NEEDLE_TASKS,
+    Haystack,
+    default_haystack,
+    read_haystack,
+    score,
+    sentences_of,
+    training_documents,
+)
 
 TEXT = [f"Sentence number {word} says little." for word in ("one", "two", "three", "four", "five", "six", "seven")]
 
@@ -111,3 +119,27 @@ def test_the_smallest_length_that_is_named_is_enough():
 def test_every_python_brings_a_haystack():
     text = default_haystack()
     assert sum(map(len, text)) > 100_000 and all(sentence == " ".join(sentence.split()) for sentence in text)
+
+
+def test_documents_to_train_on_are_answered_and_of_many_lengths():
+    haystack = byte_haystack()
+    tasks, lengths = ["niah_single_1", "niah_multiquery"], [700, 1400, 2800]
+    texts = list(training_documents(haystack, tasks, lengths, 60_000))
+    sizes = [len(haystack.encode(text)) for text in texts]
+    assert 60_000 <= sum(sizes) < 60_000 + 2800
+    by_length = {length: sum(size for size in sizes if length / 2 < size <= length) for length in lengths}
+    assert sum(by_length.values()) == sum(sizes) and min(by_length.values()) > 10_000, "as many tokens of each length"
+    assert texts == list(training_documents(haystack, tasks, lengths, 60_000))
+    assert texts != list(training_documents(haystack, tasks, lengths, 60_000, seed=1))
+    wanted = 0
+    for text in texts:
+        context, question = text.split("\n\nQuestion:")
+        values = re.findall(r"\d{7}", question)
+        assert all(f" is {value}." in context for value in values) and question.endswith(f"{values[-1]}.\n")
+        wanted += len(values)
+    assert wanted > len(texts), "some ask for several"
+    evaluated = {haystack.sample(task, length, 0.5, number).expected
+                 for task in tasks for length in lengths for number in range(50)}  # fmt: skip
+    assert not any(value in "".join(texts) for values in evaluated for value in values)
+    with pytest.raises(ValueError, match="wanted some of both"):
+        next(training_documents(haystack, [], [600], 10))

@@ -10,10 +10,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loglinear.cli import main
 from loglinear.data import ByteTokenizer, load_tokenizer
-from loglinear.data.needles import NeedleSample, score
+from loglinear.data.needles import NeedleSample, right_answer, score
 from loglinear.evals import needle
 from loglinear.evals.command import run_needle
-from loglinear.evals.needle import NeedleRow, answers, haystack_for, load_any, samples_of, summary_table, tabulate
+from loglinear.evals.needle import (
+    NeedleRow,
+    answer_losses,
+    answers,
+    haystack_for,
+    load_any,
+    samples_of,
+    summary_table,
+    tabulate,
+)
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 
 
@@ -52,6 +61,25 @@ def test_batched_answers_are_those_of_each_prompt_alone(checkpoints, which):
     new = ids[0, len(samples[0].tokens) :].tolist()
     end = new.index(257) if 257 in new else len(new)
     assert together[0] == tokenizer.decode(new[:end], skip_special_tokens=True)
+
+
+def test_the_loss_of_the_right_answer_is_that_of_its_tokens(checkpoints):
+    model, tokenizer = load_any(checkpoints[0])
+    samples = samples_of(haystack_for(tokenizer), ["niah_single_1", "niah_multivalue"], [700, 900], [0.5], 1)
+    found = answer_losses(model, tokenizer, samples, tokens_per_batch=1500)
+    for sample, loss in zip(samples, found, strict=True):
+        answer = " " + (
+            sample.expected[0]
+            if len(sample.expected) == 1
+            else ", ".join(sample.expected[:-1]) + f" and {sample.expected[-1]}"
+        )
+        assert right_answer(sample) == answer
+        ids = torch.tensor([sample.tokens + list(answer.encode())])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, :-1]
+        wanted = torch.nn.functional.cross_entropy(logits[len(sample.tokens) - 1 :], ids[0, len(sample.tokens) :])
+        assert loss == pytest.approx(float(wanted), rel=1e-5)
+        assert score(sample.task, answer, sample.expected).exact
 
 
 class Oracle(torch.nn.Module):
@@ -104,7 +132,7 @@ def test_a_row_is_cut_where_its_own_room_ends():
 
 
 def test_the_command_leaves_rows_cells_and_a_plot(checkpoints, tmp_path, capsys):
-    arguments = ["eval", "needle", *checkpoints, "-o", str(tmp_path), "-t", "niah_single_1", "-t", "niah_multivalue"]
+    arguments = ["eval", "needle", *checkpoints, "-o", str(tmp_path), "-t", "niah_single_1,niah_multivalue"]
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--lengths", "700", "--depths", "0,100", "--samples", "2", "--device", "cpu"])
     assert not ended.value.code and "Needles found" in capsys.readouterr().out

@@ -53,7 +53,7 @@ def test_every_run_is_a_row_and_none_runs_twice(tmp_path, monkeypatch):
     assert list(by_pairs) == [1, 2] and plain.test_accuracy == pytest.approx(sum(by_pairs.values()) / 2, abs=1e-6)
     assert by_pairs[1] * 12 == pytest.approx(round(by_pairs[1] * 12), abs=1e-4)
 
-    monkeypatch.setattr(sweep, "train_one", lambda *_: pytest.fail("ran again"))
+    monkeypatch.setattr(sweep, "train_together", lambda *_: pytest.fail("ran again"))
     assert run_sweep(SweepConfig(**small()), tmp_path, "cpu") == rows
     assert len(run_sweep(SweepConfig(**small(seeds=[1])), tmp_path, "cpu")) == 3
 
@@ -85,10 +85,50 @@ def test_no_run_begins_after_the_time_is_over(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
     config = SweepConfig(**small(models={"softmax": small()["models"]["softmax"]}, seeds=[0, 1, 2, 3, 4]))
     rows = run_sweep(config, tmp_path, "cpu", workers, seconds=150)
-    assert len(rows) in ((1,) if workers == 1 else (3, 4))  # two that end at once are followed by two
+    assert len(rows) == workers
     assert len(run_sweep(config, tmp_path, "cpu")) == 5 == len(read_rows(tmp_path / "sweep.csv"))
     with pytest.raises(ValueError, match="seconds: got 0"):
         run_sweep(config, tmp_path, "cpu", seconds=0)
+
+
+def test_what_would_not_be_done_in_time_is_given_up(tmp_path, monkeypatch):
+    """A second passes with every look at the clock: the speed is known at the second report."""
+    looks = iter(range(10_000))
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: next(looks), perf_counter=time.perf_counter))
+    values = small(models={"softmax": small()["models"]["softmax"]})
+    values["train"] = {**values["train"], "log_every": 1, "steps": 20}
+    told = []
+    rows = run_sweep(SweepConfig(**values), tmp_path, "cpu", seconds=15, on_progress=lambda runs, _: told.append(runs))
+    assert rows == [] and len(told) < 20 and read_rows(tmp_path / "sweep.csv") == []
+    looks = iter(range(10_000))
+    rows = run_sweep(SweepConfig(**values), tmp_path, "cpu", seconds=30)
+    assert [row.steps for row in rows] == [20]
+
+
+def test_runs_that_are_computed_together_give_the_same_rows(tmp_path):
+    values = small(learning_rates=[0.01, 0.02], together=3)
+    together = run_sweep(SweepConfig(**values), tmp_path / "together", "cpu")
+    alone = run_sweep(SweepConfig(**values), tmp_path / "alone", "cpu", together=1)
+    assert [row.together for row in together] == [3, 3, 3, 1] * 3 and {row.together for row in alone} == {1}
+    for one, other in zip(together, alone, strict=True):
+        assert one.key == other.key and one.loss == pytest.approx(other.loss, rel=1e-5)
+        assert one.test_by_pairs == other.test_by_pairs
+    # groups are of what is missing
+    path = tmp_path / "together" / "sweep.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for number, line in enumerate(lines) if number not in (2, 4)))
+    again = run_sweep(SweepConfig(**values), tmp_path / "together", "cpu")
+    assert [row.key for row in again] == [row.key for row in together]
+    assert [row.together for row in again[:4]] == [3, 2, 3, 2]
+
+
+def test_one_of_several_runs_that_diverges_is_a_row_beside_the_others(tmp_path):
+    values = small(models={"softmax": small()["models"]["softmax"]}, learning_rates=[1e30, 0.01], seeds=[0], together=2)
+    values["train"] = {**values["train"], "log_every": 1, "steps": 3, "gradient_clip": 0}
+    bad, good = run_sweep(SweepConfig(**values), tmp_path, "cpu")
+    assert (bad.status, good.status, good.steps) == (DIVERGED, "finished", 3) and bad.steps < 3
+    (alone,) = run_sweep(SweepConfig(**{**values, "learning_rates": [0.01]}), tmp_path / "alone", "cpu")
+    assert good.loss == pytest.approx(alone.loss, rel=1e-5)
 
 
 def test_diverged_and_failed_runs_are_rows_too(tmp_path, monkeypatch):
@@ -187,7 +227,7 @@ def test_files_are_checked_by_name(tmp_path):
         SweepConfig.from_file(path)
 
 
-@pytest.mark.parametrize("name", ["mqar.yaml", "mqar-tiny.yaml"])
+@pytest.mark.parametrize("name", ["mqar.yaml", "mqar-long.yaml", "mqar-small.yaml", "mqar-tiny.yaml"])
 def test_committed_files_can_be_read_and_their_twins_differ_in_levels_alone(name):
     config = SweepConfig.from_file(ROOT / "experiments" / name)
     runs = config.runs()

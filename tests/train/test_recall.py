@@ -13,6 +13,7 @@ from loglinear.train.recall import (
     RecallRun,
     answer,
     answer_logits,
+    answer_loss,
     examination,
     mean_accuracy,
     new_model,
@@ -72,6 +73,49 @@ def test_a_step_is_adamw_on_the_clipped_gradient():
         run.advance()
     for (name, weight), other in zip(run.model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_loss_and_its_gradients_are_those_of_cross_entropy(dtype):
+    hidden, weight = torch.randn(9, 5, dtype=dtype), torch.randn(7, 5, dtype=dtype)
+    answers = torch.tensor([3, NO_ANSWER, 0, 6, NO_ANSWER, 6, 2, 2, NO_ANSWER])
+    found = []
+    for loss_of in (
+        lambda hidden, weight: answer_loss(hidden, weight, answers, dtype),
+        lambda hidden, weight: F.cross_entropy(hidden @ weight.T, answers, ignore_index=NO_ANSWER),
+    ):
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+        loss = loss_of(*leaves)
+        found.append([loss, *torch.autograd.grad(3 * loss, leaves)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_places_of_fixed_number_have_the_same_answers():
+    """What a graph is captured with: as many places in every step, those that are left without an answer."""
+    config = config_of(rows=5, steps=300)
+    loose, fixed = run_of(config), run_of(config)
+    fixed.fixed_shapes = True
+    counts = set()
+    for step in (0, 1, 203, 299):
+        one, other = loose.questions_of(step), fixed.questions_of(step)
+        assert len(other.answers) == fixed.most_answers <= 10
+        counts.add(len(one.answers))
+        assert torch.equal(one.inputs, other.inputs)
+        assert torch.equal(one.places, other.places[: len(one.places)])
+        assert torch.equal(one.answers, other.answers[: len(one.answers)])
+        assert (other.answers[len(one.answers) :] == NO_ANSWER).all()
+        batch = loose._rows_of(step)
+        keys = batch.inputs.gather(1, batch.queries)[batch.answers != NO_ANSWER]
+        assert torch.equal(batch.inputs.flatten()[one.places], keys)
+    assert len(counts) > 1
+    assert fixed.most_answers == max(int(loose._rows_of(step).pairs.sum()) for step in range(300))
+    for run in (loose, fixed):
+        for _ in range(3):
+            run.advance()
+    assert loose.progress().loss == pytest.approx(fixed.progress().loss, rel=1e-6)
+    for one, other in zip(loose.weights, fixed.weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_it_learns():
@@ -152,16 +196,16 @@ def test_a_step_that_is_not_finite_is_not_taken(tmp_path, monkeypatch):
     good = run_of(config)
     for _ in range(3):
         good.advance()
-    rows_of = RecallRun._rows_of
+    questions_of = RecallRun.questions_of
 
     def poisoned(self, step):
         if step == 3:
             with torch.no_grad():
                 self.gradients[0].fill_(0)
             self.model.model.norm.weight.register_hook(lambda gradient: gradient * torch.nan)
-        return rows_of(self, step)
+        return questions_of(self, step)
 
-    monkeypatch.setattr(RecallRun, "_rows_of", poisoned)
+    monkeypatch.setattr(RecallRun, "questions_of", poisoned)
     with pytest.raises(NonFiniteError, match="step 4 was not finite.*the last good step, 3, is saved"):
         train(config)
     saved = weights_of(LogLinearForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-3"))

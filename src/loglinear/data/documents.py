@@ -6,6 +6,7 @@ A source is a string:
                                          text file
     corpus.jsonl, corpus.parquet         one document per line or row, in the field `text_field`
     stdlib                               the source of the running Python's standard library, no download
+    package:NAME                         the source of an installed Python package, no download
     hub:OWNER/NAME                       a data set of the Hugging Face hub (needs the `datasets` package)
 
 Text files and JSONL may be compressed with gzip (`.gz` after the suffix).
@@ -14,6 +15,7 @@ Text files and JSONL may be compressed with gzip (`.gz` after the suffix).
 import glob
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import sysconfig
@@ -31,6 +33,7 @@ JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 PARQUET_SUFFIXES = frozenset({".parquet"})
 KNOWN_SUFFIXES = TEXT_SUFFIXES | JSONL_SUFFIXES | PARQUET_SUFFIXES
 STANDARD_LIBRARY = "stdlib"
+PACKAGE_PREFIX = "package:"
 HUB_PREFIX = "hub:"
 TEXT_FIELD = "text"
 HUB_SPLIT = "train"
@@ -205,6 +208,8 @@ def standard_library() -> Documents:
 def _files(source: str) -> list[Path]:
     if source == STANDARD_LIBRARY:
         return _standard_library_files()
+    if source.startswith(PACKAGE_PREFIX):
+        return _package_files(source.removeprefix(PACKAGE_PREFIX))
     path = Path(source).expanduser()
     if path.is_file():
         if _suffix(path) not in KNOWN_SUFFIXES:
@@ -228,7 +233,7 @@ def _files(source: str) -> list[Path]:
         return [file.resolve() for file in files]
     hint = f" (for a data set of the hub write {HUB_PREFIX}{source})" if source.count("/") == 1 else ""
     raise FileNotFoundError(
-        f"got the data source {source!r}, wanted an existing file, directory or glob, or 'stdlib'{hint}"
+        f"got the data source {source!r}, wanted an existing file, directory or glob, 'stdlib' or 'package:NAME'{hint}"
     )
 
 
@@ -245,11 +250,28 @@ def _readable(paths: Iterator[Path], root: Path) -> list[Path]:
 
 def _standard_library_files() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    files = [path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts)]
+    files = _python_files(root)
     if not files:
         raise FileNotFoundError(f"this Python keeps no source of its standard library in {root}; name another corpus")
     return files
+
+
+def _package_files(name: str) -> list[Path]:
+    try:
+        found = importlib.util.find_spec(name)  # imports nothing but what the package lies in
+    except (ImportError, ValueError):
+        found = None
+    roots = [] if found is None else [Path(root) for root in found.submodule_search_locations or ()]
+    files = [file.resolve() for root in roots for file in _python_files(root)]
+    if not files:
+        raise FileNotFoundError(f"got {PACKAGE_PREFIX}{name}, wanted an installed Python package with its source")
+    return files
+
+
+def _python_files(root: Path) -> list[Path]:
+    """Source below a folder, without tests and without what is installed in it."""
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    return [path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts)]
 
 
 def _suffix(path: Path) -> str:

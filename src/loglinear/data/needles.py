@@ -13,7 +13,7 @@ import itertools
 import random
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -56,6 +56,8 @@ NEEDLE_TASKS = {
     "niah_multivalue": NeedleTask("text", each=4),
     "niah_multiquery": NeedleTask("text", hidden=4, asked=4),
 }
+
+_TRAINING_SEEDS = 1_000_000  # and above; those of evaluations are below
 
 _REPEATED = (
     "The river runs past the mill.",
@@ -269,6 +271,36 @@ def _distinct(make: Callable[[], str], count: int) -> list[str]:
 def _listed(names: Sequence[str]) -> str:
     """a; a and b; a, b and c."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def right_answer(sample: NeedleSample) -> str:
+    """What follows a prompt that is answered right, up to the last value: a blank, then the values."""
+    return f" {_listed(sample.expected)}"
+
+
+def training_documents(
+    haystack: Haystack, tasks: Sequence[str], lengths: Sequence[int], tokens: int, seed: int = 0
+) -> Iterator[str]:
+    """Texts to learn the tasks from: prompts with their right answers, of `tokens` tokens at least together.
+
+    Each length has as many tokens in all as every other, so that short texts are many; tasks and depths are drawn
+    evenly. The seeds are none of those that samples are evaluated with.
+
+    Raises:
+        ValueError: as `Haystack.sample`, or nothing to make.
+    """
+    if not tasks or not lengths:
+        raise ValueError(f"needles to train on: got tasks {[*tasks]} and lengths {[*lengths]}, wanted some of both")
+    draw = random.Random(f"needles to train on {seed}")
+    weights = [1 / length for length in lengths]
+    for number in itertools.count():
+        if tokens <= 0:
+            return
+        (length,) = draw.choices(lengths, weights)
+        sample = haystack.sample(draw.choice(tasks), length, draw.random(), number, _TRAINING_SEEDS + seed)
+        text = f"{sample.prompt}{right_answer(sample)}.\n"
+        tokens -= len(haystack.encode(text))
+        yield text
 
 
 @dataclass(frozen=True)

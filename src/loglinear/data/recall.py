@@ -149,6 +149,18 @@ def stream_seed(stream: Literal["training", "validation", "test"], seed: int, pa
     return int.from_bytes(digest, "big")
 
 
+def _draw_pairs(task: RecallTask, count: int, generator: torch.Generator) -> Tensor:
+    """Numbers of pairs `[N]`: the first that is drawn of a batch."""
+    choices = torch.tensor(task.pairs, device=generator.device)
+    drawn = torch.randint(0, len(task.pairs), (count,), generator=generator, device=generator.device)
+    return choices[drawn]
+
+
+def pairs_of(task: RecallTask, count: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """The `pairs` of `recall_batch` with the same arguments, without making the sequences."""
+    return _draw_pairs(task, count, torch.Generator(device).manual_seed(seed))
+
+
 def recall_batch(task: RecallTask, count: int, seed: int, device: torch.device | str = "cpu") -> RecallBatch:
     """`count` sequences, made on `device` without a loop over them. The same seed gives the same ones on the same kind
     of device.
@@ -171,8 +183,7 @@ def recall_batch(task: RecallTask, count: int, seed: int, device: torch.device |
         return torch.randint(low, high, shape, generator=generator, device=device)
 
     most, half = max(task.pairs), task.vocabulary // 2
-    choices = torch.tensor(task.pairs, device=device)
-    pairs = choices[integers(0, len(task.pairs), count)]
+    pairs = _draw_pairs(task, count, generator)
     pair = torch.arange(most, device=device)
     present = pair < pairs[:, None]  # [N, P]
 

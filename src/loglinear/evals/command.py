@@ -1,4 +1,4 @@
-"""What the commands of `loglinear eval`, `loglinear sweep` and `loglinear inspect` do: choose, compute, print, and
+"""What the commands of `loglinear eval`, `sweep`, `compare`, `results` and `inspect` do: choose, compute, print, and
 leave files.
 """
 
@@ -14,17 +14,19 @@ from rich.table import Table
 from loglinear import fenwick, plots
 from loglinear.data import ByteTokenizer, load_tokenizer
 from loglinear.data.tokenizers import encode_prompt
-from loglinear.evals import harness, inspection, needle, position_loss, recall, sweep
+from loglinear.evals import comparison, harness, inspection, needle, position_loss, recall, results, sweep
 from loglinear.folders import check_output_folder
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.train import load_checkpoint, resolve_checkpoint
 from loglinear.train.checkpoints import choose_device
+from loglinear.train.recall import Progress
 from loglinear.train.reporting import Clock, duration
 
 
 def print_table(console: Console, title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     """Prints a table whose first column is text and whose others are numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    console.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)  # as wide as it is, not the table
+    table = Table()
     for number, column in enumerate(header):
         table.add_column(column, justify="left" if number == 0 else "right")
     for line in lines:
@@ -174,6 +176,7 @@ def run_sweep(
     device: str = "auto",
     workers: int | None = None,
     seconds: float | None = None,
+    together: int | None = None,
     console: Console | None = None,
 ) -> list[sweep.SweepSummary]:
     """Trains what a file describes (see `sweep.run_sweep`), says each run as it ends, prints the table, writes CSV and
@@ -188,12 +191,13 @@ def run_sweep(
     clock, first = Clock(), dict[str, int]()
 
     def tell(row: sweep.SweepRow, done: int, runs: int) -> None:
-        first.setdefault("before", done - 1)
+        first.setdefault("before", done - row.together)
         seconds = clock.seconds
         left = (runs - done) * seconds / (done - first["before"])
         what = f"{row.status}: {row.message}"
         if row.validation_accuracy is not None:
             what = f"validation {row.validation_accuracy:.1%}, {row.steps_per_second:.1f} steps/s ({row.step_runs})"
+            what += f" of {row.together} together" if row.together > 1 else ""
         console.print(
             f"{done}/{runs} · {row.model}, width {row.width}, pairs {row.pairs}, rate {row.learning_rate:g}, "
             f"seed {row.seed} · {what} · {duration(left)} left",
@@ -202,7 +206,22 @@ def run_sweep(
             soft_wrap=True,
         )
 
-    rows = sweep.run_sweep(config, output, device, workers, tell, seconds)
+    told = [0.0]
+
+    def tell_progress(runs: Sequence[sweep.SweepRun], progress: Progress) -> None:
+        if clock.seconds - told[0] < 15:
+            return
+        told[0] = clock.seconds
+        first, several = runs[0], f", {len(runs)} together" if len(runs) > 1 else ""
+        console.print(
+            f"{first.model.name}, width {first.width}{several}: step {progress.steps:,} of {first.training.steps:,}, "
+            f"loss {progress.loss:.3f}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+    rows = sweep.run_sweep(config, output, device, workers, tell, seconds, together, tell_progress)
     summaries = sweep.summarize(rows)
     failed = [row for row in rows if row.status == sweep.FAILED]
     written = [output / sweep.ROWS_FILE]
@@ -218,6 +237,72 @@ def run_sweep(
     for path in written:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return summaries
+
+
+def run_comparison(
+    file: str | Path,
+    output: str | Path,
+    work: str | Path | None = None,
+    device: str = "auto",
+    seconds: float | None = None,
+    console: Console | None = None,
+) -> list[comparison.ComparisonRow]:
+    """Trains and examines the models that a file describes (see `comparison.run_comparison`), says each run as it ends,
+    and prints the table.
+
+    Raises:
+        FileExistsError, PermissionError: a folder cannot be written.
+    """
+    config = comparison.ComparisonConfig.from_file(file)
+    work = Path("runs") / Path(file).stem if work is None else Path(work)
+    for folder in (output, work):
+        check_output_folder(folder)
+    console, output, clock = console or Console(), Path(output), Clock()
+
+    def begin(run: comparison.ComparisonRun, done: int, runs: int) -> None:
+        console.print(f"{done + 1}/{runs} · {run.model}, seed {run.seed} …", highlight=False, markup=False)
+
+    def tell(rows: list[comparison.ComparisonRow], done: int, runs: int) -> None:
+        end = rows[-1]
+        what = f"{end.status}: {end.detail}"
+        if end.status == comparison.FINISHED:
+            loss = next(row.value for row in rows if row.metric == "held_out_loss")
+            what = f"held-out loss {loss:.4f}, {duration(end.value or 0.0)}"
+        console.print(
+            f"{done}/{runs} · {end.model}, seed {end.seed} · {what} · {duration(clock.seconds)} so far",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+    rows = comparison.run_comparison(config, output, work, device, seconds, begin, tell)
+    if any(row.metric == "held_out_loss" for row in rows):
+        print_table(console, f"{config.title or Path(file).name}", *results.comparison_table(config, rows))
+        console.print("± one standard deviation over seeds", highlight=False)
+    ends = [row for row in rows if row.metric == "run"]
+    if left := len(config.runs()) - sum(row.status != comparison.FAILED for row in ends):
+        console.print(f"{left} runs are left: the same command goes on with them", highlight=False)
+    for row in ends:
+        if row.status == comparison.FAILED:
+            console.print(f"{row.model}, seed {row.seed} failed: {row.detail}", highlight=False, markup=False)
+    console.print(f"wrote {output / comparison.ROWS_FILE}", highlight=False, soft_wrap=True)
+    return rows
+
+
+def run_results(
+    experiments: str | Path, benchmarks: str | Path, output: str | Path, console: Console | None = None
+) -> list[Path]:
+    """Draws the page of results (see `results.write_page`) and says what was written.
+
+    Raises:
+        FileExistsError, PermissionError: the folder cannot be written.
+    """
+    check_output_folder(Path(output).parent)
+    console = console or Console()
+    written = results.write_page(experiments, benchmarks, output)
+    for path in written:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    return written
 
 
 def default_text() -> str:

@@ -7,6 +7,7 @@ T tokens, M model width, H heads, V value width, L levels
 import contextlib
 import copy
 import csv
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -476,7 +477,7 @@ def plot_level_shares(shares: Sequence[LevelShare], most_labels: int = 24) -> Fi
             image = axis.imshow(grid, cmap=colours, vmin=0, aspect="auto", interpolation="nearest")
             axis.grid(False)
             axis.set_title(title)
-            axis.set_xticks(_spread(levels, 8))
+            axis.set_xticks(_every(levels, 8))
             axis.set_xlabel("level")
             shown = _spread(len(heads), most_labels)
             axis.set_yticks(shown, [f"{heads[index][0]}.{heads[index][1]}" for index in shown])
@@ -514,6 +515,11 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
 
 
+def _every(count: int, most: int) -> range:
+    """At most `most` of `count` indices at equal distances from 0 on: ticks that can be counted through."""
+    return range(0, count, math.ceil(count / most))
+
+
 def plot_level_scales(scales: dict[int, np.ndarray], most_layers: int = 4, most_heads: int = 4) -> Figure:
     """λ as colour, by position (across) and level (up), for a few layers (rows) and heads (columns).
 
@@ -547,7 +553,7 @@ def plot_level_scales(scales: dict[int, np.ndarray], most_layers: int = 4, most_
             )
             axis.grid(False)
             axis.set_title(f"layer {layer}, head {head}", fontsize=9)
-            axis.set_yticks(_spread(levels, 6))
+            axis.set_yticks(_every(levels, 6))
             if column == 0:
                 axis.set_ylabel("level")
             if row == len(layers) - 1:

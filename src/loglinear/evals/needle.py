@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from loglinear import plots
 from loglinear.data import encode_prompt
-from loglinear.data.needles import NEEDLE_TASKS, Haystack, NeedleSample, read_haystack, score
-from loglinear.evals.position_loss import labels_of, write_table
-from loglinear.models import LogLinearConfig
+from loglinear.data.needles import NEEDLE_TASKS, Haystack, NeedleSample, read_haystack, right_answer, score
+from loglinear.evals.position_loss import document_losses, labels_of, write_table
+from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.train import load_checkpoint, resolve_checkpoint
 from loglinear.train.reporting import quiet_transformers
 
@@ -160,13 +161,31 @@ def answers(
             pad_token_id=pad,
         )
         inputs, seen = ids.to(device), mask.to(device)
-        output = cast(Any, model).generate(inputs, attention_mask=seen, generation_config=settings)[:, width:].cpu()
+        with quiet_transformers():  # which warns of texts beyond the model's length: they are meant
+            output = cast(Any, model).generate(inputs, attention_mask=seen, generation_config=settings)[:, width:].cpu()
         for row, sample in zip(output, batch, strict=True):
             # Rows of a batch end together; each is judged by what its own sample has room for.
             found.append(str(tokenizer.decode(row[: sample.answer_tokens].tolist(), skip_special_tokens=True)))
         if on_batch is not None:
             on_batch(len(found))
     return found
+
+
+@torch.no_grad()
+def answer_losses(
+    model: LogLinearForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[NeedleSample],
+    tokens_per_batch: int = 65_536,
+) -> list[float]:
+    """Mean loss of the tokens of the right answer, in nats per token, where a model is told it: says more than exact
+    answers while there are few of them. For models of this library, in evaluation mode.
+    """
+    texts = [sample.prompt + right_answer(sample) for sample in samples]
+    documents = [np.asarray(encode_prompt(tokenizer, text)) for text in texts]
+    longest = max(len(document) for document in documents)
+    losses = document_losses(model, documents, longest, tokens_per_batch)
+    return [float(loss[len(sample.tokens) - 1 :].mean()) for loss, sample in zip(losses, samples, strict=True)]
 
 
 def _batches(samples: Sequence[NeedleSample], tokens_per_batch: int) -> Iterator[list[NeedleSample]]:
@@ -242,7 +261,7 @@ def plot(cells: Sequence[NeedleCell], most_annotated: int = 12) -> Figure:
     depths = sorted({cell.depth for cell in cells if cell.depth is not None})
     found = {(cell.model, cell.task, cell.length, cell.depth): cell.accuracy for cell in cells}
     with plots.style():
-        width, height = max(2.6, 0.55 * len(lengths) + 1.4), max(1.8, 0.3 * len(depths) + 1.1)
+        width, height = max(2.6, 0.55 * len(lengths) + 1.4), max(2.0, 0.3 * len(depths) + 1.3)
         figure, axes = plots.new_figure(len(tasks), len(models), width, height)
         image = None
         for number, axis in enumerate(axes):
@@ -256,7 +275,7 @@ def plot(cells: Sequence[NeedleCell], most_annotated: int = 12) -> Figure:
                             ink = "white" if value < 60 else "black"
                             axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=8)
             axis.grid(False)
-            axis.set_title(f"{model}: {task}", fontsize=9)
+            axis.set_title(f"{model}\n{task}", fontsize=9)
             axis.set_xticks(range(len(lengths)), [plots.format_tokens(length) for length in lengths])
             axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths])
             if number % len(models) == 0:

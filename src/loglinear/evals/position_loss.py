@@ -332,6 +332,7 @@ def plot(result: PositionLossResult, unit: str = "nats per token") -> Figure:
             for index, name in enumerate(names)
         ]
         plots.draw_series(axes[0], lines)
+        plots.follow_lines(axes[0], lines)
         axes[0].set_ylabel(f"loss ({unit})")
         axes[0].set_title(f"Loss by position, {documents} documents")
         _position_axis(axes[0], result)
@@ -344,6 +345,7 @@ def plot(result: PositionLossResult, unit: str = "nats per token") -> Figure:
             ]
             axes[1].axhline(0, color="#555555", linewidth=1)
             plots.draw_series(axes[1], lines)
+            plots.follow_lines(axes[1], lines)
             axes[1].set_ylabel(f"difference ({unit})")
             axes[1].set_title(f"Difference from {names[0]} on the same tokens")
             _position_axis(axes[1], result)

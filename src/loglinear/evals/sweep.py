@@ -10,8 +10,8 @@ sequences; what is reported is the accuracy of those runs on the test sequences,
 was not finite counts as an accuracy of zero in both.
 """
 
-import csv
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import statistics
 import time
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -34,10 +33,12 @@ from matplotlib.figure import Figure
 from loglinear import plots
 from loglinear.bench.rows import environment
 from loglinear.data.recall import RecallTask
+from loglinear.evals import rowfile
 from loglinear.models import LogLinearConfig
 from loglinear.train.checkpoints import choose_device
 from loglinear.train.config import TrainConfig, read_mapping
 from loglinear.train.recall import Progress, RecallRun, examination, mean_accuracy, new_model
+from loglinear.train.recall_together import RunsTogether
 
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 ROWS_FILE, SUMMARY_FILE, PLOT_FILE = "sweep.csv", "sweep_summary.csv", "sweep.png"
@@ -85,6 +86,10 @@ class SweepConfig:
             `task_options` are those of the task but for the pairs.
         validation_sequences, test_sequences: of each number of pairs.
         workers: trainings side by side, each a process of its own (1: none but this).
+        together: runs of one model, width and task, which differ in learning rate and seed, that are computed together
+            at most (`loglinear.train.recall_together`); each of them is what it is alone.
+        title, about, conclusion: what the page of results says of it.
+        paper: figures of a paper to be shown beside: model -> width -> text.
 
     Raises:
         ValueError, TypeError: a key that is unknown or missing, a value that cannot be, or a model that cannot be made.
@@ -99,6 +104,11 @@ class SweepConfig:
     validation_sequences: int = 500
     test_sequences: int = 1000
     workers: int = 1
+    together: int = 1
+    title: str = ""
+    about: str = ""
+    conclusion: str = ""
+    paper: dict[str, dict[int, str]] = field(default_factory=dict)
 
     def __post_init__(self):
         for name in ("models", "train"):
@@ -110,7 +120,7 @@ class SweepConfig:
             object.__setattr__(self, name, _numbers(name, getattr(self, name), kind))
         if not isinstance(self.pairs, list) or not self.pairs:
             raise ValueError(f"pairs: got {self.pairs!r}, wanted a list of numbers, or of lists for mixtures")
-        for name in ("validation_sequences", "test_sequences", "workers"):
+        for name in ("validation_sequences", "test_sequences", "workers", "together"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: got {value!r}, wanted a whole number of at least 1")
@@ -119,6 +129,9 @@ class SweepConfig:
                 raise ValueError(f"train: got {name}, which is not for all runs; wanted options that they share")
         if "pairs" in self.train.get("task_options", {}):
             raise ValueError("train: got task_options.pairs, wanted the pairs of the sweep")
+        unknown = [name for name in self.paper if name not in self.models]
+        if unknown:
+            raise ValueError(f"paper: got {unknown[0]!r}, wanted names of models: {', '.join(map(str, self.models))}")
         named = [str(model) for model in self.models]
         object.__setattr__(self, "models", dict(zip(named, self.models.values(), strict=True)))
         for run in self.runs():
@@ -137,7 +150,8 @@ class SweepConfig:
         unknown = [name for name in values if name not in known]
         if unknown:
             raise ValueError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(known)}")
-        missing = [name for name, one in known.items() if name not in values and one.default is dataclasses.MISSING]
+        wanted = ("models", "widths", "pairs", "learning_rates", "seeds", "train")
+        missing = [name for name in wanted if name not in values]
         if missing:
             raise ValueError(f"{path}: got no {', '.join(missing)}, wanted {'it' if len(missing) == 1 else 'them'}")
         return cls(**values)
@@ -244,7 +258,8 @@ class SweepRow:
     `kv_cache_bytes` is the cache of attention layers at the task's length. `status` is "finished", "diverged" (a step
     was not finite; `steps` counts those before) or "failed" (`message` says how; it is tried again). Accuracies are
     shares of queries: the mean over numbers of pairs, and by number as `pairs:accuracy`. `step_runs` says whether a
-    step was a CUDA "graph" or "eager".
+    step was a CUDA "graph" or "eager", and "compiled" where it was; `together` how many runs were computed at once:
+    `seconds` and `steps_per_second` are those of all of them.
     """
 
     model: str
@@ -276,6 +291,7 @@ class SweepRow:
     seconds: float = 0.0
     steps_per_second: float = 0.0
     step_runs: str = ""
+    together: int = 1
     device: str = ""
     torch: str = ""
     loglinear: str = ""
@@ -298,126 +314,119 @@ class SweepRow:
         return {int(pairs): float(share) for pairs, share in (cell.split(":") for cell in cells)}
 
 
-COLUMNS = tuple(one.name for one in fields(SweepRow))
-
-
 def read_rows(path: str | Path) -> list[SweepRow]:
     """The rows of a sweep so far; a last line that was cut off while it was written is left out.
 
     Raises:
         ValueError: the file has other columns.
     """
-    path = Path(path)
-    if not path.is_file():
-        return []
-    whole = path.read_text(encoding="utf-8")
-    lines = whole[: whole.rfind("\n") + 1].splitlines(keepends=True)
-    if not lines:
-        return []
-    reader = csv.DictReader(lines)
-    if tuple(reader.fieldnames or ()) != COLUMNS:
-        raise ValueError(f"{path}: got the columns {', '.join(reader.fieldnames or ())}, wanted {', '.join(COLUMNS)}")
-    hints = typing.get_type_hints(SweepRow)
-    return [SweepRow(**{name: _value(cell, hints[name]) for name, cell in line.items()}) for line in reader]
+    return rowfile.read_rows(path, SweepRow)
 
 
-def _value(cell: str, kind: Any) -> Any:
-    optional = kind not in (str, int, float)
-    if optional:
-        return None if cell == "" else float(cell)
-    return kind(cell)
+def train_together(
+    runs: Sequence[SweepRun],
+    device: str = "auto",
+    deadline: float = math.inf,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> list[SweepRow]:
+    """Trains and examines runs that differ in learning rate and seed alone. What goes wrong in them becomes rows that
+    say so.
 
-
-class RowFile:
-    """The CSV of a sweep, to which each run is appended as it ends."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        rows = read_rows(path)
-        if not path.is_file() or not path.read_bytes().endswith(b"\n"):  # new, or cut off in a line
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file, lineterminator="\n").writerow(COLUMNS)
-                self._write(file, rows)
-
-    def append(self, row: SweepRow) -> None:
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            self._write(file, [row])
-
-    @staticmethod
-    def _write(file: typing.IO[str], rows: Sequence[SweepRow]) -> None:
-        writer = csv.writer(file, lineterminator="\n")
-        for row in rows:
-            writer.writerow(["" if cell is None else cell for cell in dataclasses.astuple(row)])
-
-
-def train_one(run: SweepRun, device: str = "auto", on_progress: Callable[[Progress], None] | None = None) -> SweepRow:
-    """Trains and examines one model. What goes wrong in it becomes a row that says so."""
-    place, dtype = choose_device(device, run.training.precision)
-    config = run.model_config()
-    cost = config.cost(run.task.length, torch.float32)
+    Args:
+        runs: computed together; a single one as it is.
+        device: "auto", "cpu" or "cuda".
+        deadline: on the monotonic clock. Runs whose training would not be over by then are given up as soon as their
+            speed shows it: no rows.
+        on_progress: called with the progress of the first run at its reports.
+    """
+    place, dtype = choose_device(device, runs[0].training.precision)
+    config = runs[0].model_config()
+    cost = config.cost(runs[0].task.length, torch.float32)
     where = environment(place)
-    attends = "attention" in config.mixers
     levels = config.num_levels or 0
-    row = SweepRow(
-        **run.settings(),
-        mixer=config.mixer,
-        layers=config.num_hidden_layers,
-        num_levels=levels,
-        parameters=cost.parameters,
-        state_bytes=cost.state_bytes,
-        state_bytes_one_level=cost.state_bytes // levels if levels else 0,
-        occupied_state_bytes=cost.occupied_state_bytes,
-        conv_bytes=cost.conv_bytes,
-        kv_cache_bytes=cost.kv_cache_bytes if attends else 0,
-        device=where.device,
-        torch=where.torch,
-        loglinear=where.loglinear,
-        date=where.date,
-    )
+    rows = [
+        SweepRow(
+            **run.settings(),
+            mixer=config.mixer,
+            layers=config.num_hidden_layers,
+            num_levels=levels,
+            parameters=cost.parameters,
+            state_bytes=cost.state_bytes,
+            state_bytes_one_level=cost.state_bytes // levels if levels else 0,
+            occupied_state_bytes=cost.occupied_state_bytes,
+            conv_bytes=cost.conv_bytes,
+            kv_cache_bytes=cost.kv_cache_bytes if "attention" in config.mixers else 0,
+            together=len(runs),
+            device=where.device,
+            torch=where.torch,
+            loglinear=where.loglinear,
+            date=where.date,
+        )
+        for run in runs
+    ]
     try:
-        return _trained(run, row, config, place, dtype, on_progress)
-    except Exception as error:  # one run must not end the others: its row says what happened
-        logging.getLogger(__name__).debug("a run failed", exc_info=True)
+        return _trained(runs, rows, config, place, dtype, deadline, on_progress)
+    except Exception as error:  # these runs must not end the others: their rows say what happened
+        logging.getLogger(__name__).debug("runs failed", exc_info=True)
         message = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        return dataclasses.replace(row, status=FAILED, message=message)
+        return [dataclasses.replace(row, status=FAILED, message=message) for row in rows]
 
 
 def _trained(
-    run: SweepRun,
-    row: SweepRow,
+    runs: Sequence[SweepRun],
+    rows: Sequence[SweepRow],
     config: LogLinearConfig,
     place: torch.device,
     dtype: torch.dtype,
+    deadline: float,
     on_progress: Callable[[Progress], None] | None,
-) -> SweepRow:
-    training, task = run.training, run.task
-    assert training.steps is not None
-    learner = RecallRun(training, task, new_model(config, training.seed), place, dtype)
-    progress = Progress(0, math.nan, math.nan, True)
-    begin = time.perf_counter()
-    while progress.finite and learner.step < training.steps:
-        learner.advance()
-        if learner.step % training.log_every == 0 or learner.step == training.steps:
-            progress = learner.progress(progress.steps)
-            if on_progress is not None:
-                on_progress(progress)
+) -> list[SweepRow]:
+    task, steps, every = runs[0].task, runs[0].training.steps, runs[0].training.log_every
+    assert steps is not None
+    learners = [RecallRun(run.training, task, new_model(config, run.training.seed), place, dtype) for run in runs]
+    together = learners[0] if len(learners) == 1 else RunsTogether(learners)
+    progress = [Progress(0, math.nan, math.nan, True) for _ in runs]
+    begin, first_report = time.perf_counter(), None
+    while together.step < steps and any(one.finite for one in progress):
+        together.advance()
+        if together.step % every and together.step < steps:
+            continue
+        progress = [
+            learner.progress(before.steps) if before.finite else before
+            for learner, before in zip(learners, progress, strict=True)
+        ]
+        if on_progress is not None:
+            on_progress(progress[0])
+        now = time.monotonic()
+        if first_report is None:  # what comes before is slower: kernels and graphs are made
+            first_report = together.step, now
+        since = together.step - first_report[0]
+        left = (steps - together.step) * (now - first_report[1]) / since if since else 0.0
+        if together.step < steps and now + left > deadline:
+            return []
     seconds = time.perf_counter() - begin
-    done = {
-        "steps": progress.steps,
-        "loss": progress.loss if math.isfinite(progress.loss) else None,
+    shared = {
         "seconds": round(seconds, 3),
-        "steps_per_second": round(learner.step / seconds, 2),
-        "step_runs": learner.how,
+        "steps_per_second": round(together.step / seconds, 2),
+        "step_runs": together.how,
     }
-    if not progress.finite:
-        what = f"step {progress.steps + 1} was not finite"
-        return dataclasses.replace(row, **done, status=DIVERGED, message=what)
-    for stream, sequences in (("validation", run.validation_sequences), ("test", run.test_sequences)):
-        by_pairs, _ = mean_accuracy(learner.model, examination(task, stream, sequences), dtype)
-        done[f"{stream}_accuracy"] = round(statistics.fmean(by_pairs.values()), 6)
-        done[f"{stream}_by_pairs"] = " ".join(f"{pairs}:{share:.6f}" for pairs, share in by_pairs.items())
-    return dataclasses.replace(row, **done)
+    examinations = {
+        "validation": examination(task, "validation", runs[0].validation_sequences),
+        "test": examination(task, "test", runs[0].test_sequences),
+    }
+    found = []
+    for row, learner, last in zip(rows, learners, progress, strict=True):
+        done = {**shared, "steps": last.steps, "loss": last.loss if math.isfinite(last.loss) else None}
+        if not last.finite:
+            what = f"step {last.steps + 1} was not finite"
+            found.append(dataclasses.replace(row, **done, status=DIVERGED, message=what))
+            continue
+        for stream, batches in examinations.items():
+            by_pairs, _ = mean_accuracy(learner.model, batches, dtype)
+            done[f"{stream}_accuracy"] = round(statistics.fmean(by_pairs.values()), 6)
+            done[f"{stream}_by_pairs"] = " ".join(f"{pairs}:{share:.6f}" for pairs, share in by_pairs.items())
+        found.append(dataclasses.replace(row, **done))
+    return found
 
 
 def run_sweep(
@@ -427,6 +436,8 @@ def run_sweep(
     workers: int | None = None,
     on_row: Callable[[SweepRow, int, int], None] | None = None,
     seconds: float | None = None,
+    together: int | None = None,
+    on_progress: Callable[[Sequence[SweepRun], Progress], None] | None = None,
 ) -> list[SweepRow]:
     """Trains what is not in the CSV of `output` yet; failed runs are tried again.
 
@@ -436,57 +447,87 @@ def run_sweep(
         device: "auto", "cpu" or "cuda".
         workers: trainings side by side; default: `config.workers`.
         on_row: called with each new row, how many of the runs are done, and how many there are.
-        seconds: begin no run after so many; those that are under way end. Default: all runs.
+        seconds: all training is over by then: runs that would take longer are not begun, or given up as soon as their
+            speed shows it. Examining those that are done comes on top. Default: all runs.
+        together: runs that are computed together; default: `config.together`.
+        on_progress: called at reports with the runs that are under way and the progress of the first of them; with
+            several workers, which are processes of their own, it is not.
 
     Returns:
         The rows of all runs of `config` that are done, in their order; the newest where there are several.
 
     Raises:
-        ValueError: a CSV with other columns, or fewer than one worker.
+        ValueError: a CSV with other columns, or fewer than one worker or run together.
         RuntimeError: a worker process died; the rows so far are kept.
     """
     workers = config.workers if workers is None else workers
-    if workers < 1:
-        raise ValueError(f"workers: got {workers}, wanted at least 1")
+    together = config.together if together is None else together
+    for name, value in (("workers", workers), ("together", together)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, wanted at least 1")
     if seconds is not None and not seconds > 0:
         raise ValueError(f"seconds: got {seconds}, wanted more than 0")
     choose_device(device)
     deadline = math.inf if seconds is None else time.monotonic() + seconds
     runs, path = config.runs(), Path(output) / ROWS_FILE
-    file = RowFile(path)
+    file = rowfile.RowFile(path, SweepRow)
     done = {row.key: row for row in read_rows(path) if row.status != FAILED}
-    waiting = [run for run in runs if run.key not in done]
-    finished = len(runs) - len(waiting)
+    waiting = groups_of([run for run in runs if run.key not in done], together)
+    finished = len(runs) - sum(map(len, waiting))
     newest = {row.key: row for row in read_rows(path)}
-    for row in _rows_of(waiting, device, min(workers, max(1, len(waiting))), deadline):
-        file.append(row)
-        newest[row.key] = row
-        finished += 1
-        if on_row is not None:
-            on_row(row, finished, len(runs))
+    for rows in _rows_of(waiting, device, min(workers, max(1, len(waiting))), deadline, on_progress):
+        finished += len(rows)
+        for row in rows:
+            file.append([row])
+            newest[row.key] = row
+            if on_row is not None:
+                on_row(row, finished, len(runs))
     return [newest[run.key] for run in runs if run.key in newest]
 
 
-def _rows_of(runs: Sequence[SweepRun], device: str, workers: int, deadline: float) -> Iterator[SweepRow]:
-    """The rows of runs as they end; none begins after the deadline (on the monotonic clock)."""
+def groups_of(runs: Sequence[SweepRun], most: int) -> list[list[SweepRun]]:
+    """Runs in their order, those of one model, width and task together, at most so many."""
+    groups: list[list[SweepRun]] = []
+    for run in runs:
+        last = groups[-1] if groups else []
+        alike = last and (run.model, run.width, run.task) == (last[0].model, last[0].width, last[0].task)
+        if alike and len(last) < most:
+            last.append(run)
+        else:
+            groups.append([run])
+    return groups
+
+
+def _rows_of(
+    groups: Sequence[Sequence[SweepRun]],
+    device: str,
+    workers: int,
+    deadline: float,
+    on_progress: Callable[[Sequence[SweepRun], Progress], None] | None = None,
+) -> Iterator[list[SweepRow]]:
+    """The rows of groups as they end; none begins after the deadline (on the monotonic clock)."""
     if workers == 1:
-        for run in runs:
+        for group in groups:
             if time.monotonic() > deadline:
                 return
-            yield train_one(run, device)
+            tell = None if on_progress is None else functools.partial(on_progress, group)
+            yield train_together(group, device, deadline, tell)
         return
     # A fresh interpreter each: a process that has used CUDA cannot be forked.
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // workers)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,))
-    waiting = iter(runs)
+    waiting = iter(groups)
     try:
-        under_way = {pool.submit(train_one, run, device) for run in itertools.islice(waiting, workers)}
+        under_way = {
+            pool.submit(train_together, group, device, deadline) for group in itertools.islice(waiting, workers)
+        }
         while under_way:
             ended, under_way = wait(under_way, return_when=FIRST_COMPLETED)
             if time.monotonic() <= deadline:
                 under_way = under_way.union(
-                    pool.submit(train_one, run, device) for run in itertools.islice(waiting, len(ended))
+                    pool.submit(train_together, group, device, deadline)
+                    for group in itertools.islice(waiting, len(ended))
                 )
             for future in ended:
                 yield future.result()

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from loglinear import fenwick
 from loglinear.fenwick import Index, Merge, Part, Plan, Reads
+from loglinear.ops import stacked
 from loglinear.ops.families import ChannelDecay, Factors, Matrix, Transition, factors, pick
 from loglinear.ops.packing import sequence_bounds, start_positions
 
@@ -35,11 +36,12 @@ def log_linear_attention_chunked(
     """The torch backend. Shapes as in `log_linear_attention`; returns o, buckets and positions (None unless asked for).
 
     Lengths and positions are read on the host (they decide the shapes of everything), which waits for the device when
-    `cu_seqlens` or the state's positions live there. Under `torch.compile` the call is one opaque operator.
+    `cu_seqlens` or the state's positions live there. Under `torch.compile` and `vmap` the call is one opaque operator.
     """
     buckets, positions = (None, None) if initial_state is None else initial_state[:2]  # settled at the door
     # where shapes are all there is: no plan is needed, and none may be cached that is made of such tensors
     opaque = torch.compiler.is_compiling() or isinstance(v, FakeTensor) or v.is_meta
+    opaque = opaque or stacked.is_mapped(q, k, v, level_scales, log_decay, beta)
     run = tree_attention_opaque if opaque else tree_attention
     return run(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, buckets, positions, return_state)
 
@@ -596,3 +598,4 @@ def _run_backward(ctx, grad_o, grad_final, _):
 
 
 _forward_op.register_autograd(_run_backward, setup_context=_keep_inputs)
+stacked.register(_forward_op)

@@ -53,7 +53,7 @@ class TrainConfig:
         "Data",
         lambda: ["stdlib"],
         "Training text: a file, directory or glob (text, .jsonl, .parquet), 'stdlib' (the source of Python's "
-        "standard library), or 'hub:OWNER/NAME'. Repeat for several.",
+        "standard library), 'package:NAME' (that of an installed package), or 'hub:OWNER/NAME'. Repeat for several.",
     )
     text_field: str = _option("Data", "text", "Field of JSONL, Parquet and hub data that holds the text.")
     hub_subset: str | None = _option("Data", None, "Subset (configuration) of a hub data set.")

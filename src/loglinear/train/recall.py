@@ -3,15 +3,19 @@ computing it.
 
     R rows per step · T tokens · P pairs, the most of any sequence · M model width · V vocabulary
 
+    A answers to predict in a step
+
 What a run is and leaves behind is as in `loglinear.train.trainer`: the same configuration, optimiser groups, schedule,
 metrics, checkpoints and resuming. What differs is the way: sequences are made on the device, many steps' worth at a
-time; logits are computed where there is a question, and nowhere else; the host waits for the device at reports only.
-On a GPU the forward and backward pass are replayed as one CUDA graph where they can be captured.
+time; logits are computed where there is an answer to predict, and nowhere else; the host waits for the device at
+reports only. On a GPU the forward and backward pass are replayed as one CUDA graph where they can be captured.
+Several runs of one shape can be computed together: `loglinear.train.recall_together`.
 
 A step that is not finite is not taken, nor is any after it: the device keeps the weights of the last good step, and
 the next report finds out.
 """
 
+import functools
 import json
 import logging
 import math
@@ -19,13 +23,14 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from loglinear.data.recall import NO_ANSWER, RecallBatch, RecallTask, recall_batch, stream_seed
+from loglinear.data.recall import NO_ANSWER, RecallBatch, RecallTask, pairs_of, recall_batch, stream_seed
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.models.initialization import initialize_by_name
 from loglinear.train.checkpoints import (
@@ -74,6 +79,20 @@ def new_model(config: LogLinearConfig, seed: int) -> LogLinearForCausalLM:
     return model
 
 
+class Questions(NamedTuple):
+    """What a step learns from: sequences, and the places in them where there is an answer to predict.
+
+    Attributes:
+        inputs: `[R, T]` int64.
+        places: `[A]` int64, rows · T + position.
+        answers: `[A]` int64; `NO_ANSWER` where there are fewer than A.
+    """
+
+    inputs: Tensor
+    places: Tensor
+    answers: Tensor
+
+
 @dataclass(frozen=True)
 class Progress:
     """What a run knows when it is asked: good steps done, and loss, gradient norm and learning rate since it was asked
@@ -111,8 +130,6 @@ class RecallRun:
         self.config, self.task, self.device, self.dtype = config, task, device, dtype
         self.model = model.train()
         torch.nn.Module.to(self.model, device)
-        if config.compile:
-            self.model.model.compile_blocks()
         self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         for weight in self.weights:
             weight.grad = torch.zeros_like(weight)
@@ -126,13 +143,16 @@ class RecallRun:
         )
         self.factor = schedule_of(config, config.steps)
         self.step = 0
+        # Shapes that a graph can be captured with: as many places for answers in each step.
+        self.fixed_shapes = device.type == "cuda"
         self._part: tuple[int, RecallBatch] | None = None
+        self._part_questions: tuple[int, list[Questions]] | None = None
         # Kept on the device: whether a step was not finite (as the fused optimiser asks for it: 1.0 skips), good steps,
         # and sums over them.
         self.broken = torch.zeros((), device=device)
         self.optimizer.found_inf = self.broken  # type: ignore[attr-defined]  (read by fused optimisers)
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)
-        self._batch: RecallBatch | None = None
+        self._questions: Questions | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured = device.type != "cuda"
 
@@ -143,41 +163,77 @@ class RecallRun:
 
     def advance(self) -> None:
         """One optimiser step."""
-        batch = self._rows_of(self.step)
-        if self._batch is None:
-            self._batch = RecallBatch(*(getattr(batch, name).clone() for name in batch.__dataclass_fields__))
+        questions = self.questions_of(self.step)
+        if self._questions is None and self.config.compile:
+            self.model.model.compile_blocks()
+        if self._questions is None or not self.fixed_shapes:
+            self._questions = Questions(*(tensor.clone() for tensor in questions))
         else:
-            for name in ("inputs", "queries", "answers"):
-                getattr(self._batch, name).copy_(getattr(batch, name))
+            for kept, new in zip(self._questions, questions, strict=True):
+                kept.copy_(new)
         if not self._captured:
             self._capture()
         if self._graph is None:
-            self._pass(self._batch)
+            self._pass()
         else:
             self._graph.replay()
+        self.take()
+
+    def take(self) -> None:
+        """Takes the step that the gradients say, at the rate of the schedule."""
         rate = self.config.learning_rate * self.factor(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.step += 1
 
+    @property
+    def _steps_per_part(self) -> int:
+        return max(1, _PART // self.config.rows)
+
     def _rows_of(self, step: int) -> RecallBatch:
         """The sequences of a step (from 0); they depend on nothing but the task, the seed and the number of rows."""
-        rows = self.config.rows
-        steps = max(1, _PART // rows)
+        rows, steps = self.config.rows, self._steps_per_part
         part, place = divmod(step, steps)
         if self._part is None or self._part[0] != part:
             seed = stream_seed("training", self.config.seed, part)
             self._part = part, recall_batch(self.task, steps * rows, seed, self.device)
         return self._part[1].rows(place * rows, (place + 1) * rows)
 
-    def _pass(self, batch: RecallBatch) -> None:
+    def questions_of(self, step: int) -> Questions:
+        """What a step (from 0) learns from: the answers of `_rows_of`, and no more places than are wanted."""
+        part, place = divmod(step, self._steps_per_part)
+        if self._part_questions is None or self._part_questions[0] != part:
+            steps = range(part * self._steps_per_part, (part + 1) * self._steps_per_part)
+            most = self.most_answers if self.fixed_shapes else None
+            self._part_questions = part, [questions_of(self._rows_of(number), most) for number in steps]
+        return self._part_questions[1][place]
+
+    @functools.cached_property
+    def most_answers(self) -> int:
+        """The most answers that a step of this run has."""
+        steps, most = self._steps_per_part, 1
+        assert self.config.steps is not None
+        for part in range(-(-self.config.steps // steps)):
+            seed = stream_seed("training", self.config.seed, part)
+            pairs = pairs_of(self.task, steps * self.config.rows, seed, self.device)
+            most = max(most, int(pairs.view(steps, -1).sum(1).max()))
+        return most
+
+    def _pass(self) -> None:
         """Forward and backward, and what there is to say of them. No host syncs."""
+        assert self._questions is not None
+        inputs, places, answers = self._questions
         torch._foreach_zero_(self.gradients)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits, answers = answer_logits(self.model, batch)
-            loss = F.cross_entropy(logits.float(), answers, ignore_index=NO_ANSWER)
+            hidden = self.model.model(input_ids=inputs, use_cache=False).last_hidden_state
+        hidden = hidden.flatten(0, 1).index_select(0, places)
+        loss = answer_loss(hidden, self.model.lm_head.weight, answers, self.dtype)
         loss.backward()
+        self.judge(loss)
+
+    def judge(self, loss: Tensor) -> None:
+        """Clips the gradients, and keeps what there is to say of a pass: whether it was finite above all."""
         clip = self.config.gradient_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.weights, clip, foreach=True)
         values = torch.stack([loss.detach(), norm.detach(), torch.ones_like(norm)]).double()
@@ -185,32 +241,14 @@ class RecallRun:
         self.broken.copy_(torch.maximum(self.broken, 1.0 - finite.to(self.broken)))
         self._sums.add_(torch.where(self.broken.bool(), 0.0, values))
 
+    @property
+    def counters(self) -> list[Tensor]:
+        """What `judge` keeps on the device."""
+        return [self.broken, self._sums]
+
     def _capture(self) -> None:
-        """Captures `_pass` as a CUDA graph; where that cannot be, steps are launched one operation at a time."""
-        assert self._batch is not None
         self._captured = True
-        kept = [tensor.clone() for tensor in (self.broken, self._sums)]
-        outside = torch.cuda.current_stream(self.device)
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(outside)
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
-                self._pass(self._batch)
-        outside.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self._pass(self._batch)
-            self._graph = graph
-        except RuntimeError as error:
-            torch.cuda.set_stream(outside)  # a capture that failed leaves its own
-            torch.cuda.synchronize(self.device)
-            # and random numbers that are still counted as the graph's
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
-            generator.graphsafe_set_state(generator.clone_state())
-            logger.warning("the step cannot be captured as a CUDA graph, so it is launched as it is: %s", error)
-        for tensor, before in zip((self.broken, self._sums), kept, strict=True):
-            tensor.copy_(before)
+        self._graph = capture(self._pass, self.counters, self.device)
 
     def progress(self, first_step: int = 0) -> Progress:
         """Waits for the device and says what happened since the last call; `first_step` is that of the last call."""
@@ -242,18 +280,92 @@ class RecallRun:
         return {"device": self.device.type, "precision": "fp32" if self.dtype == torch.float32 else "bf16"}
 
 
-def answer_logits(model: LogLinearForCausalLM, batch: RecallBatch) -> tuple[Tensor, Tensor]:
-    """Logits at the queries and their answers: `[Q, V]` and `[Q]`.
+def capture(run_pass: Callable[[], None], counters: list[Tensor], device: torch.device) -> torch.cuda.CUDAGraph | None:
+    """A CUDA graph of a pass; None where it cannot be captured, so that steps are launched one operation at a time.
 
-    On a GPU Q is N·P, queries without an answer included, so that shapes are fixed; elsewhere those are left out.
+    Args:
+        run_pass: reads and writes tensors at fixed places, without host syncs.
+        counters: what it counts up, which is as before afterwards.
     """
-    hidden = model.model(input_ids=batch.inputs, use_cache=False).last_hidden_state
-    rows = torch.arange(len(batch.inputs), device=hidden.device)[:, None].expand_as(batch.queries).flatten()
-    places, answers = batch.queries.flatten(), batch.answers.flatten()
-    if hidden.device.type != "cuda":
-        asked = answers != NO_ANSWER
-        rows, places, answers = rows[asked], places[asked], answers[asked]
-    return model.lm_head(hidden[rows, places]), answers
+    kept = [tensor.clone() for tensor in counters]
+    outside, graph = torch.cuda.current_stream(device), torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(outside)
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UP):
+            run_pass()
+    outside.wait_stream(stream)
+    found: torch.cuda.CUDAGraph | None = graph
+    try:
+        with torch.cuda.graph(graph):
+            run_pass()
+    except RuntimeError as error:
+        found = None
+        torch.cuda.set_stream(outside)  # a capture that failed leaves its own
+        torch.cuda.synchronize(device)
+        # and random numbers that are still counted as the graph's
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
+        logger.warning("the step cannot be captured as a CUDA graph, so it is launched as it is: %s", error)
+    for tensor, before in zip(counters, kept, strict=True):
+        tensor.copy_(before)
+    return found
+
+
+def questions_of(batch: RecallBatch, most: int | None = None) -> Questions:
+    """The answers of some sequences, in their order; with `most` as many places, the last of them without an answer."""
+    answers = batch.answers.flatten()
+    if most is None:
+        chosen = (answers != NO_ANSWER).nonzero()[:, 0]
+    else:
+        chosen = (answers == NO_ANSWER).to(torch.uint8).argsort(stable=True)[:most]
+    rows = torch.arange(len(batch.inputs), device=answers.device)[:, None] * batch.inputs.shape[1]
+    return Questions(batch.inputs, (rows + batch.queries).flatten()[chosen], answers[chosen])
+
+
+def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mean cross-entropy of the answers that there are.
+
+    Args:
+        hidden: `[A, M]`.
+        weight: `[V, M]`, of the head.
+        answers: `[A]`; `NO_ANSWER` where there is none.
+        dtype: of the products; logits are float32 then.
+    """
+    return _AnswerLoss.apply(hidden, weight, answers, dtype)
+
+
+class _AnswerLoss(torch.autograd.Function):
+    """Its own rule: logits are by far the largest tensors of a step, so their gradient is made in their place."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, answers, dtype):
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows, head = hidden.to(dtype), weight.to(dtype)
+            logits = rows @ head.T
+            table = logits.to(torch.promote_types(dtype, torch.float32)).log_softmax(-1)
+            del logits
+            wanted = answers != NO_ANSWER
+            share = wanted / wanted.sum().clamp_min(1)
+            target = answers.clamp_min(0)[:, None]
+            loss = -(table.gather(1, target)[:, 0] * share).sum()
+            table.exp_().scatter_add_(1, target, -torch.ones_like(share, dtype=table.dtype)[:, None])
+            table = table.mul_(share[:, None]).to(dtype)
+            ctx.save_for_backward((table @ head).to(hidden.dtype), (table.T @ rows).to(weight.dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        of_hidden, of_weight = ctx.saved_tensors
+        return grad * of_hidden, grad * of_weight, None, None
+
+
+def answer_logits(model: LogLinearForCausalLM, batch: RecallBatch) -> tuple[Tensor, Tensor]:
+    """Logits at the queries and their answers, in their order: `[A, V]` and `[A]`."""
+    questions = questions_of(batch)
+    hidden = model.model(input_ids=questions.inputs, use_cache=False).last_hidden_state
+    return model.lm_head(hidden.flatten(0, 1)[questions.places]), questions.answers
 
 
 def examination(task: RecallTask, stream: Any, sequences: int) -> dict[int, RecallBatch]:

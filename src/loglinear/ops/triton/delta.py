@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from loglinear import fenwick
+from loglinear.ops import stacked
 from loglinear.ops.packing import check_bounds
 from loglinear.ops.triton import delta_chunks, delta_halves, delta_nodes
 from loglinear.ops.triton.delta_backward import Remade, gradients
@@ -167,3 +168,4 @@ def _run_backward(ctx, grad_o):
 
 
 _forward_op.register_autograd(_run_backward, setup_context=_keep_inputs)
+stacked.register(_forward_op)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from loglinear import fenwick
 from loglinear.fenwick import Slots
+from loglinear.ops import stacked
 from loglinear.ops.packing import check_bounds, check_positions
 from loglinear.ops.triton import carried
 from loglinear.ops.triton.backward import gradients
@@ -224,3 +225,4 @@ def _run_backward(ctx, grad_o, grad_left):
 
 
 _forward_op.register_autograd(_run_backward, setup_context=_keep_inputs)
+stacked.register(_forward_op)

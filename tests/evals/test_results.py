@@ -1,0 +1,195 @@
+"""The page of results says what the rows say: means, spreads, and whether twins differ by more than seeds do."""
+
+import dataclasses
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+from loglinear.cli import main
+from loglinear.evals import comparison, rowfile, sweep
+from loglinear.evals.comparison import ComparisonConfig, ComparisonRow
+from loglinear.evals.results import FIGURES, Difference, twins, verdict, write_page
+from loglinear.evals.sweep import SweepConfig, SweepRow
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_a_difference_is_judged_seed_by_seed():
+    """Seeds that are far apart do not hide what twins have in common, and their spread is not taken for nothing."""
+    linear = {0: 10.0, 1: 50.0, 2: 90.0}
+    small = Difference.of({0: 11.0, 1: 51.1, 2: 90.9}, linear)
+    assert small.seeds == 3 and small.mean == pytest.approx(1.0) and small.deviation == pytest.approx(0.1)
+    assert small.clear and small.interval == pytest.approx((1 - 4.30 * 0.1 / 3**0.5, 1 + 4.30 * 0.1 / 3**0.5))
+    wide = Difference.of({0: 20.0, 1: 51.0, 2: 91.0}, linear)
+    assert wide.mean == pytest.approx(4.0) and not wide.clear
+    assert "not larger than the spread of seeds" in verdict(wide, "x", "points", 1, True)
+    assert verdict(small, "x", "points", 1, True).endswith("larger than the spread of seeds, log-linear is better.")
+    assert verdict(small, "x", "nats", 1, False).endswith("larger than the spread of seeds, log-linear is worse.")
+    assert "+1.0 points (95 % interval over 3 seeds +0.8 to +1.2)" in verdict(small, "x", "points", 1, True)
+    assert Difference.of({0: 1.0}, {1: 1.0}) is None and "no seed of both" in verdict(None, "x", "", 1, True)
+    one = Difference.of({0: 1.0, 5: 9.0}, {0: 3.0})
+    assert (one.seeds, one.clear) == (1, False) and "of one seed" in verdict(one, "x", "nats", 2, False)
+    none = Difference.of({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})
+    assert verdict(none, "x", "points", 1, True) == "x: none with any of 2 seeds."
+
+
+def test_twins_differ_in_levels_alone():
+    models = {
+        "a": {"mixer": "mamba2", "num_levels": 1, "num_heads": 2},
+        "b": {"mixer": "mamba2", "num_levels": 9, "num_heads": 2},
+        "c": {"mixer": "mamba2", "num_heads": 2},
+        "d": {"mixer": "mamba2", "num_levels": 9, "num_heads": 4},
+        "e": {"mixer": "gated_deltanet", "num_levels": 1, "num_heads": 2},
+        "f": {"mixer": "attention", "num_heads": 2},
+    }
+    assert twins(models) == [("a", "b"), ("a", "c")]
+
+
+def language_rows(config: ComparisonConfig, values) -> list[ComparisonRow]:
+    """Rows of a comparison with numbers `values(model, seed, metric, position)`; None: no such row."""
+    rows = []
+    for run in config.runs():
+        model, seed, settings = run.key
+        shared = {"model": model, "seed": seed, "settings": settings, "device": "a machine", "torch": "2.11"}
+        shared["date"] = f"2026-11-2{seed}T00:00:00"
+        places = [(0, 256), (256, 512), (512, 1024), (1024, 2048)]
+        found = [
+            {"metric": "corpus_tokens", "value": 1000.0, "count": 7, "detail": "abc"},
+            {"metric": "parameters", "value": 1234.0},
+            {"metric": "state_bytes", "value": 2048.0},
+            {"metric": "held_out_loss"},
+            *({"metric": "position_loss", "position": start, "until": end} for start, end in places),
+            *({"metric": "needle", "task": "niah_single_1", "position": length, "depth": depth}
+              for length in (512, 1024) for depth in (0.0, 1.0, None)),
+            *({"metric": "needle_loss", "task": "niah_single_1", "position": length} for length in (512, 1024)),
+            *({"metric": metric, "position": level} for metric in ("level_share", "level_scale") for level in range(10)
+              if model.startswith("log-linear")),
+        ]  # fmt: skip
+        for row in found:
+            row.setdefault("value", values(model, seed, row["metric"], row.get("position")))
+        rows += [ComparisonRow(**{**shared, **row}) for row in found]
+        rows.append(ComparisonRow(**shared, metric="run", value=60.0, count=60, detail=run.settings()))
+    return rows
+
+
+def write_language(folder: Path, values, seeds: int = 2, status=None) -> ComparisonConfig:
+    text = (ROOT / "experiments" / "language-tiny.yaml").read_text()
+    text = re.sub(r"seeds: \[.*\]", f"seeds: {list(range(seeds))}", text)
+    (folder / "experiments").mkdir(exist_ok=True)
+    (folder / "experiments" / "words.yaml").write_text(text + "title: Words\nconclusion: Use both.\n")
+    config = ComparisonConfig.from_file(folder / "experiments" / "words.yaml")
+    rows = language_rows(config, values)
+    if status is not None:
+        rows = status(rows)
+    rowfile.RowFile(folder / "benchmarks" / "words" / comparison.ROWS_FILE, ComparisonRow).append(rows)
+    return config
+
+
+def better_with_levels(model: str, seed: int, metric: str, position: int | None) -> float:
+    value = 0.5 + 0.01 * seed + (0.001 * position if position and metric == "position_loss" else 0.0)
+    if model == "log-linear-mamba2":
+        value += -0.1 - 0.001 * seed
+    return value
+
+
+def test_the_page_of_a_comparison(tmp_path):
+    write_language(tmp_path, better_with_levels)
+    written = write_page(tmp_path / "experiments", tmp_path / "benchmarks", tmp_path / "docs" / "results.md")
+    page = written[0].read_text()
+    assert "## Words" in page and "All 10 runs are done." in page and "Use both." in page
+    assert "training on 1,000 tokens of 7 documents (abc)" in page and "do not compare" not in page
+    assert f"| mamba2 | 1,234 | 2 | 0.5050 ± {statistics.stdev([0.5, 0.51]):.4f} |" in page
+    assert "log-linear-mamba2 minus mamba2, held-out loss: −0.1005 nats" in page
+    sentence = next(line for line in page.splitlines() if "log-linear-mamba2 minus mamba2, held-out loss" in line)
+    assert sentence.endswith("larger than the spread of seeds, log-linear is better.") and "not larger" not in sentence
+    assert "log-linear-gated-deltanet minus gated-deltanet, held-out loss: none with any of 2 seeds." in page
+    worse = next(line for line in page.splitlines() if "log-linear-mamba2 minus mamba2, niah_single_1, up to" in line)
+    assert worse.endswith("log-linear is worse."), "a share of right answers is better when higher"
+    assert (
+        "Took 10:00" in page
+        and "`loglinear compare" in page
+        and "a machine (torch 2.11; 2026-11-20 to 2026-11-21)" in page
+    )
+    for name in ("positions", "needles", "levels"):
+        path = tmp_path / "docs" / FIGURES / f"words-{name}.png"
+        assert path in written and path.read_bytes().startswith(b"\x89PNG")
+        assert f"({FIGURES}/{path.name})" in page
+
+
+def test_what_is_missing_or_went_wrong_is_said(tmp_path):
+    def status(rows):
+        kept = []
+        for row in rows:
+            if (row.model, row.seed) == ("mamba2", 1):
+                if row.metric not in ("run", "parameters"):
+                    continue
+                row = dataclasses.replace(row, status="diverged", detail="step 3 was not finite")
+            if row.seed == 0 and row.metric == "corpus_tokens" and row.model == "attention":
+                row = dataclasses.replace(row, detail="other")
+            if (row.model, row.seed) != ("attention", 1):
+                kept.append(row)
+        return kept
+
+    write_language(tmp_path, better_with_levels, status=status)
+    page = write_page(tmp_path / "experiments", tmp_path / "benchmarks", tmp_path / "results.md")[0].read_text()
+    assert "9 of 10 runs are done; the rest is missing." in page
+    assert "mamba2, seed 1: step 3 was not finite" in page
+    assert "of one seed, which says nothing of how much seeds differ" in page
+    assert "Not all runs read the same texts" in page
+
+
+def sweep_rows(config: SweepConfig, accuracy) -> list[SweepRow]:
+    rows = []
+    for run in config.runs():
+        share = accuracy(run.model.name, run.training.seed, run.training.learning_rate)
+        cells = " ".join(f"{pairs}:{share}" for pairs in run.task.pairs)
+        rows.append(
+            SweepRow(**run.settings(), num_levels=1, state_bytes=64, validation_by_pairs=cells, test_by_pairs=cells,
+                     seconds=30.0, together=2, device="a machine", torch="2.11", date="2026-11-20T00:00:00")
+        )  # fmt: skip
+    return rows
+
+
+def test_the_page_of_a_sweep(tmp_path):
+    (tmp_path / "experiments").mkdir()
+    file = tmp_path / "experiments" / "recall.yaml"
+    text = (ROOT / "experiments" / "mqar-tiny.yaml").read_text()
+    file.write_text(text + "title: Recall\nabout: Small.\npaper: {mamba2: {32: 46.9 (2.3)}}\n")
+    config = SweepConfig.from_file(file)
+
+    def accuracy(model, seed, rate):
+        best = 0.5 + 0.01 * seed + (0.2 if model == "log-linear-gated-deltanet" else 0.0)
+        return best if rate == 3e-3 else 0.1
+
+    path = tmp_path / "benchmarks" / "recall" / sweep.ROWS_FILE
+    rowfile.RowFile(path, SweepRow).append(sweep_rows(config, accuracy))
+    page = write_page(tmp_path / "experiments", tmp_path / "benchmarks", tmp_path / "results.md")[0].read_text()
+    assert "## Recall\n\nSmall." in page and "All 20 runs are done." in page
+    (line,) = [line for line in page.splitlines() if line.startswith("| mamba2 |")]
+    assert "| 0.003* | 2 |" in line and line.endswith("| 50.5 ± 0.7 | 46.9 (2.3) |")
+    assert "log-linear-gated-deltanet minus gated-deltanet, width 32: +20.0 points" in page
+    assert "log-linear-mamba2 minus mamba2, width 32: none with any of 2 seeds." in page
+    assert "Took 5:00" in page  # 20 runs of 30 seconds, two at a time
+    assert (tmp_path / FIGURES / "recall.png").is_file()
+    with pytest.raises(ValueError, match="paper: got 'mamba3'"):
+        SweepConfig(**{**dataclasses.asdict(config), "paper": {"mamba3": {32: "1"}}})
+
+
+def test_no_page_without_rows(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["results", "--experiments", str(ROOT / "experiments"), "--benchmarks", str(tmp_path), "--output",
+              str(tmp_path / "page.md")])  # fmt: skip
+    assert ended.value.code == 2 and not (tmp_path / "page.md").exists()
+    assert f"no rows in {tmp_path} of an experiment" in capsys.readouterr().err
+
+
+def test_the_committed_page_is_what_the_committed_rows_say(tmp_path):
+    """Where there are rows, `docs/results.md` was drawn from them and from the files of the experiments."""
+    folders = [path for path in (ROOT / "benchmarks").iterdir() if (path / sweep.ROWS_FILE).is_file()]
+    folders += [path for path in (ROOT / "benchmarks").iterdir() if (path / comparison.ROWS_FILE).is_file()]
+    assert (ROOT / "docs" / "results.md").is_file() == bool(folders)
+    if folders:
+        page = write_page(ROOT / "experiments", ROOT / "benchmarks", tmp_path / "results.md")[0].read_text()
+        assert page.replace(f"{ROOT}/", "") == (ROOT / "docs" / "results.md").read_text()
