@@ -511,6 +511,40 @@ def most_reads(num_slots: int, cap: int) -> int:
     return ones + max(0, num_slots - (1 << cap))  # and one each from the cap on
 
 
+def readers_with_rows(slots: Slots) -> torch.Tensor:
+    """[N] `readers` without those that have no rows: the chunk that a sequence's end falls into may be such."""
+    if slots.ends is None:
+        return slots.readers
+    last = (slots.reader + slots.readers - 1).clamp(max=len(slots.rows) - 1)
+    return slots.readers - ((slots.readers > 0) & (slots.rows[last] == 0)).int()
+
+
+def variants(slots: Slots) -> torch.Tensor:
+    """[N] int32: how many different queries the rows of each chunk read with, where nodes change them as they pass.
+
+    As many as nodes are read; but a state that is carried in is one as of the sequence's first token, so that all of
+    its buckets, which come last, are read with the same queries.
+    """
+    if slots.origin is None:
+        return slots.reads
+    heights = torch.arange(slots.cap + 1, device=slots.block.device)
+    block = slots.block[:, None]
+    inside = ((block >> heights) << heights) > slots.origin[:, None]  # what is read at this height ends there
+    passed = (inside & (is_right_half(block, heights) | (heights == slots.cap))).sum(1)
+    return torch.minimum(passed + 1, slots.reads).int()
+
+
+def most_variants(num_chunks: int, cap: int, sequences: int) -> int:
+    """At least the sum of `variants` over `num_chunks` chunks of `sequences` sequences of any lengths and positions.
+
+    Of n blocks one after the other, at most (n + 2^bit) / 2 have a bit set. Of the bits worth n or more, a chunk has at
+    most one that stands for a node of its sequence: of two, the older node would end n blocks before the chunk.
+    """
+    bits = min(cap, num_chunks.bit_length())
+    ones = sum(min(num_chunks, (num_chunks + (sequences << bit)) >> 1) for bit in range(bits))
+    return ones + num_chunks * (1 + (bits < cap))  # and one each from the cap on, or beyond those bits and for buckets
+
+
 def slots(
     cu_seqlens: torch.Tensor, num_slots: int, chunk: int, num_levels: int, positions: torch.Tensor | None = None,
     carried: bool = False,

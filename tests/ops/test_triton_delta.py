@@ -71,6 +71,53 @@ def test_room_for_all_reads(num_slots, cap):
     assert room <= max(1, 2 * reads(num_slots))
 
 
+def reads_by_definition(first, block, cap):
+    """Ends of what chunk `block` of a sequence that begins in chunk `first` reads: nodes of its own and, as they stand,
+    blocks before it. From the last capped block's end on there is one read."""
+    ends, rest = [], block
+    while rest:
+        ends.append(rest)
+        rest = 0 if rest % 2**cap == 0 else fenwick.drop_lowest_bit(rest)
+    return [end for end in ends if end > first], [end for end in ends if end <= first]
+
+
+@pytest.mark.parametrize("cap", [0, 1, 3, 9])
+def test_buckets_are_read_with_one_variant_of_the_queries(cap):
+    """Each node changes the queries, but for the buckets, and the last one read."""
+    starts, counts = [0, 1, 5, 7, 8, 21, 31], [9, 0, 3, 2, 12, 1, 4]
+    bounds = torch.tensor([0, *(16 * count for count in counts)]).cumsum(0)
+    positions = 16 * torch.tensor(starts)
+    room = fenwick.num_slots(int(bounds[-1]), len(counts), 16, cap + 6, True)
+    slots = fenwick.slots(bounds, room, 16, cap + 6, positions, True)
+    assert slots.cap == cap
+    variants, expected = fenwick.variants(slots).tolist(), [0] * room
+    for base, start, count in zip(slots.base.tolist(), starts, counts, strict=True):
+        for number in range(count + 1):  # with the chunk that the end falls into
+            nodes, buckets = reads_by_definition(start, start + number, cap)
+            expected[base + number] = len(nodes) + (len(buckets) > 0)
+    assert variants == expected
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 3, 5, 8, 13, 64])
+@pytest.mark.parametrize("cap", [0, 1, 2, 3, 9])
+def test_room_for_all_variants(num_chunks, cap):
+    """Enough wherever sequences start, for one and for several; not much more than if they started at 0."""
+
+    def variants(start, chunks):
+        reads = [reads_by_definition(start, start + number, cap) for number in range(chunks)]
+        return sum(len(nodes) + (len(buckets) > 0) for nodes, buckets in reads)
+
+    starts = [*range(70), *(2**bit - near for bit in range(7, 14) for near in range(1, 66, 3))]
+    worst = [max(variants(start, chunks) for start in starts) for chunks in range(num_chunks + 1)]
+    assert fenwick.most_variants(num_chunks, cap, 1) >= worst[num_chunks]
+    assert fenwick.most_variants(num_chunks, cap, 1) <= 2 * fenwick.most_reads(num_chunks, cap) + 3 * num_chunks
+    for first in range(num_chunks + 1):
+        room = fenwick.most_variants(num_chunks, cap, 2)
+        assert room >= worst[first] + worst[num_chunks - first]
+    single = worst[1] if num_chunks else 0
+    assert fenwick.most_variants(num_chunks, cap, num_chunks) >= single * num_chunks
+
+
 @pytest.mark.parametrize(("key_dim", "covered"), [(256, True), (257, False)])
 def test_keys_too_wide_for_a_program_are_left_to_torch(key_dim, covered):
     q, v = torch.empty(1, 20, 1, key_dim, device="meta"), torch.empty(1, 20, 1, 600, device="meta")
