@@ -456,7 +456,7 @@ class Slots:
 
     token: torch.Tensor  # [N] row of the chunk's first position (of which the sequence may lack some)
     rows: torch.Tensor  # [N] end of the rows that exist; 0: none does
-    block: torch.Tensor  # [N] number of the chunk, counted from position 0
+    block: torch.Tensor  # [N] number of the chunk, counted from position 0 or a multiple of 2^cap chunks
     left: torch.Tensor  # [N] chunks of the sequence from this one on
     height: torch.Tensor  # [N] height of the node in this slot, at most `cap`
     reads: torch.Tensor  # [N] nodes that this chunk reads
@@ -471,7 +471,7 @@ class Slots:
     ends: Ends | None = None  # where states are carried in or out
     # where states are carried in; else every sequence starts at 0
     first: torch.Tensor | None = None  # [N] the first of the chunk's rows that exists
-    origin: torch.Tensor | None = None  # [N] number of the sequence's first chunk
+    origin: torch.Tensor | None = None  # [N] number of the sequence's first chunk, counted from there too
     oldest: torch.Tensor | None = None  # [N] slot of the sequence's oldest far bucket
 
 
@@ -611,7 +611,12 @@ def slots(
         last = bases + counts - 1
         node = torch.where(has_node, node, last[:, None])
         ends = Ends(bucket, has_bucket, node, has_node, last, end & (chunk - 1))
-    carried_in = {"first": first, "origin": origin, "oldest": oldest[owner]} if positions is not None else {}
+    carried_in = {}
+    if positions is not None:
+        # what is counted from a multiple of 2^cap has the same bits below the cap, and fits in 32
+        beginning = (origin >> cap) << cap
+        block = block - beginning
+        carried_in = {"first": first, "origin": origin - beginning, "oldest": oldest[owner]}
     tables = {
         "token": bounds[owner] + position - start[owner], "rows": torch.where(is_chunk & (rows > first), rows, 0),
         "block": block, "left": left, "height": height, "reads": reads, "reader": reader, "readers": readers,
