@@ -456,7 +456,7 @@ class Slots:
 
     token: torch.Tensor  # [N] row of the chunk's first position (of which the sequence may lack some)
     rows: torch.Tensor  # [N] end of the rows that exist; 0: none does
-    block: torch.Tensor  # [N] number of the chunk, counted from position 0
+    block: torch.Tensor  # [N] number of the chunk, counted from position 0 or a multiple of 2^cap chunks
     left: torch.Tensor  # [N] chunks of the sequence from this one on
     height: torch.Tensor  # [N] height of the node in this slot, at most `cap`
     reads: torch.Tensor  # [N] nodes that this chunk reads
@@ -471,7 +471,7 @@ class Slots:
     ends: Ends | None = None  # where states are carried in or out
     # where states are carried in; else every sequence starts at 0
     first: torch.Tensor | None = None  # [N] the first of the chunk's rows that exists
-    origin: torch.Tensor | None = None  # [N] number of the sequence's first chunk
+    origin: torch.Tensor | None = None  # [N] number of the sequence's first chunk, counted from there too
     oldest: torch.Tensor | None = None  # [N] slot of the sequence's oldest far bucket
 
 
@@ -509,6 +509,40 @@ def most_reads(num_slots: int, cap: int) -> int:
     ones = sum(((num_slots >> (bit + 1)) << bit) + max(0, (num_slots & ((2 << bit) - 1)) - (1 << bit))
                for bit in range(min(cap, num_slots.bit_length())))  # fmt: skip
     return ones + max(0, num_slots - (1 << cap))  # and one each from the cap on
+
+
+def readers_with_rows(slots: Slots) -> torch.Tensor:
+    """[N] `readers` without those that have no rows: the chunk that a sequence's end falls into may be such."""
+    if slots.ends is None:
+        return slots.readers
+    last = (slots.reader + slots.readers - 1).clamp(max=len(slots.rows) - 1)
+    return slots.readers - ((slots.readers > 0) & (slots.rows[last] == 0)).int()
+
+
+def variants(slots: Slots) -> torch.Tensor:
+    """[N] int32: how many different queries the rows of each chunk read with, where nodes change them as they pass.
+
+    As many as nodes are read; but a state that is carried in is one as of the sequence's first token, so that all of
+    its buckets, which come last, are read with the same queries.
+    """
+    if slots.origin is None:
+        return slots.reads
+    heights = torch.arange(slots.cap + 1, device=slots.block.device)
+    block = slots.block[:, None]
+    inside = ((block >> heights) << heights) > slots.origin[:, None]  # what is read at this height ends there
+    passed = (inside & (is_right_half(block, heights) | (heights == slots.cap))).sum(1)
+    return torch.minimum(passed + 1, slots.reads).int()
+
+
+def most_variants(num_chunks: int, cap: int, sequences: int) -> int:
+    """At least the sum of `variants` over `num_chunks` chunks of `sequences` sequences of any lengths and positions.
+
+    Of n blocks one after the other, at most (n + 2^bit) / 2 have a bit set. Of the bits worth n or more, a chunk has at
+    most one that stands for a node of its sequence: of two, the older node would end n blocks before the chunk.
+    """
+    bits = min(cap, num_chunks.bit_length())
+    ones = sum(min(num_chunks, (num_chunks + (sequences << bit)) >> 1) for bit in range(bits))
+    return ones + num_chunks * (1 + (bits < cap))  # and one each from the cap on, or beyond those bits and for buckets
 
 
 def slots(
@@ -577,7 +611,12 @@ def slots(
         last = bases + counts - 1
         node = torch.where(has_node, node, last[:, None])
         ends = Ends(bucket, has_bucket, node, has_node, last, end & (chunk - 1))
-    carried_in = {"first": first, "origin": origin, "oldest": oldest[owner]} if positions is not None else {}
+    carried_in = {}
+    if positions is not None:
+        # what is counted from a multiple of 2^cap has the same bits below the cap, and fits in 32
+        beginning = (origin >> cap) << cap
+        block = block - beginning
+        carried_in = {"first": first, "origin": origin - beginning, "oldest": oldest[owner]}
     tables = {
         "token": bounds[owner] + position - start[owner], "rows": torch.where(is_chunk & (rows > first), rows, 0),
         "block": block, "left": left, "height": height, "reads": reads, "reader": reader, "readers": readers,

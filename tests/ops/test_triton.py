@@ -93,6 +93,15 @@ def test_interpreted_state(num_levels, tokens):
 
 
 @needs_interpreter
+@pytest.mark.parametrize("num_levels", [9, 32])
+@pytest.mark.parametrize("position", [2**20 - 16, 2**35 - 20, 2**41 + 21])
+def test_interpreted_state_far_out(position, num_levels):
+    """Where there is hardly a node, and where numbers of chunks reach and pass 32 bits."""
+    shape = Shape(B=1, T=40, G=1, H=1, K=16, V=16, L=num_levels)
+    compare_with_tree(make_inputs("mamba2", shape, torch.float32), random_state(shape, [position], torch.float32))
+
+
+@needs_interpreter
 def test_interpreted_state_out():
     shape = Shape(B=2, T=112, G=2, H=4, K=16, V=16, L=8)
     compare_with_tree(make_inputs("mamba2", shape, torch.float32))

@@ -1,10 +1,22 @@
 """The delta rule's kernels against the torch backend in fp64: interpreted on small shapes, on a GPU on real ones."""
 
+import logging
+
 import pytest
 import torch
 
-from loglinear import fenwick, log_linear_attention
-from operator_cases import TOLERANCES, Shape, assert_close, compare, gradients, make_inputs, poisoned, with_buckets
+from loglinear import FenwickState, fenwick, log_linear_attention
+from operator_cases import (
+    TOLERANCES,
+    Shape,
+    assert_close,
+    compare,
+    gradients,
+    make_inputs,
+    poisoned,
+    random_state,
+    with_buckets,
+)
 
 pytest.importorskip("triton")
 from loglinear.ops.triton import delta, scalar
@@ -12,16 +24,34 @@ from loglinear.ops.triton import delta, scalar
 needs_interpreter = pytest.mark.skipif(not scalar.INTERPRETED, reason="kernels are not interpreted here")
 
 
-def runner(backend, cu_seqlens=None):
+@pytest.fixture
+def states_in_kernels(monkeypatch):
+    monkeypatch.setattr(delta, "STATES_IN_KERNELS", True)
+
+
+def runner(backend, cu_seqlens=None, returns_state=False, pieces=None):
+    """pieces: lengths of the calls that hand on the state to each other; None: one call."""
+
     def run(inputs, state):
-        o, _ = log_linear_attention(**inputs.arguments(), scale=0.7, cu_seqlens=cu_seqlens, backend=backend)
-        return o, None
+        found, start = [], 0
+        for length in pieces or [inputs.v.shape[1]]:
+            o, state = log_linear_attention(
+                **inputs.tokens(start, start + length).arguments(), scale=0.7, cu_seqlens=cu_seqlens,
+                initial_state=state, return_state=returns_state, backend=backend,
+            )  # fmt: skip
+            found.append(o)
+            start += length
+        return torch.cat(found, 1), None if state is None else state.buckets
 
     return run
 
 
-def compare_with_tree(inputs, cu_seqlens=None):
-    compare(runner("triton", cu_seqlens), runner("torch", cu_seqlens), inputs, returns_state=False)
+def compare_with_tree(inputs, state=None, cu_seqlens=None, returns_state=False, pieces=None):
+    """With the torch backend in one call, itself held to the recurrence elsewhere."""
+    ours, theirs = (
+        runner("triton", cu_seqlens, returns_state, pieces), runner("torch", cu_seqlens, returns_state)
+    )  # fmt: skip
+    compare(ours, theirs, inputs, state, returns_state)
 
 
 INTERPRETED = [
@@ -46,17 +76,161 @@ def test_interpreted_packed():
     lengths = [0, 40, 1, 0, 17, 16, 3]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     inputs = make_inputs("gated_deltanet", Shape(B=1, T=sum(lengths), G=1, H=2, K=16, V=16, L=6), torch.float32)
-    compare_with_tree(inputs, bounds)
+    compare_with_tree(inputs, None, bounds)
 
 
 @needs_interpreter
-@pytest.mark.parametrize("halves", [False, True])
-def test_interpreted_with_chunks_of_64(monkeypatch, halves):
+@pytest.mark.parametrize(("halves", "carried"), [(False, False), (False, True), (True, False), (True, True)])
+def test_interpreted_with_chunks_of_64(halves, carried, monkeypatch):
     """The inverse of a chunk is joined from blocks of 16."""
     monkeypatch.setattr(scalar, "CHUNK", 64)
     monkeypatch.setattr(delta, "CHUNK", 64)
     monkeypatch.setattr(delta, "HALVES", halves)
-    compare_with_tree(make_inputs("gated_deltanet", Shape(B=1, T=150, G=1, H=1, K=16, V=16, L=9), torch.float32))
+    shape = Shape(B=1, T=150, G=1, H=1, K=16, V=16, L=9)
+    state = random_state(shape, [3 * 64 + 41], torch.float32) if carried else None
+    compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32), state, returns_state=carried)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("num_levels", "tokens"), [(None, 45), (1, 1), (2, 45), (3, 16), (5, 45), (6, 16), (7, 45), (12, 1), (12, 45)]
+)
+def test_interpreted_state(num_levels, tokens):
+    """In and out, at positions within chunks and between them, below and above the cap, and different by row."""
+    shape = Shape(B=4, T=tokens, G=1, H=1, K=16, V=16, L=num_levels)
+    state = random_state(shape, [0, 48, 91, 200], torch.float32)
+    compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32), state, returns_state=True)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("mixer", ["delta_net", "gated_deltanet"])
+def test_interpreted_state_of_groups(mixer):
+    """Widths that are padded inside or have several tiles, groups, and inputs between NaN."""
+    shape = Shape(B=1, T=21, G=1, H=2, K=80, V=72, L=8)
+    inputs = make_inputs(mixer, shape, torch.float32, key_norm=1.2).map(poisoned)
+    compare_with_tree(inputs, random_state(shape, [87], torch.float32), returns_state=True)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("tokens", [1, 77, 112, 128])
+def test_interpreted_state_out(tokens):
+    """The end within a chunk, between two, and where all are one node."""
+    inputs = make_inputs("gated_deltanet", Shape(B=1, T=tokens, G=1, H=1, K=16, V=16, L=8), torch.float32)
+    compare_with_tree(inputs, returns_state=True)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("returns_state", [False, True])
+@pytest.mark.parametrize("num_levels", [1, 7])
+def test_interpreted_packed_state(num_levels, returns_state):
+    lengths = [0, 40, 1, 0, 17, 16, 3]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    shape = Shape(B=1, T=sum(lengths), G=1, H=1, K=16, V=16, L=num_levels)
+    state = random_state(shape, [3, 15, 15, 64, 1000, 0, 61], torch.float32)
+    compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32), state, bounds, returns_state)
+
+
+@needs_interpreter
+def test_interpreted_packed_state_out():
+    lengths = [0, 40, 1, 0, 17, 16, 3]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    inputs = make_inputs("delta_net", Shape(B=1, T=sum(lengths), G=1, H=1, K=16, V=16, L=7), torch.float32)
+    compare_with_tree(inputs, None, bounds, returns_state=True)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("num_levels", [9, 32])
+@pytest.mark.parametrize("position", [2**14 - 5, 2**20 - 16, 2**20 + 33, 2**35 - 20, 2**41 + 21])
+def test_interpreted_state_far_out(position, num_levels):
+    """Where a node is complete that takes in all buckets; where there is hardly one; and where blocks need 64 bits."""
+    shape = Shape(B=1, T=40, G=1, H=1, K=16, V=16, L=num_levels)
+    state = random_state(shape, [position], torch.float32)
+    compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32), state, returns_state=True)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("pieces", [[1, 99], [21, 48, 31], [7, 1, 56, 36]])
+def test_interpreted_pieces(pieces):
+    """A sequence in pieces that hand on their state is the sequence, and has its gradients."""
+    shape = Shape(B=1, T=sum(pieces), G=1, H=1, K=16, V=16, L=7)
+    state = random_state(shape, [27], torch.float32)
+    compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32), state, None, True, pieces)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("reset", [-1e4, -torch.inf])
+@pytest.mark.parametrize("place", [3, 37])
+def test_interpreted_reset(place, reset):
+    """A decay of zero, in the first chunk or the last, forgets what was carried in, and nothing after it."""
+    shape = Shape(B=1, T=44, G=1, H=1, K=16, V=16, L=8)
+    inputs = make_inputs("gated_deltanet", shape, torch.float32)
+    inputs.log_decay[:, place] = reset
+    state = random_state(shape, [25], torch.float32)
+    o, buckets = runner("triton", returns_state=True)(inputs, state)
+    exact, wanted = runner("torch", returns_state=True)(inputs.to(torch.float64), state.to(dtype=torch.float64))
+    assert_close(o, exact, 2e-5, "o")  # sums of about 126 to 24 bits
+    assert_close(buckets, wanted, 2e-5, "state")
+
+
+@needs_interpreter
+@pytest.mark.parametrize("poisoned_input", ["v", "beta", "buckets", "cotangent"])
+def test_interpreted_nan_stays_in_its_row(poisoned_input):
+    """It is not hidden, and no other row of the batch sees it."""
+    shape = Shape(B=3, T=40, G=1, H=1, K=16, V=16, L=7)
+    inputs = make_inputs("gated_deltanet", shape, torch.float32).leaves()
+    buckets, positions = random_state(shape, [39] * 3, torch.float32)[:2]
+    cotangent = torch.randn_like(inputs.v)
+    poisoned_tensor = {**inputs.present(), "cotangent": cotangent, "buckets": buckets}[poisoned_input]
+    with torch.no_grad():
+        poisoned_tensor[1, 3] = torch.nan
+    state = FenwickState(buckets.requires_grad_(), positions)
+    results = []
+    for backend in ("triton", "torch"):
+        o, final = runner(backend, returns_state=True)(inputs, state)
+        found = torch.autograd.grad([o, final], [*inputs.present().values(), buckets], [cotangent, final.detach()])
+        results.append([x.isfinite().flatten(1) for x in (o, final, *found)])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours[[0, 2]].all()
+        assert ours[1].all() == theirs[1].all()
+
+
+@needs_interpreter
+def test_states_of_too_many_levels_are_left_to_torch(caplog):
+    shape = Shape(B=1, T=20, G=1, H=1, K=16, V=16, L=33)
+    inputs, state = make_inputs("gated_deltanet", shape, torch.float32), random_state(shape, [5], torch.float32)
+    with caplog.at_level(logging.DEBUG, logger="loglinear"):
+        o, buckets = runner("triton", returns_state=True)(inputs, state)
+    assert "a state of more than 32 levels" in caplog.text
+    exact, wanted = runner("torch", returns_state=True)(inputs, state)
+    assert torch.equal(o, exact)
+    assert torch.equal(buckets, wanted)
+
+
+def test_states_are_left_to_torch_until_the_constant_is_set(monkeypatch):
+    q = v = torch.empty(1, 20, 1, 16, device="meta")
+    monkeypatch.setattr(delta, "STATES_IN_KERNELS", False)
+    assert delta.unsupported(q, v, None, None, False) is None
+    assert delta.unsupported(q, v, None, None, True) == "a state of the delta rule carried in or out"
+
+
+@needs_interpreter
+@pytest.mark.parametrize("bounds", [[0, 5, 3, 20], [1, 7, 20], [0, 5, 50], [0, -3, 20]])
+def test_wrong_bounds_with_a_state(bounds):
+    shape = Shape(B=1, T=20, G=1, H=1, K=16, V=16, L=6)
+    inputs = make_inputs("gated_deltanet", shape, torch.float32)
+    state = random_state(shape, [3] * (len(bounds) - 1), torch.float32)
+    for _ in range(2):  # the second time, too
+        with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the 20 tokens"):
+            runner("triton", torch.tensor(bounds), returns_state=True)(inputs, state)
+
+
+@needs_interpreter
+def test_negative_positions():
+    shape = Shape(B=2, T=20, G=1, H=1, K=16, V=16, L=6)
+    state = random_state(shape, [3, 4], torch.float32)
+    state.positions[1] = -1
+    with pytest.raises(ValueError, match="positions must be at least 0"):
+        runner("triton", returns_state=True)(make_inputs("gated_deltanet", shape, torch.float32), state)
 
 
 @needs_interpreter
@@ -75,6 +249,17 @@ def test_interpreted_in_halves_of_chunks(monkeypatch, shape):
     compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32, key_norm=1.2).map(poisoned))
 
 
+@needs_interpreter
+@pytest.mark.parametrize(("num_levels", "tokens"), [(1, 45), (3, 16), (6, 75), (9, 96)])
+def test_interpreted_state_in_halves_of_chunks(monkeypatch, num_levels, tokens):
+    """Starts and ends in the first half of a chunk, in the second, and between chunks."""
+    monkeypatch.setattr(scalar, "CHUNK", 32)
+    monkeypatch.setattr(delta, "CHUNK", 32)
+    shape = Shape(B=4, T=tokens, G=1, H=1, K=16, V=16, L=num_levels)
+    state = random_state(shape, [0, 64, 87, 201], torch.float32)
+    compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32), state, returns_state=True)
+
+
 @pytest.mark.parametrize("num_slots", [1, 2, 3, 5, 8, 13, 64])
 @pytest.mark.parametrize("cap", [0, 1, 2, 3, 9])
 def test_room_for_all_reads(num_slots, cap):
@@ -89,10 +274,57 @@ def test_room_for_all_reads(num_slots, cap):
     assert room <= max(1, 2 * reads(num_slots))
 
 
+def reads_by_definition(first, block, cap):
+    """Ends of what chunk `block` of a sequence that begins in chunk `first` reads: nodes of its own and, as they stand,
+    blocks before it. From the last capped block's end on there is one read."""
+    ends, rest = [], block
+    while rest:
+        ends.append(rest)
+        rest = 0 if rest % 2**cap == 0 else fenwick.drop_lowest_bit(rest)
+    return [end for end in ends if end > first], [end for end in ends if end <= first]
+
+
+@pytest.mark.parametrize("cap", [0, 1, 3, 9])
+def test_buckets_are_read_with_one_variant_of_the_queries(cap):
+    """Each node changes the queries, but for the buckets, and the last one read."""
+    starts, counts = [0, 1, 5, 7, 8, 21, 31], [9, 0, 3, 2, 12, 1, 4]
+    bounds = torch.tensor([0, *(16 * count for count in counts)]).cumsum(0)
+    positions = 16 * torch.tensor(starts)
+    room = fenwick.num_slots(int(bounds[-1]), len(counts), 16, cap + 6, True)
+    slots = fenwick.slots(bounds, room, 16, cap + 6, positions, True)
+    assert slots.cap == cap
+    variants, expected = fenwick.variants(slots).tolist(), [0] * room
+    for base, start, count in zip(slots.base.tolist(), starts, counts, strict=True):
+        for number in range(count + 1):  # with the chunk that the end falls into
+            nodes, buckets = reads_by_definition(start, start + number, cap)
+            expected[base + number] = len(nodes) + (len(buckets) > 0)
+    assert variants == expected
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 3, 5, 8, 13, 64])
+@pytest.mark.parametrize("cap", [0, 1, 2, 3, 9])
+def test_room_for_all_variants(num_chunks, cap):
+    """Enough wherever sequences start, for one and for several; not much more than if they started at 0."""
+
+    def variants(start, chunks):
+        reads = [reads_by_definition(start, start + number, cap) for number in range(chunks)]
+        return sum(len(nodes) + (len(buckets) > 0) for nodes, buckets in reads)
+
+    starts = [*range(70), *(2**bit - near for bit in range(7, 14) for near in range(1, 66, 3))]
+    worst = [max(variants(start, chunks) for start in starts) for chunks in range(num_chunks + 1)]
+    assert fenwick.most_variants(num_chunks, cap, 1) >= worst[num_chunks]
+    assert fenwick.most_variants(num_chunks, cap, 1) <= 2 * fenwick.most_reads(num_chunks, cap) + 3 * num_chunks
+    for first in range(num_chunks + 1):
+        room = fenwick.most_variants(num_chunks, cap, 2)
+        assert room >= worst[first] + worst[num_chunks - first]
+    single = worst[1] if num_chunks else 0
+    assert fenwick.most_variants(num_chunks, cap, num_chunks) >= single * num_chunks
+
+
 @pytest.mark.parametrize(("key_dim", "covered"), [(256, True), (257, False)])
 def test_keys_too_wide_for_a_program_are_left_to_torch(key_dim, covered):
     q, v = torch.empty(1, 20, 1, key_dim, device="meta"), torch.empty(1, 20, 1, 600, device="meta")
-    assert (delta.unsupported(q, v, None, False) is None) == covered
+    assert (delta.unsupported(q, v, None, None, False) is None) == covered
 
 
 ON_GPU = [
@@ -106,17 +338,24 @@ ON_GPU = [
 ]
 
 
-def on_device(inputs, cu_seqlens=None):
+def on_device(inputs, cu_seqlens=None, state=None, returns_state=False, pieces=None):
+    """`compare_with_tree`, with the float64 side on the GPU too."""
     results = []
     for backend, dtype in (("triton", None), ("torch", torch.float64)):
         given = inputs.map(lambda x, dtype=dtype: x.detach().to(dtype or x.dtype).requires_grad_())
-        o, _ = runner(backend, cu_seqlens)(given, None)
+        begin = None
+        if state is not None:
+            buckets = state.buckets.detach().to(dtype or torch.float32).requires_grad_()
+            begin = FenwickState(buckets, state.positions)
+        run = runner(backend, cu_seqlens, returns_state, pieces if backend == "triton" else None)
+        outputs = [x for x in run(given, begin) if x is not None]
         if not results:
-            cotangent = torch.randn_like(o)
-        results.append((o, gradients([o], [cotangent], with_buckets(given, None))))
+            cotangents = [torch.randn_like(x) for x in outputs]
+        results.append((outputs, gradients(outputs, cotangents, with_buckets(given, begin))))
     (got, found), (exact, true) = results
     tolerance = TOLERANCES[inputs.v.dtype]
-    assert_close(got, exact, tolerance.forward, "o")
+    for name, a, b in zip(("o", "state"), got, exact, strict=False):
+        assert_close(a, b, tolerance.forward, name)
     for name in true:
         assert_close(found[name], true[name], tolerance.gradient, f"gradient of {name}")
 
@@ -173,7 +412,148 @@ def test_same_bits_compiled_and_in_a_graph():
     assert torch.equal(captured, first)
 
 
+STATES = [
+    Shape(B=4, T=1, G=1, H=2, K=128, V=64, L=9),
+    Shape(B=4, T=1500, G=2, H=2, K=192, V=384, L=12),
+    Shape(B=4, T=1600, G=2, H=4, K=64, V=128, L=17),
+    Shape(B=4, T=700, G=1, H=3, K=128, V=64, L=4),
+    Shape(B=4, T=300, G=1, H=2, K=96, V=48, L=None),
+    Shape(B=4, T=500, G=2, H=2, K=256, V=512, L=14),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", STATES)
+def test_state_on_gpu(shape, dtype, states_in_kernels):
+    inputs = make_inputs("gated_deltanet", shape, dtype, "cuda", decay=0.05)
+    on_device(inputs, None, random_state(shape, [0, 1000, 128, 70_001], torch.float32, "cuda"), returns_state=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 777, 2048])
+def test_state_out_on_gpu(tokens, dtype, states_in_kernels):
+    shape = Shape(B=2, T=tokens, G=2, H=2, K=128, V=128, L=13)
+    on_device(make_inputs("delta_net", shape, dtype, "cuda"), returns_state=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_state_in_on_gpu(dtype, states_in_kernels):
+    shape = Shape(B=2, T=777, G=1, H=2, K=128, V=64, L=11)
+    inputs = make_inputs("gated_deltanet", shape, dtype, "cuda", decay=0.05)
+    on_device(inputs, None, random_state(shape, [99, 1_000_003], torch.float32, "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("num_levels", [1, 13, 32])
+def test_packed_state_among_nan_on_gpu(num_levels, dtype, states_in_kernels):
+    lengths = [0, 700, 1, 64, 0, 63, 129, 2048, 5, 128]
+    bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0)
+    shape = Shape(B=1, T=sum(lengths), G=1, H=2, K=192, V=64, L=num_levels)
+    positions = [7, 63, 64, 1, 128, 4097, 0, 16_384, 16_383, 2**41 + 64]
+    inputs = make_inputs("gated_deltanet", shape, dtype, "cuda", decay=0.05).map(poisoned)
+    on_device(inputs, bounds, random_state(shape, positions, torch.float32, "cuda"), returns_state=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("pieces", [[1, 20_000], [8192, 11_809], [63, 65, 16_384, 3489]])
+def test_pieces_on_gpu(pieces, dtype, states_in_kernels):
+    """A sequence in pieces that hand on their state is the sequence, and has its gradients, whatever the pieces."""
+    shape = Shape(B=1, T=sum(pieces), G=2, H=2, K=128, V=64, L=16)
+    inputs = make_inputs("gated_deltanet", shape, dtype, "cuda", decay=0.01)
+    on_device(inputs, None, random_state(shape, [0], torch.float32, "cuda"), True, pieces)
+
+
+@pytest.mark.gpu
+def test_same_bits_compiled_and_in_a_graph_with_a_state(states_in_kernels):
+    shape = Shape(B=2, T=1000, G=1, H=4, K=128, V=64, L=11)
+    inputs = make_inputs("gated_deltanet", shape, torch.bfloat16, "cuda")
+    given = random_state(shape, [77, 5000], torch.float32, "cuda")
+
+    def run(inputs, buckets):
+        state = FenwickState(buckets, given.positions)
+        return runner("triton", returns_state=True)(inputs, state)
+
+    def with_gradients(run):
+        leaves, buckets = inputs.leaves(), given.buckets.detach().requires_grad_()
+        outputs = run(leaves, buckets)
+        wanted = [*leaves.present().values(), buckets]
+        return *outputs, *torch.autograd.grad(sum(x.float().square().sum() for x in outputs), wanted)
+
+    first = with_gradients(run)
+    assert all(torch.equal(a, b) for a, b in zip(with_gradients(run), first, strict=True))
+    compiled = with_gradients(torch.compile(run, fullgraph=True))
+    # what is plain torch may be fused, and then rounds elsewhere
+    for got, wanted in zip(compiled, first, strict=True):
+        assert_close(got, wanted, 1e-3 if got.dtype == torch.float32 else 5e-3, "compiled")
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured = run(inputs, given.buckets)
+    for x in captured:
+        x.zero_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=False))
+
+
+@pytest.mark.gpu
+def test_known_bounds_and_positions_cost_no_wait(states_in_kernels):
+    """Once they were looked at, the host does not wait for the device any more, forward or backward."""
+    shape = Shape(B=1, T=2000, G=1, H=4, K=128, V=64, L=12)
+    inputs = make_inputs("gated_deltanet", shape, torch.bfloat16, "cuda").leaves()
+    bounds = torch.tensor([0, 700, 2000], device="cuda")
+    state = random_state(shape, [33, 70], torch.float32, "cuda")
+    run = runner("triton", bounds, returns_state=True)
+
+    def step():
+        o, buckets = run(inputs, state)
+        return torch.autograd.grad(o.float().square().sum() + buckets.sum(), list(inputs.present().values()))
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @needs_interpreter
-def test_well_formed_operator():
-    inputs = make_inputs("gated_deltanet", Shape(B=2, T=20, G=1, H=2, K=16, V=16, L=7), torch.float32).leaves()
-    torch.library.opcheck(delta._forward_op, (*inputs.values(), 0.7, None))
+@pytest.mark.parametrize("carried", [False, True])
+def test_well_formed_operators(carried):
+    """Schemas, shapes without data, and gradients under the compiler."""
+    shape = Shape(B=2, T=20, G=1, H=2, K=16, V=16, L=7)
+    inputs = make_inputs("gated_deltanet", shape, torch.float32).leaves().values()
+    positions = far = near = None
+    if carried:
+        state = random_state(shape, [3, 40], torch.float32)
+        positions = state.positions
+        far = state.buckets[:, -fenwick.num_far_buckets(7, delta.CHUNK) :].nan_to_num().requires_grad_()
+        near = torch.randn(2, 2, 16, 16, requires_grad=True)
+    torch.library.opcheck(delta._forward_op, (*inputs, 0.7, None, positions, far, near, carried))
+    plain = [None if x is None else x.detach() for x in (*inputs, None, positions, far, near)]
+    outputs = delta._forward_op(*plain[:6], 0.7, *plain[6:], carried)
+    backward = (*map(torch.randn_like, outputs), *plain, 0.7, carried)
+    torch.library.opcheck(delta._backward_op, backward, test_utils=("test_schema", "test_faketensor"))
+
+
+@needs_interpreter
+def test_interpreted_compiled_with_a_state():
+    """One graph, with what is plain torch in it, forward and backward."""
+    shape = Shape(B=1, T=20, G=1, H=1, K=16, V=16, L=6)
+    inputs, given = make_inputs("gated_deltanet", shape, torch.float32), random_state(shape, [21, 3], torch.float32)
+    bounds = torch.tensor([0, 13, 20])
+
+    def run(inputs, buckets, positions, bounds):
+        return runner("triton", bounds, returns_state=True)(inputs, FenwickState(buckets, positions))
+
+    results = []
+    for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        leaves, buckets = inputs.leaves(), given.buckets.detach().requires_grad_()
+        outputs = call(leaves, buckets, given.positions, bounds)
+        wanted = [*leaves.present().values(), buckets]
+        results.append([*outputs, *torch.autograd.grad(sum(x.square().sum() for x in outputs), wanted)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

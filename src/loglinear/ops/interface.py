@@ -84,9 +84,9 @@ def log_linear_attention(
         return_state: whether to return the state after the last token.
         backend: "reference" (recurrence over tokens, a specification), "torch" (the tree algorithm in O(T log T) time
             and O(T) memory, on any device), "triton" (kernels for CUDA devices), or "auto" (the fastest that is
-            available). What no kernel covers yet (a decay per channel, the delta rule with a state or with
-            keys wider than 256, states of more than 32 levels, float64, empty batches) goes to the torch backend by
-            itself; the log says so at debug level. So does the backward of the delta rule.
+            available). What no kernel covers yet (a decay per channel, the delta rule with keys wider than 256 or,
+            until a GPU has run its kernels with one, with a state; states of more than 32 levels, float64, empty
+            batches) goes to the torch backend by itself; the log says so at debug level.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the new state (None unless `return_state`).
@@ -219,7 +219,8 @@ def _choose(backend: str, q, v, level_scales, log_decay, beta, cu_seqlens, carri
         missing = scalar.unsupported(q, v, level_scales, log_decay, num_sequences, carried)
         run = scalar.log_linear_attention_scalar
     else:
-        missing, run = delta.unsupported(q, v, log_decay, carried), delta.log_linear_attention_delta
+        missing = delta.unsupported(q, v, level_scales, log_decay, carried)
+        run = delta.log_linear_attention_delta
     if missing is not None:
         logger.debug("no Triton kernel for %s: the torch backend takes this call", missing)
         return chunked.log_linear_attention_chunked

@@ -3,7 +3,8 @@
 A state's near buckets hold parts of the chunk that its position falls into. The rows of that chunk read each of them on
 a level of its own; later chunks find their sum in the chunk's node. The end of a sequence reads the rows of its last
 chunk in the same way, and the near buckets too if it is the same chunk. All of it is a few small products, and autograd
-differentiates them; the buckets of whole chunks are nodes, and the kernels' business.
+differentiates them; the buckets of whole chunks are nodes, and the kernels' business. This is for scalar decay; the
+delta rule's part is in `delta_carried.py`.
 
 Legend
     S sequences, C rows of a chunk, G groups, R heads of a group, H = G · R heads, K key width, V value width, L levels
@@ -27,19 +28,28 @@ def near_buckets(buckets: Tensor, edges: Edges) -> Tensor:
 def add_near_reads(o: Tensor, q: Tensor, level_scales: Tensor, log_decay: Tensor | None, near: Tensor, edges: Edges,
                    scale: float) -> Tensor:  # fmt: skip
     """o [B, T, H, V] with what the rows of the first chunks read of the near buckets."""
-    exist, groups, num_levels = edges.first_exist, q.shape[-2], level_scales.shape[-1]
-    queries = _take(q, edges.first_rows, exist).transpose(1, 2)  # [S, G, C, K]
-    scales = _take(level_scales, edges.first_rows, exist)  # [S, C, H, L]
-    # a product rather than a gather, whose gradient would be summed in any order
-    picked = torch.nn.functional.one_hot(edges.seen, num_levels).float()  # [S, C, M, L]
-    weights = scales @ picked.transpose(2, 3) * scale  # [S, C, H, M]
+    exist, groups = edges.first_exist, q.shape[-2]
+    queries = take(q, edges.first_rows, exist).transpose(1, 2)  # [S, G, C, K]
+    weights = near_scales(level_scales, edges) * scale  # [S, C, H, M]
     if log_decay is not None:
         weights = weights * _decays(log_decay, edges.first_rows, exist).cumsum(1).exp()[..., None]
     held = near.unflatten(2, (groups, -1)).permute(0, 2, 4, 1, 3, 5)  # [S, G, K, M, R, V]
     reads = (queries @ held.flatten(3)).unflatten(3, held.shape[3:])  # [S, G, C, M, R, V]
     weights = weights.unflatten(2, (groups, -1)).permute(0, 2, 1, 4, 3)  # [S, G, C, M, R]
-    found = (weights[..., None] * reads).sum(3).transpose(1, 2).flatten(2, 3)  # [S, C, H, V]
-    found = torch.where(exist[..., None, None], found, 0).flatten(0, 1).to(o.dtype)
+    return add_to_first(o, (weights[..., None] * reads).sum(3).transpose(1, 2).flatten(2, 3), edges)
+
+
+def near_scales(level_scales: Tensor, edges: Edges) -> Tensor:
+    """[S, C, H, M] λ of each near bucket, seen from the rows of the first chunks."""
+    scales = take(level_scales, edges.first_rows, edges.first_exist)  # [S, C, H, L]
+    # a product rather than a gather, whose gradient would be summed in any order
+    picked = torch.nn.functional.one_hot(edges.seen, level_scales.shape[-1]).float()  # [S, C, M, L]
+    return scales @ picked.transpose(2, 3)
+
+
+def add_to_first(o: Tensor, found: Tensor, edges: Edges) -> Tensor:
+    """o [B, T, H, V] with `found` [S, C, H, V] added to the rows of the first chunks."""
+    found = torch.where(edges.first_exist[..., None, None], found, 0).flatten(0, 1).to(o.dtype)
     return o.flatten(0, 1).index_add(0, edges.first_rows.flatten(), found).view_as(o)
 
 
@@ -47,7 +57,7 @@ def final_buckets(k: Tensor, v: Tensor, log_decay: Tensor | None, near: Tensor |
                   num_levels: int) -> Tensor:  # fmt: skip
     """Buckets [S, L, H, K, V] of the final state; `far` [S, F, H, K, V] are those that the kernels have found."""
     exist, groups = edges.last_exist, k.shape[-2]
-    keys, values = _take(k, edges.last_rows, exist), _take(v, edges.last_rows, exist)
+    keys, values = take(k, edges.last_rows, exist), take(v, edges.last_rows, exist)
     across = None
     if log_decay is not None:
         decays = _decays(log_decay, edges.last_rows, exist)
@@ -61,6 +71,11 @@ def final_buckets(k: Tensor, v: Tensor, log_decay: Tensor | None, near: Tensor |
     if near is not None:
         kept = near if across is None else near * across
         written = written + torch.einsum("sdm,smhkv->sdhkv", edges.ends_bucket.float(), kept)
+    return all_levels(written, far, edges, num_levels)
+
+
+def all_levels(written: Tensor, far: Tensor, edges: Edges, num_levels: int) -> Tensor:
+    """[S, L, H, K, V] of what was `written` [S, D, H, K, V] in the last chunks and of far buckets [S, F, H, K, V]."""
     # levels 0 … lowest - 1 hold nothing; the last of `written` may be the last level, which is also the last of `far`
     empty = written.new_zeros(written.shape[0], edges.lowest, *written.shape[2:])
     if edges.lowest + written.shape[1] + far.shape[1] == num_levels:
@@ -68,7 +83,7 @@ def final_buckets(k: Tensor, v: Tensor, log_decay: Tensor | None, near: Tensor |
     return torch.cat([empty, written[:, :-1], written[:, -1:] + far], 1)
 
 
-def _take(x: Tensor, rows: Tensor, exist: Tensor) -> Tensor:
+def take(x: Tensor, rows: Tensor, exist: Tensor) -> Tensor:
     """Rows [S, C] of x [B, T, A, W] in float32, zero where there are none: [S, C, A, W]."""
     taken = x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape).float()
     return torch.where(exist[..., None, None], taken, 0)
@@ -76,4 +91,4 @@ def _take(x: Tensor, rows: Tensor, exist: Tensor) -> Tensor:
 
 def _decays(log_decay: Tensor, rows: Tensor, exist: Tensor) -> Tensor:
     """Natural log decays [S, C, H]; a reset is as good as zero at e^-87, and must not drown what is summed after it."""
-    return _take(log_decay[..., None], rows, exist)[..., 0].clamp(min=-87.3)
+    return take(log_decay[..., None], rows, exist)[..., 0].clamp(min=-87.3)

@@ -104,6 +104,19 @@ def place_of_node(slot, block, origin, oldest, end, remaining):
 
 
 @triton.jit
+def left_sibling(slot, height, span, blocks, origins, oldests, reads):
+    """Slot of what the node in `slot` takes in to grow beyond `height` (span = 2^height): a node, or a bucket.
+
+    Its own last chunk reads just that at this height, after one node at each height below it.
+    """
+    end = tl.load(blocks + slot) + 1 - span
+    return place_of_node(
+        slot, tl.load(blocks + slot), tl.load(origins + slot), tl.load(oldests + slot), end,
+        tl.load(reads + slot) - height,
+    )  # fmt: skip
+
+
+@triton.jit
 def holds_tokens(position, level, L):
     """Which levels of a state at `position` are occupied: `fenwick.is_occupied`, for levels that may be beyond L."""
     height = tl.maximum(level - 1, 0)

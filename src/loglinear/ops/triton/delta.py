@@ -1,10 +1,12 @@
 """The delta rule with one decay per head, or none (DeltaNet, Gated DeltaNet), on Triton kernels.
 
 Forward: `delta_chunks.py`, `delta_nodes.py`, `delta_read.py`. Backward: `delta_backward.py`, for which all of that is
-made again rather than kept.
+made again rather than kept. States that are carried in and out: `delta_carried.py` for the chunks at both ends, the
+kernels for what is whole.
 
 Legend
-    B batch, T tokens, G groups, H heads, K key width, V value width, L levels
+    B batch, T tokens, G groups, H heads, K key width, V value width, L levels, S sequences (B, or the packed ones)
+    F far buckets of a state, those of whole chunks and the last one
 """
 
 from __future__ import annotations
@@ -16,21 +18,27 @@ from torch import Tensor
 
 from loglinear import fenwick
 from loglinear.ops import stacked
-from loglinear.ops.packing import check_bounds
-from loglinear.ops.triton import delta_chunks, delta_halves, delta_nodes
+from loglinear.ops.packing import check_bounds, check_positions
+from loglinear.ops.triton import delta_carried, delta_chunks, delta_halves, delta_nodes
+from loglinear.ops.triton.carried import near_buckets
 from loglinear.ops.triton.delta_backward import Remade, gradients
 from loglinear.ops.triton.delta_chunks import Chunks
-from loglinear.ops.triton.delta_nodes import Nodes, make_nodes
+from loglinear.ops.triton.delta_nodes import Carried, Leaving, Nodes, leaving, make_nodes
 from loglinear.ops.triton.delta_read import descend, read
-from loglinear.ops.triton.scalar import CHUNK, INTERPRETED, MOST_PROGRAMS, as_rows, slots_of
+from loglinear.ops.triton.scalar import CHUNK, INTERPRETED, MOST_LEVELS, MOST_PROGRAMS, as_rows, slots_of
 
 WIDEST_KEY = 256
 # Half a chunk's rows a program. No GPU has compared that with float64 yet: there, a program has all of them.
 HALVES = INTERPRETED
 LONG_CHUNK = 16 if INTERPRETED else 128  # of bfloat16: half as many nodes, each of which moves more than its chunk
+# No GPU has run the kernels with a state yet: there the torch backend takes such calls. Set by the tests that are to
+# change this.
+STATES_IN_KERNELS = INTERPRETED
 
 
-def unsupported(q: Tensor, v: Tensor, log_decay: Tensor | None, carried: bool) -> str | None:
+def unsupported(
+    q: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None, carried: bool
+) -> str | None:
     """Why these kernels do not cover a call, or None."""
     if log_decay is not None and log_decay.ndim == 4:
         return "a decay per channel"
@@ -42,40 +50,91 @@ def unsupported(q: Tensor, v: Tensor, log_decay: Tensor | None, carried: bool) -
         return f"the delta rule with keys wider than {WIDEST_KEY}"  # a program has all rows of a map
     if v.shape[0] * v.shape[1] > MOST_PROGRAMS:
         return f"more than {MOST_PROGRAMS} tokens in a call"
-    if carried:
+    if carried and not STATES_IN_KERNELS:
         return "a state of the delta rule carried in or out"
+    if carried and level_scales is not None and level_scales.shape[-1] > MOST_LEVELS:
+        return f"a state of more than {MOST_LEVELS} levels carried in or out"
     return None
 
 
 def log_linear_attention_delta(
     q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, *, log_decay: Tensor | None, beta: Tensor | None,
     scale: float, cu_seqlens: Tensor | None, initial_state, return_state: bool,
-) -> tuple[Tensor, None, None]:  # fmt: skip
-    """o [B, T, H, V]; shapes as in `log_linear_attention`."""
-    assert beta is not None and initial_state is None and not return_state  # see `unsupported`
-    return _forward_op(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens), None, None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """o [B, T, H, V], buckets and positions; shapes as in `log_linear_attention`.
+
+    Nothing is read back by the host but bounds and positions that it has not seen before (`packing.check_bounds`).
+    """
+    assert beta is not None  # see `unsupported`
+    if initial_state is None and not return_state:
+        o, _, _ = _forward_op(
+            q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, None, None, None, return_state
+        )  # fmt: skip
+        return o, None, None
+    buckets, positions = (None, None) if initial_state is None else initial_state[:2]  # settled at the door
+    bounds = torch.arange(v.shape[0] + 1, device=v.device) * v.shape[1] if cu_seqlens is None else cu_seqlens
+    chunk, num_levels = _chunk_of(v), 1 if level_scales is None else level_scales.shape[-1]
+    edges = fenwick.edges(bounds, positions, chunk, num_levels)
+    near = first = far = written = None
+    if buckets is not None:
+        buckets = buckets.float()
+        far = buckets[:, -fenwick.num_far_buckets(num_levels, chunk) :]
+        if edges.has_bucket.shape[1] > 0:
+            near = near_buckets(buckets, edges)
+            first = delta_carried.chunk_factors(q, k, log_decay, beta, edges.first_rows, edges.first_exist, scale)
+            written = delta_carried.written_by_near(near, first)
+    o, added, maps = _forward_op(
+        q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, written, return_state
+    )  # fmt: skip
+    if near is not None and first is not None and level_scales is not None:
+        o = delta_carried.add_near_reads(o, level_scales, near, first, edges)
+    if not return_state:
+        return o, None, None
+    last = delta_carried.chunk_factors(q, k, log_decay, beta, edges.last_rows, edges.last_exist, scale)
+    return o, delta_carried.final_buckets(v, last, near, added, maps, edges, num_levels), edges.end
+
+
+def _chunk_of(v: Tensor) -> int:
+    """Rows of a chunk, for the inputs of a call."""
+    return LONG_CHUNK if v.dtype == torch.bfloat16 and not INTERPRETED else CHUNK
+
+
+# ----------------------------------------------------------------------------------------------------
+# Two operators, for autograd and the compiler
+# ----------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("loglinear::delta", mutates_args=())
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None, beta: Tensor, scale: float,
-    cu_seqlens: Tensor | None,
-) -> Tensor:  # fmt: skip
+    cu_seqlens: Tensor | None, positions: Tensor | None, far: Tensor | None, near: Tensor | None, return_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """o, and `Leaving`: the nodes that far buckets of the final state are (none of them unless `return_state`)."""
     if cu_seqlens is not None:
         check_bounds(cu_seqlens, v.shape[1])
+    if positions is not None:
+        check_positions(positions)
     with torch.cuda.device_of(v):  # kernels are launched on the current device
-        call = _prepare(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens)
+        call = _prepare(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, near, return_state)
         chunks, nodes, _ = _tree(call, backward=False)
         _, _, values, scales, _, _ = call.rows
-        o = read(values, scales, chunks, nodes, call.slots, call.places, call.chunk, call.height, call.precision)
-    return o.view(v.shape).to(v.dtype)
+        o = read(
+            values, scales, chunks, nodes, call.slots, call.variants, call.places, call.chunk, call.height,
+            call.precision,
+        )  # fmt: skip
+        left = Leaving(*(v.new_empty(0, dtype=torch.float32) for _ in range(2)))
+        if return_state:
+            left = leaving(nodes, call.state, call.slots)
+    return o.view(v.shape).to(v.dtype), *left
 
 
 class _Call(NamedTuple):
     """A call as the kernels take it."""
 
     rows: list[Tensor]  # q, k, v, level scales, log decays and beta, [B · T, …]
+    state: Carried | None
     slots: fenwick.Slots
+    variants: Tensor
     places: Tensor
     chunk: int
     height: int
@@ -83,7 +142,9 @@ class _Call(NamedTuple):
     precision: str
 
 
-def _prepare(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens) -> _Call:
+def _prepare(
+    q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, near, return_state
+) -> _Call:  # fmt: skip
     batch, tokens, heads, _ = v.shape
     if log_decay is None:
         log_decay = torch.zeros(batch, tokens, heads, dtype=torch.float32, device=v.device)
@@ -96,52 +157,66 @@ def _prepare(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens) -> _Call
     exact = v.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     wide = rows[2].dtype == torch.float32
     precision = "ieee" if exact else "tf32x3" if wide else "tf32"
-    chunk = CHUNK if wide else LONG_CHUNK
-    num_levels = 1 if level_scales is None else level_scales.shape[-1]
-    slots = slots_of(batch, tokens, chunk, num_levels, v.device, cu_seqlens, None, False)
-    places = slots.reads.cumsum(0, dtype=torch.int32) - slots.reads
-    return _Call(rows, slots, places, chunk, fenwick.chunk_height(chunk), scale, precision)
+    chunk, num_levels = _chunk_of(v), 1 if level_scales is None else level_scales.shape[-1]
+    slots = slots_of(batch, tokens, chunk, num_levels, v.device, cu_seqlens, positions, return_state)
+    variants = fenwick.variants(slots)
+    places = variants.cumsum(0, dtype=torch.int32) - variants
+    state = None if far is None else Carried(far, near)
+    return _Call(rows, state, slots, variants, places, chunk, fenwick.chunk_height(chunk), scale, precision)
 
 
 def _tree(call: _Call, backward: bool) -> tuple[Chunks, Nodes, Tensor | None]:
     """Chunks, nodes and the queries on their way down; and P of right siblings for the backward."""
     queries, keys, values, scales, decays, strengths = call.rows
     slots = call.slots
-    num_reads = fenwick.most_reads(len(slots.token), slots.cap)
+    if slots.origin is None:
+        room = fenwick.most_reads(len(slots.token), slots.cap)
+    else:
+        room = fenwick.most_variants(len(slots.token) - slots.ends.bucket.numel(), slots.cap, len(slots.base))
     halves = HALVES and call.chunk >= 32  # products and the inverse's blocks have 16 rows at least
     make_chunks = delta_halves.make_chunks if halves else delta_chunks.make_chunks
     make_leaves = delta_halves.make_leaves if halves else delta_nodes.make_leaves
     chunks = make_chunks(
-        queries, keys, values, scales, decays, strengths, slots, call.places, num_reads, call.chunk, call.height,
+        queries, keys, values, scales, decays, strengths, slots, call.places, room, call.chunk, call.height,
         call.scale, call.precision, backward,
     )  # fmt: skip
     rights = None
     if backward:
         rights = values.new_empty(len(slots.token), values.shape[1], keys.shape[-1], keys.shape[-1])
-    nodes = make_nodes(keys, values, strengths, chunks, slots, call.chunk, call.precision, rights, make_leaves)
-    descend(chunks, nodes, slots, call.places, call.chunk, call.precision)
+    nodes = make_nodes(
+        keys, values, strengths, chunks, slots, call.chunk, call.precision, call.state, rights, make_leaves
+    )
+    descend(chunks, nodes, slots, call.variants, call.places, call.chunk, call.precision)
     return chunks, nodes, rights
 
 
 @_forward_op.register_fake
-def _(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens):
-    return torch.empty_like(v, memory_format=torch.contiguous_format)
+def _(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, near, return_state):
+    added, maps = (v.new_empty(0, dtype=torch.float32) for _ in range(2))
+    if return_state:
+        sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        num_far = fenwick.num_far_buckets(1 if level_scales is None else level_scales.shape[-1], _chunk_of(v))
+        heads, key_dim, value_dim = v.shape[2], q.shape[-1], v.shape[-1]
+        added = v.new_empty(sequences, num_far, heads, key_dim, value_dim, dtype=torch.float32)
+        maps = v.new_empty(sequences, num_far - 1, heads, key_dim, key_dim, dtype=torch.float32)
+    return torch.empty_like(v, memory_format=torch.contiguous_format), added, maps
 
 
 @torch.library.custom_op("loglinear::delta_backward", mutates_args=())
 def _backward_op(
-    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None,
-    beta: Tensor, scale: float, cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_o: Tensor, grad_added: Tensor, grad_maps: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    level_scales: Tensor | None, log_decay: Tensor | None, beta: Tensor, cu_seqlens: Tensor | None,
+    positions: Tensor | None, far: Tensor | None, near: Tensor | None, scale: float, return_state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(v):
-        call = _prepare(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens)
+        call = _prepare(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, near, return_state)
         queries, keys, values, scales, _, strengths = call.rows
         found = gradients(
             queries, keys, values, scales, strengths, as_rows(grad_o.to(values.dtype)),
-            Remade(*_tree(call, backward=True)), call.slots, call.places, call.chunk, call.height, scale,
-            call.precision,
+            Leaving(grad_added, grad_maps) if return_state else None, Remade(*_tree(call, backward=True)), call.slots,
+            call.variants, call.places, call.chunk, call.height, scale, call.precision,
         )  # fmt: skip
-    inputs = (q, k, v, level_scales, log_decay, beta)
+    inputs = (q, k, v, level_scales, log_decay, beta, far, near)
     return tuple(
         v.new_empty(0) if x is None or g is None else g.view(x.shape).to(x.dtype)
         for g, x in zip(found, inputs, strict=True)
@@ -149,22 +224,30 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(grad_o, q, k, v, level_scales, log_decay, beta, scale, cu_seqlens):
-    inputs = (q, k, v, level_scales, log_decay, beta)
+def _(
+    grad_o, grad_added, grad_maps, q, k, v, level_scales, log_decay, beta, cu_seqlens, positions, far, near, scale,
+    return_state,
+):  # fmt: skip
+    inputs = (q, k, v, level_scales, log_decay, beta, far, near)
     return tuple(
         v.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs
     )
 
 
 def _keep_inputs(ctx, inputs, output):
-    *tensors, ctx.scale, cu_seqlens = inputs
-    ctx.save_for_backward(*tensors, cu_seqlens)
+    *tensors, ctx.scale, cu_seqlens, positions, far, near, ctx.return_state = inputs
+    ctx.save_for_backward(*tensors, cu_seqlens, positions, far, near)
 
 
-def _run_backward(ctx, grad_o):
-    *tensors, cu_seqlens = ctx.saved_tensors
-    grads = _backward_op(grad_o, *tensors, ctx.scale, cu_seqlens)
-    return *(g if x is not None else None for g, x in zip(grads, tensors, strict=True)), None, None
+def _run_backward(ctx, grad_o, grad_added, grad_maps):
+    *tensors, cu_seqlens, positions, far, near = ctx.saved_tensors
+    found = _backward_op(
+        grad_o, grad_added, grad_maps, *tensors, cu_seqlens, positions, far, near, ctx.scale, ctx.return_state
+    )
+    *grads, grad_far, grad_near = (
+        g if x is not None else None for g, x in zip(found, (*tensors, far, near), strict=True)
+    )
+    return *grads, None, None, None, grad_far, grad_near, None
 
 
 _forward_op.register_autograd(_run_backward, setup_context=_keep_inputs)

@@ -4,7 +4,8 @@ With G_j = λ_j ⊙ dO U_jᵀ for the nodes j that a chunk reads, nearest first,
 
     dR_j = G_j + dR_{j+1} P_jᵀ        dU_n = Σ R_jᵀ (λ_j ⊙ dO)        dP_n = Σ R_jᵀ dR_{j+1}
 
-over all chunks that read n. Then from parents to children, for the composition U = U_r + P_r U_l, P = P_r P_l:
+over all chunks that read n (P of buckets that are carried in is I, and needs none). Then from parents to children, for
+the composition U = U_r + P_r U_l, P = P_r P_l:
 
     dU_l += P_rᵀ dU       dP_l += P_rᵀ dP       dU_r = dU       dP_r = dU U_lᵀ + dP P_lᵀ
 
@@ -18,7 +19,8 @@ and M, A, k̂ and k̄ are functions of q, k, β and γ. Nothing of the decay gra
 it is part of P. What is stored is as wide as the inputs, single; accumulation is float32.
 
 Legend
-    N slots, C rows of a chunk, H heads, G groups, K key width, V value width, L levels, M reads of all chunks
+    N slots, C rows of a chunk, H heads, G groups, K key width, V value width, L levels, S sequences, F far buckets
+    M variants of the queries of all chunks: see `delta_read.py`
     KT, VT, RT tiles of BK keys, BV values and ROWS rows
     pulled [M, H, C, K] dR; d_added [N, H, K, V], d_maps, rights [N, H, K, K] gradients of nodes, and P of the right
     sibling of the node in a slot; d_erase [N, H, C, K] dW; mixed, d_pairs, d_overlap [N, H, C, C] MT and the gradients
@@ -35,12 +37,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loglinear.fenwick import Slots
+from loglinear.fenwick import Slots, readers_with_rows
 from loglinear.ops.triton import delta_backward_halves
 from loglinear.ops.triton.common import (
     decays_between,
     drop_lowest_bit,
     in_same_block,
+    left_sibling,
     level_factor,
     load_column,
     place_of_node,
@@ -58,14 +61,24 @@ from loglinear.ops.triton.delta_chunks import (
     tile_width,
     warps_of,
 )
-from loglinear.ops.triton.delta_nodes import Nodes, row_tiles
+from loglinear.ops.triton.delta_nodes import (
+    Leaving,
+    Nodes,
+    has_running,
+    most_higher,
+    row_tiles,
+    running_from,
+    running_tables,
+    sibling_tables,
+)
+from loglinear.ops.triton.delta_read import reading_tables
 
 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
-def _pull_kernel(grad_o, scales, seen, added, pulled, dscales, tokens, firsts, rows_of, blocks, heights, reads, places,
-                 N, H, stride_g, stride_gh, stride_s, stride_sh, K, V, L, C: tl.constexpr, HEIGHT: tl.constexpr,
-                 KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
+def _pull_kernel(grad_o, scales, seen, added, pulled, dscales, tokens, firsts, rows_of, blocks, origins, oldests,
+                 heights, reads, variants, places, N, H, stride_g, stride_gh, stride_s, stride_sh, K, V, L,
+                 C: tl.constexpr, HEIGHT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr,
+                 BV: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """What each read of a chunk gets from the output: gradients of its queries, and of λ."""
     head, slot = program_place()
     rows = tl.load(rows_of + slot, mask=slot < N, other=0)
@@ -73,6 +86,9 @@ def _pull_kernel(grad_o, scales, seen, added, pulled, dscales, tokens, firsts, r
         return
     token, block, count = tl.load(tokens + slot), tl.load(blocks + slot), tl.load(reads + slot)
     first = None if firsts is None else tl.load(firsts + slot)
+    origin = None if origins is None else tl.load(origins + slot)
+    oldest = None if oldests is None else tl.load(oldests + slot)
+    different = None if variants is None else tl.load(variants + slot)
     row = tl.arange(0, C)
     exists = row_exists(row, first, rows)
     grad_o += head.to(tl.int64) * stride_gh
@@ -81,7 +97,7 @@ def _pull_kernel(grad_o, scales, seen, added, pulled, dscales, tokens, firsts, r
     last = tl.zeros((C,), tl.float32)
     rest = block
     for number in range(count):
-        node = place_of_node(slot, block, None, None, rest, count - number)
+        node = place_of_node(slot, block, origin, oldest, rest, count - number)
         state = added + (node.to(tl.int64) * H + head) * K * V
         level = tl.minimum(HEIGHT + 1 + tl.load(heights + node), L - 1)
         weight = tl.full((C,), 1.0, tl.float32)
@@ -97,34 +113,42 @@ def _pull_kernel(grad_o, scales, seen, added, pulled, dscales, tokens, firsts, r
             if SCALED:
                 queries = load_block(seen + here, 0, C, C, key * BK, K, BK).to(tl.float32)
                 found += tl.sum(queries * pull, 1)
-            store_block(pulled + here, pull * weight[:, None], 0, C, C, key * BK, K, BK)
+            pull *= weight[:, None]
+            if different is not None:
+                if number >= different:  # with the same queries as the read before
+                    pull += load_block(pulled + here, 0, C, C, key * BK, K, BK).to(tl.float32)
+            store_block(pulled + here, pull, 0, C, C, key * BK, K, BK)
         if SCALED:
             if level < L - 1:
                 tl.store(dlam + level, found, mask=exists)
             else:
                 last += found
-        here += H * C * K
+        if different is None:
+            here += H * C * K
+        else:
+            here += tl.where(number + 1 < different, H * C * K, 0)
+            tl.debug_barrier()
         rest = drop_lowest_bit(rest)
     if SCALED:
         tl.store(dlam + L - 1, last, mask=exists)
 
 
 @triton.jit(do_not_specialize=["N"])
-def _ascend_kernel(pulled, maps, rows_of, blocks, heights, reads, places, N, H, K, C: tl.constexpr, KT: tl.constexpr,
+def _ascend_kernel(pulled, maps, rows_of, blocks, heights, variants, places, N, H, K, C: tl.constexpr, KT: tl.constexpr,
                    BK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Adds to the gradient of each read's queries what comes through the node that they pass next."""
     head, slot = program_place()
     rows = tl.load(rows_of + slot, mask=slot < N, other=0)
     if rows == 0:
         return
-    block, count = tl.load(blocks + slot), tl.load(reads + slot)
+    block, count = tl.load(blocks + slot), tl.load(variants + slot)
     base = (tl.load(places + slot).to(tl.int64) * H + head) * C * K
     for step in range(count - 1):
         number = count - 2 - step
         rest = block
         for _ in range(number):
             rest = drop_lowest_bit(rest)
-        node = place_of_node(slot, block, None, None, rest, count - number)
+        node = place_of_node(slot, block, None, None, rest, count - number)  # buckets are not passed
         half = (tl.load(heights + node) % 2).to(tl.int64) * N * H
         map = maps + (half + node.to(tl.int64) * H + head) * PARTS * K * K
         here = base + number * H * C * K
@@ -139,7 +163,7 @@ def _ascend_kernel(pulled, maps, rows_of, blocks, heights, reads, places, N, H, 
 
 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
-def _gather_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens, firsts, rows_of, heights, lefts, reads,
+def _gather_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens, firsts, rows_of, heights, lefts, variants,
                    places, reader, readers, order, N, H, stride_g, stride_gh, stride_s, stride_sh, K, V, L,
                    C: tl.constexpr, HEIGHT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, RT: tl.constexpr,
                    ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr,
@@ -155,11 +179,12 @@ def _gather_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens, firsts
     place = slot.to(tl.int64) * H + head
     lam = scales + head.to(tl.int64) * stride_sh + tl.minimum(HEIGHT + 1 + height, L - 1)
     grad_o += head.to(tl.int64) * stride_gh
-    nearest = tl.load(reads + chunk, mask=chunk < N, other=0)  # of the first reader, this node is the nearest
+    # of the first reader, this node is the nearest; if a bucket, it shares that one's only queries with the others
+    nearest = tl.load(variants + chunk, mask=chunk < N, other=0)
     if tile < VT:
         total = tl.zeros((ROWS, BV), tl.float32)
         for _ in range(span):
-            read = tl.load(places + chunk) + tl.load(reads + chunk) - nearest
+            read = tl.load(places + chunk) + tl.load(variants + chunk) - nearest
             token, rows = tl.load(tokens + chunk), tl.load(rows_of + chunk)
             first = None if firsts is None else tl.load(firsts + chunk)
             queries = load_block(seen + (read.to(tl.int64) * H + head) * C * K, 0, C, C, row, K, ROWS)
@@ -174,7 +199,7 @@ def _gather_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens, firsts
         column = (tile - VT) * BK
         change = tl.zeros((ROWS, BK), tl.float32)
         for _ in range(span):
-            count = tl.load(reads + chunk)
+            count = tl.load(variants + chunk)
             number_of_read = count - nearest
             if number_of_read + 1 < count:
                 at = ((tl.load(places + chunk) + number_of_read).to(tl.int64) * H + head) * C * K
@@ -186,17 +211,23 @@ def _gather_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens, firsts
 
 
 @triton.jit(do_not_specialize=["N", "cap"])
-def _running_back_kernel(maps, d_added, bases, counts, N, H, cap, K, V, KT: tl.constexpr, BK: tl.constexpr,
-                         BV: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _running_back_kernel(maps, d_added, bases, counts, origins, oldests, heights, N, H, cap, K, V, KT: tl.constexpr,
+                         BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,
+                         PRECISION: tl.constexpr):  # fmt: skip
     """Back over the running states: each owes P of the next, transposed, times that one's gradient."""
     sequence, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     base, count = tl.load(bases + sequence), tl.load(counts + sequence)
     span = tl.exp2(cap.to(tl.float32)).to(tl.int32)
     half = maps + (cap % 2).to(tl.int64) * N * H * PARTS * K * K
+    begin, oldest = 1, None
+    if origins is not None:
+        base, count, begin, oldest = running_from(base, count, span, cap, origins, oldests, heights)
     steps = (count - 1) // span
-    for step in range(steps - 1):
+    for step in range(steps - begin):
         place = (base + (steps - step) * span - 1).to(tl.int64) * H + head
         before = place - span.to(tl.int64) * H
+        if oldest is not None:
+            before = tl.where(step == steps - 1, oldest.to(tl.int64) * H + head, before)
         map = half + place * PARTS * K * K
         for row in range(KT):
             total = load_block(d_added + before * K * V, row * BK, K, BK, tile * BV, V, BV).to(tl.float32)
@@ -209,9 +240,9 @@ def _running_back_kernel(maps, d_added, bases, counts, N, H, cap, K, V, KT: tl.c
 
 
 @triton.jit(do_not_specialize=["N", "height"])
-def _left_kernel(rights, d_added, d_maps, tallest, heights, lefts, N, H, height, K, V, KT: tl.constexpr,
-                 VT: tl.constexpr, RT: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
+def _left_kernel(rights, d_added, d_maps, tallest, heights, lefts, blocks, origins, oldests, reads, N, H, height, K, V,
+                 KT: tl.constexpr, VT: tl.constexpr, RT: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
+                 BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A tile of what the left halves of the nodes of `height` + 1 owe to them."""
     part, number = program_place()
     slot = tl.load(tallest + number, mask=number < N, other=-1)
@@ -224,6 +255,8 @@ def _left_kernel(rights, d_added, d_maps, tallest, heights, lefts, N, H, height,
     span = tl.exp2(height.to(tl.float32)).to(tl.int32)
     place = slot.to(tl.int64) * H + head
     left = place - span.to(tl.int64) * H
+    if origins is not None:
+        left = left_sibling(slot, height, span, blocks, origins, oldests, reads).to(tl.int64) * H + head
     right = rights + left * K * K
     if tile < VT:
         column = tile * BV
@@ -244,9 +277,9 @@ def _left_kernel(rights, d_added, d_maps, tallest, heights, lefts, N, H, height,
 
 
 @triton.jit(do_not_specialize=["N", "height"])
-def _right_kernel(added, maps, d_added, d_maps, tallest, heights, lefts, blocks, N, H, height, K, V, KT: tl.constexpr,
-                  VT: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,
-                  RUNNING: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _right_kernel(added, maps, d_added, d_maps, tallest, heights, lefts, blocks, origins, oldests, reads, N, H, height,
+                  K, V, KT: tl.constexpr, VT: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                  PARTS: tl.constexpr, RUNNING: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Some rows of the gradient of P of the right halves of the nodes of `height` + 1.
 
     RUNNING: of the nodes of the cap height, which took in the running state before them; that has no P.
@@ -266,10 +299,16 @@ def _right_kernel(added, maps, d_added, d_maps, tallest, heights, lefts, blocks,
     head, row = part // KT, part % KT * BK
     span = tl.exp2(height.to(tl.float32)).to(tl.int32)
     if RUNNING:
-        if tl.load(blocks + slot) < span:
-            return  # the first of its sequence
+        if reads is None:
+            if tl.load(blocks + slot) < span:
+                return  # the first of its sequence
+        else:
+            if tl.load(reads + slot) <= height:
+                return  # nothing is older
     place = slot.to(tl.int64) * H + head
     left = place - span.to(tl.int64) * H
+    if origins is not None:
+        left = left_sibling(slot, height, span, blocks, origins, oldests, reads).to(tl.int64) * H + head
     total = tl.zeros((BK, ROWS), tl.float32)
     if RUNNING:
         total += load_block(d_maps + place * K * K, row, K, BK, 0, K, ROWS).to(tl.float32)
@@ -541,6 +580,8 @@ class Gradients(NamedTuple):
     level_scales: Tensor | None
     log_decay: Tensor
     beta: Tensor
+    far: Tensor | None  # of the initial state: see `Carried`
+    near: Tensor | None
 
 
 @dataclass
@@ -603,9 +644,10 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
     return dq, dk, dv, d_decay, d_beta
 
 
-def gradients(q, k, v, scales, beta, grad_o, remade: Remade, slots: Slots, places, chunk: int, height: int,
-              scale: float, precision: str) -> Gradients:  # fmt: skip
-    """Of the rows of a call; `remade` is used up."""
+def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: Remade, slots: Slots, variants, places,
+              chunk: int, height: int, scale: float, precision: str) -> Gradients:  # fmt: skip
+    """Of the rows of a call, from those of o [T, H, V] and of what `leaving` gave (None: not used); `remade` is used
+    up."""
     num_slots, (tokens, groups, key_dim), (_, heads, value_dim) = len(slots.token), q.shape, v.shape
     block_k, block_v = tile_width(key_dim), tile_width(value_dim)
     keys = {"KT": triton.cdiv(key_dim, block_k), "BK": block_k, "PRECISION": precision}
@@ -624,44 +666,58 @@ def gradients(q, k, v, scales, beta, grad_o, remade: Remade, slots: Slots, place
     del remade.chunks, remade.nodes, remade.rights
     parts = nodes.maps.shape[3]
     pulled = torch.empty_like(chunks.seen)
-    tables = (slots.rows, slots.block, slots.height, slots.reads, places)
     _pull_kernel[programs(heads, num_slots)](
-        grad_o, lam, chunks.seen, nodes.added, pulled, dscales, slots.token, slots.first, *tables, num_slots, heads,
-        *of_g, *of_s, key_dim, value_dim, num_levels, HEIGHT=height, SCALED=scaled, **keys, **values, **whole,
+        grad_o, lam, chunks.seen, nodes.added, pulled, dscales, slots.token, slots.first, slots.rows,
+        *reading_tables(slots, variants), places, num_slots, heads, *of_g, *of_s, key_dim, value_dim, num_levels,
+        HEIGHT=height, SCALED=scaled, **keys, **values, **whole,
     )  # fmt: skip
     _ascend_kernel[programs(heads, num_slots)](
-        pulled, nodes.maps, *tables, num_slots, heads, key_dim, PARTS=parts, **keys, **whole,
+        pulled, nodes.maps, slots.rows, slots.block, slots.height, variants, places, num_slots, heads, key_dim,
+        PARTS=parts, **keys, **whole,
     )  # fmt: skip
     tiled = row_tiles(key_dim)
     all_rows = {"num_warps": 8 if rows > 128 else 4, "num_stages": 2, "ROWS": rows}
-    d_added, d_maps = torch.empty_like(nodes.added), torch.empty_like(rights)
+    # what has no rows reads nothing, and nobody fills in the gradients of a bucket that nothing reads
+    readers = readers_with_rows(slots)
+    new = torch.empty_like if slots.origin is None else torch.zeros_like
+    d_added, d_maps = new(nodes.added), torch.empty_like(rights)
     _gather_kernel[programs(heads * columns * tiled["RT"], num_slots)](
         grad_o, lam, chunks.seen, pulled, d_added, d_maps, slots.token, slots.first, slots.rows, slots.height,
-        slots.left, slots.reads, places, slots.reader, slots.readers, slots.order, num_slots, heads, *of_g, *of_s,
+        slots.left, variants, places, slots.reader, readers, slots.order, num_slots, heads, *of_g, *of_s,
         key_dim, value_dim, num_levels, HEIGHT=height, C=chunk, SCALED=scaled, **keys, **values, **tiled,
     )  # fmt: skip
     chunks = chunks._replace(seen=None)
-    if num_slots > 2**slots.cap:
+    if grad_left is not None:
+        _add_from_ends(d_added, d_maps, grad_left, slots)
+    siblings = sibling_tables(slots)
+    of_nodes = (slots.tallest, slots.height, slots.left)
+    if has_running(slots):
         _running_back_kernel[(len(slots.base), heads, values["VT"])](
-            nodes.maps, d_added, slots.base, slots.count, num_slots, heads, slots.cap, key_dim, value_dim,
+            nodes.maps, d_added, *running_tables(slots), num_slots, heads, slots.cap, key_dim, value_dim,
             BV=block_v, PARTS=parts, num_warps=4, num_stages=2, **keys,
         )  # fmt: skip
-        _right_kernel[programs(heads * keys["KT"], num_slots // 2**slots.cap)](
-            nodes.added, nodes.maps, d_added, d_maps, slots.tallest, slots.height, slots.left, slots.block, num_slots,
-            heads, slots.cap, key_dim, value_dim, PARTS=parts, RUNNING=True, **keys, **values, **all_rows,
+        _right_kernel[programs(heads * keys["KT"], most_higher(slots, slots.cap - 1))](
+            nodes.added, nodes.maps, d_added, d_maps, *of_nodes, slots.block, *siblings[1:], num_slots, heads,
+            slots.cap, key_dim, value_dim, PARTS=parts, RUNNING=True, **keys, **values, **all_rows,
         )  # fmt: skip
     for level in reversed(range(slots.cap)):
-        highest = num_slots // 2 ** (level + 1)
+        highest = most_higher(slots, level)
         if highest:
             _left_kernel[programs(heads * columns * tiled["RT"], highest)](
-                rights, d_added, d_maps, slots.tallest, slots.height, slots.left, num_slots, heads, level, key_dim,
-                value_dim, **keys, **values, **tiled,
+                rights, d_added, d_maps, *of_nodes, *siblings, num_slots, heads, level, key_dim, value_dim,
+                **keys, **values, **tiled,
             )  # fmt: skip
             _right_kernel[programs(heads * keys["KT"], highest)](
-                nodes.added, nodes.maps, d_added, d_maps, slots.tallest, slots.height, slots.left, slots.block,
-                num_slots, heads, level, key_dim, value_dim, PARTS=parts, RUNNING=False, **keys, **values, **all_rows,
+                nodes.added, nodes.maps, d_added, d_maps, *of_nodes, slots.block, *siblings[1:], num_slots, heads,
+                level, key_dim, value_dim, PARTS=parts, RUNNING=False, **keys, **values, **all_rows,
             )  # fmt: skip
     del nodes, rights
+    far, near = None, None
+    if slots.origin is not None:
+        far = torch.where(slots.ends.has_bucket[..., None, None, None], d_added[slots.ends.bucket].float(), 0)
+        near = d_added[slots.base].float()
+
+    # every chunk by itself
     by_chunk = chunk_gradients if chunks.written is None else delta_backward_halves.chunk_gradients
     dq, dk, dv, d_decay, d_beta = by_chunk(
         q, k, v, scales, beta, grad_o, chunks, pulled, d_added, d_maps, dscales, slots, places, chunk, height, scale,
@@ -669,4 +725,13 @@ def gradients(q, k, v, scales, beta, grad_o, remade: Remade, slots: Slots, place
     )  # fmt: skip
     if groups != heads:
         dq, dk = (x.unflatten(1, (groups, -1)).sum(2) for x in (dq, dk))
-    return Gradients(dq, dk, dv, dscales if scaled else None, d_decay, d_beta)
+    return Gradients(dq, dk, dv, dscales if scaled else None, d_decay, d_beta, far, near)
+
+
+def _add_from_ends(d_added: Tensor, d_maps: Tensor, grad: Leaving, slots: Slots) -> None:
+    """What the ends of the sequences owe to the nodes that they read."""
+    ends = slots.ends
+    present = ends.has_node[..., None, None, None]
+    for target, x in ((d_added, grad.added), (d_maps, grad.maps)):
+        nodes = ends.node[:, : x.shape[1]].flatten()
+        target.index_add_(0, nodes, torch.where(present[:, : x.shape[1]], x, 0).flatten(0, 1).to(target.dtype))

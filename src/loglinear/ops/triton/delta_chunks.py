@@ -11,10 +11,10 @@ P in `delta_nodes.py`. With single ones the output is wrong by 6e-3 where nothin
 1.7e-3 is the rounding of the output. U, the queries and the scores are single.
 
 Legend
-    N chunks (slots), C rows of a chunk, H heads, G groups, K key width, V value width, L levels, M reads of all chunks
-    KT tiles of BK key columns
+    N chunks (slots), C rows of a chunk, H heads, G groups, K key width, V value width, L levels
+    M variants of the queries of all chunks: see `delta_read.py`; KT tiles of BK key columns
     inverse [N, H, C, C] (I + A)⁻¹, float32; erase [N, H, PARTS, C, K] W; scores [N, H, C, C]
-    seen [M, H, C, K] queries, a place for each read, of which the first of each chunk is filled here
+    seen [M, H, C, K] variants of the queries, of which the first of each chunk is filled here
     gamma [H, N, C] inclusive sums of the base-2 log decay; mixed [N, H, C, C] scores before λ, for the backward
 """
 
@@ -235,17 +235,18 @@ class Chunks(NamedTuple):
     written: Tensor | None = None  # [N, H, C, V] T v, where `delta_halves.py` keeps it for the backward
 
 
-def make_chunks(q, k, v, scales, log_decay, beta, slots: Slots, places: Tensor, num_reads: int, chunk: int, height: int,
-                scale: float, precision: str, backward: bool = False) -> Chunks:  # fmt: skip
+def make_chunks(q, k, v, scales, log_decay, beta, slots: Slots, places: Tensor, num_variants: int, chunk: int,
+                height: int, scale: float, precision: str, backward: bool = False) -> Chunks:  # fmt: skip
     """Chunks of q, k [T, G, K], v [T, H, V], level scales [T, H, L] (None: 1), log_decay and beta [T, H].
 
-    places [N]: for each slot the first of its reads, of which there are at most `num_reads`. `backward`: keeps `mixed`.
+    places [N]: for each slot the first variant of its queries, of which there are at most `num_variants`. `backward`:
+    keeps `mixed`.
     """
     num_slots, heads, (_, groups, key_dim) = len(slots.token), v.shape[1], q.shape
     made = Chunks(
         inverse=k.new_empty(num_slots, heads, chunk, chunk, dtype=torch.float32),
         erase=k.new_empty(num_slots, heads, parts_of(k), chunk, key_dim),
-        scores=k.new_empty(num_slots, heads, chunk, chunk), seen=k.new_empty(num_reads, heads, chunk, key_dim),
+        scores=k.new_empty(num_slots, heads, chunk, chunk), seen=k.new_empty(num_variants, heads, chunk, key_dim),
         gamma=k.new_zeros(heads, num_slots, chunk, dtype=torch.float32),
         mixed=k.new_empty(num_slots, heads, chunk, chunk) if backward else None,
     )  # fmt: skip

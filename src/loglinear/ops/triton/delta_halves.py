@@ -274,15 +274,15 @@ def _leaves_kernel(k, v, beta, inverse, erase, written, gamma, added, maps, toke
             store_parts(maps + place * PARTS * K * K, made, K * K, key * BK, K, BK, column, K, W, PARTS)
 
 
-def make_chunks(q, k, v, scales, log_decay, beta, slots: Slots, places: Tensor, num_reads: int, chunk: int, height: int,
-                scale: float, precision: str, backward: bool = False) -> Chunks:  # fmt: skip
+def make_chunks(q, k, v, scales, log_decay, beta, slots: Slots, places: Tensor, num_variants: int, chunk: int,
+                height: int, scale: float, precision: str, backward: bool = False) -> Chunks:  # fmt: skip
     """As `delta_chunks.make_chunks`, but W and T v are left to `make_leaves`, and single: for the backward alone."""
     num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), q.shape, v.shape
     made = Chunks(
         inverse=k.new_empty(num_slots, heads, chunk, chunk, dtype=torch.float32),
         erase=k.new_empty(num_slots, heads, 1, chunk, key_dim) if backward else None,
         written=k.new_empty(num_slots, heads, chunk, value_dim) if backward else None,
-        scores=k.new_empty(num_slots, heads, chunk, chunk), seen=k.new_empty(num_reads, heads, chunk, key_dim),
+        scores=k.new_empty(num_slots, heads, chunk, chunk), seen=k.new_empty(num_variants, heads, chunk, key_dim),
         gamma=k.new_zeros(heads, num_slots, chunk, dtype=torch.float32),
         mixed=k.new_empty(num_slots, heads, chunk, chunk) if backward else None,
     )  # fmt: skip

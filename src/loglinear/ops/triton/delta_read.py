@@ -1,10 +1,12 @@
 """Down the tree, for the delta rule: chunks read the nodes on their left, and their queries pass what they have read.
 
 Queries first, from node to node, all of them kept (R ↦ R P); then every chunk's output, a sum of products over all of
-its reads.
+its reads. Buckets that are carried in are read last, and all with the same queries.
 
 Legend
-    N slots, C rows of a chunk, H heads, K key width, V value width, L levels, M reads of all chunks
+    N slots, C rows of a chunk, H heads, K key width, V value width, L levels
+    M variants of the queries of all chunks, as many as `variants` says for each: one for each read, or one for all
+    buckets that are carried in
     KT tiles of BK keys; seen [M, H, C, K], scores [N, H, C, C]: see `delta_chunks.py`
     added [N, H, K, V], maps [2, N, H, PARTS, K, K]: see `delta_nodes.py`
 """
@@ -37,19 +39,19 @@ from loglinear.ops.triton.delta_nodes import Nodes
 
 
 @triton.jit(do_not_specialize=["N"])
-def _descend_kernel(seen, maps, rows_of, blocks, heights, reads, places, N, H, K, C: tl.constexpr, KT: tl.constexpr,
+def _descend_kernel(seen, maps, rows_of, blocks, heights, variants, places, N, H, K, C: tl.constexpr, KT: tl.constexpr,
                     BK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The queries of one chunk as they meet each node that it reads, the nearest first."""
     head, slot = program_place()
     rows = tl.load(rows_of + slot, mask=slot < N, other=0)
     if rows == 0:
         return
-    block, count = tl.load(blocks + slot), tl.load(reads + slot)
+    block, count = tl.load(blocks + slot), tl.load(variants + slot)
     here = (tl.load(places + slot).to(tl.int64) * H + head) * C * K
     rest = block
     dtype = seen.dtype.element_ty
     for number in range(count - 1):
-        node = place_of_node(slot, block, None, None, rest, count - number)
+        node = place_of_node(slot, block, None, None, rest, count - number)  # buckets are not passed
         half = (tl.load(heights + node) % 2).to(tl.int64) * N * H
         map = maps + (half + node.to(tl.int64) * H + head) * PARTS * K * K
         there = here + H * C * K
@@ -69,10 +71,10 @@ def _descend_kernel(seen, maps, rows_of, blocks, heights, reads, places, N, H, K
 
 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
-def _read_kernel(v, scales, o, scores, seen, added, tokens, firsts, rows_of, blocks, heights, reads, places, N, H,
-                 stride_v, stride_vh, stride_s, stride_sh, K, V, L, C: tl.constexpr, HEIGHT: tl.constexpr,
-                 KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SCALED: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
+def _read_kernel(v, scales, o, scores, seen, added, tokens, firsts, rows_of, blocks, origins, oldests, heights, reads,
+                 variants, places, N, H, stride_v, stride_vh, stride_s, stride_sh, K, V, L, C: tl.constexpr,
+                 HEIGHT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                 SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """BV columns of what the rows of one chunk read."""
     part, slot = program_place()
     head, tile = part // VT, part % VT
@@ -81,6 +83,9 @@ def _read_kernel(v, scales, o, scores, seen, added, tokens, firsts, rows_of, blo
         return
     token, block, count = tl.load(tokens + slot), tl.load(blocks + slot), tl.load(reads + slot)
     first = None if firsts is None else tl.load(firsts + slot)
+    origin = None if origins is None else tl.load(origins + slot)
+    oldest = None if oldests is None else tl.load(oldests + slot)
+    different = None if variants is None else tl.load(variants + slot)
     column = tile * BV
     values = load_tile(v + head.to(tl.int64) * stride_vh, token, first, rows, stride_v, C, column, V, BV)
     inside = load_block(scores + (slot.to(tl.int64) * H + head) * C * C, 0, C, C, 0, C, C)
@@ -89,7 +94,7 @@ def _read_kernel(v, scales, o, scores, seen, added, tokens, firsts, rows_of, blo
     queries = seen + (tl.load(places + slot).to(tl.int64) * H + head) * C * K
     rest = block
     for number in range(count):
-        node = place_of_node(slot, block, None, None, rest, count - number)
+        node = place_of_node(slot, block, origin, oldest, rest, count - number)
         state = added + (node.to(tl.int64) * H + head) * K * V
         read = tl.zeros((C, BV), tl.float32)
         for key in range(KT):
@@ -100,24 +105,35 @@ def _read_kernel(v, scales, o, scores, seen, added, tokens, firsts, rows_of, blo
             level = tl.minimum(HEIGHT + 1 + tl.load(heights + node), L - 1)
             read *= load_column(lam + level, token, first, rows, stride_s, C)[:, None]
         out += read
-        queries += H * C * K
+        if different is None:
+            queries += H * C * K
+        else:
+            queries += tl.where(number + 1 < different, H * C * K, 0)
         rest = drop_lowest_bit(rest)
     store_tile(o + head * V, out, token, first, rows, H * V, C, column, V, BV)
 
 
-def descend(chunks: Chunks, nodes: Nodes, slots: Slots, places: Tensor, chunk: int, precision: str) -> None:
+def reading_tables(slots: Slots, variants: Tensor) -> tuple[Tensor | None, ...]:
+    """What tells a chunk its nodes, and which queries it reads each with: every one with its own where no state is
+    carried in, and kernels that are given None compile to less."""
+    carried = slots.origin is not None
+    return slots.block, slots.origin, slots.oldest, slots.height, slots.reads, variants if carried else None
+
+
+def descend(chunks: Chunks, nodes: Nodes, slots: Slots, variants: Tensor, places: Tensor, chunk: int,
+            precision: str) -> None:  # fmt: skip
     """Fills in the rest of `chunks.seen`."""
     num_slots, (heads, key_dim) = len(slots.token), nodes.added.shape[1:3]
     block = tile_width(key_dim)
     _descend_kernel[programs(heads, num_slots)](
-        chunks.seen, nodes.maps, slots.rows, slots.block, slots.height, slots.reads, places, num_slots, heads, key_dim,
+        chunks.seen, nodes.maps, slots.rows, slots.block, slots.height, variants, places, num_slots, heads, key_dim,
         C=chunk, KT=triton.cdiv(key_dim, block), BK=block, PARTS=nodes.maps.shape[3], PRECISION=precision,
         num_warps=warps_of(chunk), num_stages=3 if chunk <= 64 else 2,
     )  # fmt: skip
 
 
-def read(v: Tensor, scales: Tensor | None, chunks: Chunks, nodes: Nodes, slots: Slots, places: Tensor, chunk: int,
-         height: int, precision: str) -> Tensor:  # fmt: skip
+def read(v: Tensor, scales: Tensor | None, chunks: Chunks, nodes: Nodes, slots: Slots, variants: Tensor,
+         places: Tensor, chunk: int, height: int, precision: str) -> Tensor:  # fmt: skip
     """o [T, H, V] for v [T, H, V] and level scales [T, H, L] (None: 1), after `descend`."""
     num_slots, (_, heads, value_dim), key_dim = len(slots.token), v.shape, chunks.seen.shape[-1]
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -128,9 +144,10 @@ def read(v: Tensor, scales: Tensor | None, chunks: Chunks, nodes: Nodes, slots: 
     lam = scales if scaled else v
     values = triton.cdiv(value_dim, block_v)
     _read_kernel[programs(heads * values, num_slots)](
-        v, lam, o, chunks.scores, chunks.seen, nodes.added, slots.token, slots.first, slots.rows, slots.block,
-        slots.height, slots.reads, places, num_slots, heads, v.stride(0), v.stride(1), lam.stride(0), lam.stride(1),
-        key_dim, value_dim, lam.shape[-1] if scaled else 1, C=chunk, HEIGHT=height, KT=triton.cdiv(key_dim, block_k),
-        BK=block_k, VT=values, BV=block_v, SCALED=scaled, PRECISION=precision, num_warps=warps_of(chunk), num_stages=3,
+        v, lam, o, chunks.scores, chunks.seen, nodes.added, slots.token, slots.first, slots.rows,
+        *reading_tables(slots, variants), places, num_slots, heads, v.stride(0), v.stride(1), lam.stride(0),
+        lam.stride(1), key_dim, value_dim, lam.shape[-1] if scaled else 1, C=chunk, HEIGHT=height,
+        KT=triton.cdiv(key_dim, block_k), BK=block_k, VT=values, BV=block_v, SCALED=scaled, PRECISION=precision,
+        num_warps=warps_of(chunk), num_stages=3,
     )  # fmt: skip
     return o
