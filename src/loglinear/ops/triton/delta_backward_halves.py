@@ -8,8 +8,8 @@ and that of the second half (`later` rows) with the first. Programs go by half, 
     dA₀ = -(X₀ᵀ dT₀ + X₁₀ᵀ dT₁₀) T₀ᵀ      dA₁₀ = -X₁ᵀ dT₁₀ T₀ᵀ      dA₁ = -X₁ᵀ (dT₁₀ T₁₀ᵀ + dT₁ T₁ᵀ)
 
 Legend as in `delta_backward.py`, and
-    E rows of half a chunk; written, d_written [N, H, C, V] Y = T v and its gradient; d_mass [2, H, N, C] what each half
-    adds to the gradient of gamma
+    E rows of half a chunk; written, d_written [N, H, C, V] Y = T v and its gradient; parts of the gradient of gamma:
+    d_scored [2, H, N, C] from the scores of each half, d_mass and d_strength (of β) [2, H, N, C] from the inverse
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _values_kernel(k, beta, grad_o, inverse, scores, gamma, d_added, dv, d_writt
 
 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
-def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma, d_mixed, d_pairs, dscales, d_mass,
+def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma, d_mixed, d_pairs, dscales, d_scored,
                    tokens, firsts, rows_of, reads, places, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg,
                    stride_v, stride_vh, stride_s, stride_sh, stride_b, stride_g, stride_gh, K, V, L, E: tl.constexpr,
                    HEIGHT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -194,13 +194,13 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
     of_across *= decays_across(own_sums, other_sums) * scale
     d_pairs += quarters
     store_block(d_pairs, of_own, start, 2 * E, E, start, 2 * E, E)
-    d_mass += ((half * H + head).to(tl.int64) * N + slot) * 2 * E + row
+    d_scored += ((half * H + head).to(tl.int64) * N + slot) * 2 * E + row
     mass = tl.where(causal, product * of_own, 0.0)
     mass_across = product_across * of_across
-    tl.store(d_mass + start, tl.sum(mass, 1) + tl.sum(mass_across, 1) - tl.sum(mass, 0))
+    tl.store(d_scored + start, tl.sum(mass, 1) + tl.sum(mass_across, 1) - tl.sum(mass, 0))
     if half == 1:
         store_block(d_pairs, of_across, E, 2 * E, E, 0, 2 * E, E)
-        tl.store(d_mass, -tl.sum(mass_across, 0))
+        tl.store(d_scored, -tl.sum(mass_across, 0))
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -276,91 +276,67 @@ def _solved_kernel(q, k, v, gamma, d_maps, d_written, d_mixed, d_solved, d_erase
         store_block(d_solved, across, E, 2 * E, E, 0, 2 * E, E)
 
 
-@triton.jit
-def _overlap(k, later, later_first, later_rows, token, first, rows, stride, K, E: tl.constexpr, KT: tl.constexpr,
-             BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """k kᵀ of E rows from `later` on and E rows from `token` on."""
-    overlap = tl.zeros((E, E), tl.float32)
-    for tile in range(KT):
-        keys = load_tile(k, later, later_first, later_rows, stride, E, tile * BK, K, BK)
-        others = load_tile(k, token, first, rows, stride, E, tile * BK, K, BK)
-        overlap = tl.dot(keys, tl.trans(others), overlap, input_precision=PRECISION)
-    return overlap
-
-
 @triton.jit(do_not_specialize=["N", "stride_b"])
-def _overlap_kernel(k, beta, inverse, gamma, d_solved, d_overlap, d_beta, d_mass0, d_mass1, d_gamma, tokens, firsts,
-                    rows_of, N, H, G, stride_k, stride_kg, stride_b, K, E: tl.constexpr, KT: tl.constexpr,
-                    BK: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
-    """Back through a chunk's inverse: gradients of β and of k kᵀ, and all that gamma gets from [C, C]."""
-    head, slot = program_place()
+def _overlap_kernel(k, beta, inverse, gamma, d_solved, d_overlap, d_strength, d_mass, tokens, firsts, rows_of, N, H, G,
+                    stride_k, stride_kg, stride_b, K, E: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr,
+                    PRECISION: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """Back through a chunk's inverse: a quarter of the gradient of k kᵀ, and what β and gamma get from it.
+
+    Quarter 0 and 2 are what a half has with itself, and write to the first part of d_strength and d_mass; quarter 1 is
+    what the second half has with the first, and writes to the second.
+    """
+    part, slot = program_place()
+    head, quarter = part // 3, part % 3
     rows = tl.load(rows_of + slot, mask=slot < N, other=0)
     if rows == 0:
         return
     token = tl.load(tokens + slot)
     first = None if firsts is None else tl.load(firsts + slot)
-    later = None if first is None else first - E
     k += (head // (H // G)).to(tl.int64) * stride_kg
-    place = slot.to(tl.int64) * H + head
-    quarters = place * 4 * E * E
+    above, left = tl.minimum(quarter, 1) * E, (quarter // 2) * E  # its first row and column
+    first_row = None if first is None else first - above
+    first_column = None if first is None else first - left
     row = tl.arange(0, E)
     sums = gamma + (head.to(tl.int64) * N + slot) * 2 * E + row
-    sums0, sums1 = tl.load(sums), tl.load(sums + E)
-    strength0 = load_column(beta + head, token, first, rows, stride_b, E)
-    strength1 = load_column(beta + head, token + E, later, rows - E, stride_b, E)
-    matrix, given = inverse + quarters, d_solved + quarters
-    below = load_block(given, E, 2 * E, E, 0, 2 * E, E)
-    strict = row[:, None] > row[None, :]
+    strength = load_column(beta + head, token + above, first_row, rows - above, stride_b, E)
+    of_column = load_column(beta + head, token + left, first_column, rows - left, stride_b, E)
+    quarters = (slot.to(tl.int64) * H + head) * 4 * E * E
+    matrix, d_solved = inverse + quarters, d_solved + quarters
 
-    # the second half with itself
-    given1 = load_block(given, E, 2 * E, E, E, 2 * E, E)
-    turned = _turned(matrix, E, E, E)
-    of_below = tl.dot(turned, below, input_precision=EXACT)
-    lower = tl.dot(tl.dot(turned, given1, input_precision=EXACT), turned * strength1[:, None], input_precision=EXACT)
-    lower = tl.dot(of_below, _turned(matrix, E, 0, E) * strength0[:, None], lower, input_precision=EXACT)
-    overlap = _overlap(k, token + E, later, rows - E, token + E, later, rows - E, stride_k, K, E, KT, BK, PRECISION)
-    lower = tl.where(strict, -lower * decays_between(sums1), 0.0)
-    store_block(d_overlap + quarters, lower * strength1[:, None], E, 2 * E, E, E, 2 * E, E)
+    given = load_block(d_solved, above, 2 * E, E, left, 2 * E, E)
+    turned = _turned(matrix, above, above, E)
+    lower = tl.dot(turned, given, input_precision=EXACT)
+    if quarter == 0:
+        below = load_block(d_solved, E, 2 * E, E, 0, 2 * E, E)
+        lower = tl.dot(_turned(matrix, E, 0, E), below, lower, input_precision=EXACT)
+    lower = tl.dot(lower, _turned(matrix, left, left, E) * of_column[:, None], input_precision=EXACT)
+    if quarter == 2:
+        before = load_column(beta + head, token, first, rows, stride_b, E)
+        below_it = tl.dot(turned, load_block(d_solved, E, 2 * E, E, 0, 2 * E, E), input_precision=EXACT)
+        lower = tl.dot(below_it, _turned(matrix, E, 0, E) * before[:, None], lower, input_precision=EXACT)
+    strict = (row[:, None] > row[None, :]) | (quarter == 1)
+    lower = tl.where(strict, -lower * decays_across(tl.load(sums + above), tl.load(sums + left)), 0.0)
+    store_block(d_overlap + quarters, lower * strength[:, None], above, 2 * E, E, left, 2 * E, E)
+
+    overlap = tl.zeros((E, E), tl.float32)
+    for tile in range(KT):
+        keys = load_tile(k, token + above, first_row, rows - above, stride_k, E, tile * BK, K, BK)
+        others = load_tile(k, token + left, first_column, rows - left, stride_k, E, tile * BK, K, BK)
+        overlap = tl.dot(keys, tl.trans(others), overlap, input_precision=PRECISION)
     raw = tl.where(strict, lower * overlap, 0.0)  # with β of the row: A ⊙ dA
-    inverted = load_block(matrix, E, 2 * E, E, E, 2 * E, E)
-    of_beta1 = tl.sum(given1 * inverted, 0) + tl.sum(raw, 1)
-    mass = raw * strength1[:, None]
-    mass1 = tl.sum(mass, 1) - tl.sum(mass, 0)
-
-    # with the first
-    lower = -tl.dot(of_below, _turned(matrix, 0, 0, E) * strength0[:, None], input_precision=EXACT)
-    overlap = _overlap(k, token + E, later, rows - E, token, first, rows, stride_k, K, E, KT, BK, PRECISION)
-    lower *= decays_across(sums1, sums0)
-    store_block(d_overlap + quarters, lower * strength1[:, None], E, 2 * E, E, 0, 2 * E, E)
-    raw = lower * overlap
-    inverted = load_block(matrix, E, 2 * E, E, 0, 2 * E, E)
-    of_beta1 += tl.sum(raw, 1)
-    of_beta0 = tl.sum(below * inverted, 0)
-    mass = raw * strength1[:, None]
-    mass1 += tl.sum(mass, 1)
-    mass0 = -tl.sum(mass, 0)
-
-    # the first half with itself
-    given0 = load_block(given, 0, E, E, 0, 2 * E, E)
-    turned0 = _turned(matrix, 0, 0, E)
-    of_both = tl.dot(turned0, given0, input_precision=EXACT)
-    of_both = tl.dot(_turned(matrix, E, 0, E), below, of_both, input_precision=EXACT)
-    lower = tl.dot(of_both, turned0 * strength0[:, None], input_precision=EXACT)
-    overlap = _overlap(k, token, first, rows, token, first, rows, stride_k, K, E, KT, BK, PRECISION)
-    lower = tl.where(strict, -lower * decays_between(sums0), 0.0)
-    store_block(d_overlap + quarters, lower * strength0[:, None], 0, E, E, 0, 2 * E, E)
-    raw = tl.where(strict, lower * overlap, 0.0)
-    inverted = load_block(matrix, 0, E, E, 0, 2 * E, E)
-    of_beta0 += tl.sum(given0 * inverted, 0) + tl.sum(raw, 1)
-    mass = raw * strength0[:, None]
-    mass0 += tl.sum(mass, 1) - tl.sum(mass, 0)
-
-    own_beta = d_beta + (token + row).to(tl.int64) * H + head
-    tl.store(own_beta, of_beta0, mask=row_exists(row, first, rows))
-    tl.store(own_beta + E * H, of_beta1, mask=row_exists(row, later, rows - E))
+    of_rows = tl.sum(raw, 1)
+    of_columns = tl.sum(given * load_block(matrix, above, 2 * E, E, left, 2 * E, E), 0)
+    mass = raw * strength[:, None]
     at = (head.to(tl.int64) * N + slot) * 2 * E + row
-    tl.store(d_gamma + at, mass0 + tl.load(d_mass0 + at) + tl.load(d_mass1 + at))
-    tl.store(d_gamma + at + E, mass1 + tl.load(d_mass1 + at + E))
+    if quarter == 1:
+        at += tl.num_programs(0).to(tl.int64) // 3 * N * 2 * E
+        tl.store(d_strength + at, of_columns)
+        tl.store(d_strength + at + E, of_rows)
+        tl.store(d_mass + at, -tl.sum(mass, 0))
+        tl.store(d_mass + at + E, tl.sum(mass, 1))
+    else:
+        tl.store(d_strength + at + above, of_columns + of_rows)
+        tl.store(d_mass + at + above, tl.sum(mass, 1) - tl.sum(mass, 0))
 
 
 @triton.jit(do_not_specialize=["N", "stride_b"])
@@ -466,10 +442,20 @@ def _keys_kernel(q, k, beta, inverse, erase, written, pulled, gamma, d_added, d_
     tl.store(d_end + at, to_end)
 
 
+@triton.jit
+def _sum_of_parts(parts, head, slot, N, H, C: tl.constexpr, COUNT: tl.constexpr):
+    """[C] of [COUNT, H, N, C], over the parts."""
+    row = tl.arange(0, C)
+    total = tl.zeros((C,), tl.float32)
+    for part in tl.static_range(COUNT):
+        total += tl.load(parts + ((part * H + head).to(tl.int64) * N + slot) * C + row)
+    return total
+
+
 @triton.jit(do_not_specialize=["N"])
-def _decays_kernel(gamma, d_maps, d_gamma, d_sums, d_end, d_decay, tokens, firsts, rows_of, lefts, N, H, K,
-                   C: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Gradient of log_decay [T, H]: of everything that comes after in the chunk, and of what leaves it."""
+def _decays_kernel(gamma, d_maps, d_scored, d_mass, d_strength, d_sums, d_end, d_decay, d_beta, tokens, firsts, rows_of,
+                   lefts, N, H, K, C: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Gradients of log_decay and β [T, H]: the former of all that comes after in the chunk, and of what leaves it."""
     head, slot = program_place()
     rows = tl.load(rows_of + slot, mask=slot < N, other=0)
     if rows == 0:
@@ -477,13 +463,12 @@ def _decays_kernel(gamma, d_maps, d_gamma, d_sums, d_end, d_decay, tokens, first
     token = tl.load(tokens + slot)
     first = None if firsts is None else tl.load(firsts + slot)
     row, channel = tl.arange(0, C), tl.arange(0, BK)
-    at = (head.to(tl.int64) * N + slot) * C + row
-    mass, to_end = tl.load(d_gamma + at), tl.zeros((C,), tl.float32)
-    for tile in tl.static_range(KT):
-        at_tile = ((tile * H + head).to(tl.int64) * N + slot) * C + row
-        mass += tl.load(d_sums + at_tile)
-        to_end += tl.load(d_end + at_tile)
-    whole = tl.sum(to_end, 0)
+    exists = row_exists(row, first, rows)
+    own = (token + row).to(tl.int64) * H + head
+    tl.store(d_beta + own, _sum_of_parts(d_strength, head, slot, N, H, C, 2), mask=exists)
+    mass = _sum_of_parts(d_scored, head, slot, N, H, C, 2) + _sum_of_parts(d_mass, head, slot, N, H, C, 2)
+    mass += _sum_of_parts(d_sums, head, slot, N, H, C, KT)
+    whole = tl.sum(_sum_of_parts(d_end, head, slot, N, H, C, KT), 0)
     if tl.load(lefts + slot) > 1:
         through = 0.0
         for tile in tl.static_range(KT):
@@ -491,8 +476,7 @@ def _decays_kernel(gamma, d_maps, d_gamma, d_sums, d_end, d_decay, tokens, first
             of_map = d_maps + (slot.to(tl.int64) * H + head) * K * K + diagonal * (K + 1)
             through += tl.sum(tl.load(of_map, mask=diagonal < K, other=0.0).to(tl.float32), 0)
         whole += tl.exp2(tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1)) * through
-    own = d_decay + (token + row).to(tl.int64) * H + head
-    tl.store(own, tl.sum(mass, 0) - tl.cumsum(mass, 0) + mass + whole, mask=row_exists(row, first, rows))
+    tl.store(d_decay + own, tl.sum(mass, 0) - tl.cumsum(mass, 0) + mass + whole, mask=exists)
 
 
 def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tensor, d_added: Tensor, d_maps: Tensor,
@@ -518,10 +502,11 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
         num_slots, heads, groups, *of_k[:2], of_b[0], *of_g[:2], key_dim, value_dim, **values, **keys,
     )  # fmt: skip
     d_mixed, d_pairs = torch.empty(square, **float32), v.new_empty(square)
-    d_mass = torch.zeros(2, *chunks.gamma.shape, **float32)
+    by_half = (2, *chunks.gamma.shape)
+    d_scored = torch.zeros(by_half, **float32)
     _scores_kernel[halves](
         q, k, v, lam, beta, grad_o, chunks.inverse, chunks.mixed, pulled, chunks.gamma, d_mixed, d_pairs, dscales,
-        d_mass, *rows, slots.reads, places, num_slots, heads, groups, scale, *of_q[:2], *of_k[:2], *of_v[:2],
+        d_scored, *rows, slots.reads, places, num_slots, heads, groups, scale, *of_q[:2], *of_k[:2], *of_v[:2],
         *of_s[:2], of_b[0], *of_g[:2], key_dim, value_dim, lam.shape[-1] if scaled else 1, HEIGHT=height - 1,
         SCALED=scaled, EXACT=precision, **values, **keys,
     )  # fmt: skip
@@ -531,23 +516,23 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
         groups, scale, *of_q[:2], *of_k[:2], *of_v[:2], key_dim, value_dim, EXACT=precision, **values, **keys,
     )  # fmt: skip
     del d_mixed, d_written
-    d_overlap, d_gamma = v.new_empty(square), torch.empty_like(chunks.gamma)
-    d_beta, d_decay = (torch.empty(tokens, heads, **float32) for _ in range(2))
-    _overlap_kernel[programs(heads, num_slots)](
-        k, beta, chunks.inverse, chunks.gamma, d_solved, d_overlap, d_beta, *d_mass, d_gamma, *rows, num_slots,
-        heads, groups, *of_k[:2], of_b[0], key_dim, EXACT=precision, **keys,
+    d_overlap, d_strength, d_mass = v.new_empty(square), *(torch.empty(by_half, **float32) for _ in range(2))
+    _overlap_kernel[programs(3 * heads, num_slots)](
+        k, beta, chunks.inverse, chunks.gamma, d_solved, d_overlap, d_strength, d_mass, *rows, num_slots, heads,
+        groups, *of_k[:2], of_b[0], key_dim, EXACT=precision, **keys,
     )  # fmt: skip
-    del d_solved, d_mass
+    del d_solved
     wide = {"dtype": v.dtype if groups == heads else torch.float32, "device": v.device}  # sums over a group's heads
     dq, dk = (torch.empty(tokens, heads, key_dim, **wide) for _ in range(2))
-    d_sums, d_end = (torch.empty(key_tiles, *d_gamma.shape, **float32) for _ in range(2))
+    d_sums, d_end = (torch.empty(key_tiles, *chunks.gamma.shape, **float32) for _ in range(2))
     _keys_kernel[programs(2 * heads * key_tiles, num_slots)](
         q, k, beta, chunks.inverse, chunks.erase, chunks.written, pulled, chunks.gamma, d_added, d_maps, d_erase,
         chunks.mixed, d_pairs, d_overlap, dq, dk, d_sums, d_end, *rows, slots.left, slots.reads, places, num_slots,
         heads, groups, scale, *of_q[:2], *of_k[:2], of_b[0], key_dim, value_dim, **values, **keys,
     )  # fmt: skip
+    d_decay, d_beta = (torch.empty(tokens, heads, **float32) for _ in range(2))
     _decays_kernel[programs(heads, num_slots)](
-        chunks.gamma, d_maps, d_gamma, d_sums, d_end, d_decay, *rows, slots.left, num_slots, heads, key_dim, C=chunk,
-        KT=key_tiles, BK=block_k, num_warps=1,
+        chunks.gamma, d_maps, d_scored, d_mass, d_strength, d_sums, d_end, d_decay, d_beta, *rows, slots.left,
+        num_slots, heads, key_dim, C=chunk, KT=key_tiles, BK=block_k, num_warps=1,
     )  # fmt: skip
     return dq, dk, dv, d_decay, d_beta
