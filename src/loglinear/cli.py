@@ -23,6 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # which lets paragraphs flow: a terminal is narrower than a source file
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 evaluation = typer.Typer(help="Evaluate checkpoints.", no_args_is_help=True)

@@ -84,7 +84,7 @@ class TrainConfig:
     model: str = _option(
         "Model",
         "quickstart-log-linear-gated-deltanet",
-        "A preset's name, or a model configuration (.json, .yaml, .toml).",
+        "A preset's name (an unknown one lists them), or a model configuration (.json, .yaml, .toml).",
         resumable=True,
     )
     model_options: dict[str, Any] = _option(
