@@ -47,3 +47,22 @@ def test_a_plot_is_written_and_settings_stay(tmp_path):
     assert [label.get_text() for label in axis.get_xticklabels()] == ["1K", "4K"]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a"]
     assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([33, 700], ["50", "100", "200", "500"]),
+        ([599, 13_698], ["1,000", "2,000", "5,000", "10,000"]),
+        ([0.1, 1000], ["0", "1", "10", "100", "1,000"]),
+    ],
+)
+def test_a_short_logarithmic_axis_has_ticks_between_powers(values, labels):
+    with plots.style():
+        _, (axis,) = plots.new_figure()
+        plots.draw_series(axis, [plots.Series("a", [1, 2], values)])
+        axis.set_yscale("log", base=10)
+        plots.unit_axis(axis, lambda value: f"{value:,.0f}")
+    low, high = axis.get_ylim()
+    ticks = [tick for tick in axis.yaxis.get_major_locator()() if low <= tick <= high]
+    assert [axis.yaxis.get_major_formatter()(tick) for tick in ticks] == labels
