@@ -273,6 +273,15 @@ def test_continuing_from_a_passed_cache(kind, static):
     assert_same(generate(model, turn, past_key_values=cache), by_loop(model, turn))
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["mamba2", "hybrid"])
+def test_prompts_may_be_embeddings(kind, mode):
+    model, ids = small_model(kind), tokens(2, 11)
+    embedded = model.get_input_embeddings()(ids)
+    generated = model.generate(inputs_embeds=embedded, max_new_tokens=NEW, do_sample=False, **MODES[mode])
+    assert_same(generated, by_loop(model, ids))
+
+
 @pytest.mark.parametrize("kind", ["mamba2", "hybrid"])
 def test_nobody_is_warned_of_lengths_beyond_the_trained_one(kind, monkeypatch):
     model, ids = small_model(kind, max_position_embeddings=8), tokens(1, 5)
