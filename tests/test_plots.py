@@ -35,20 +35,6 @@ def test_times(value, text):
     assert plots.format_milliseconds(value) == text
 
 
-def test_a_plot_is_written_and_settings_stay(tmp_path):
-    before = dict(matplotlib.rcParams)
-    with plots.style():
-        figure, (axis,) = plots.new_figure()
-        plots.draw_series(axis, [plots.Series("a", [1024, 4096], [1.0, 2.0], error=[0.1, 0.2])])
-        plots.token_axis(axis, [1024, 4096])
-        plots.legend_outside(axis)
-    path = plots.save(figure, tmp_path / "new" / "plot.png")
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert [label.get_text() for label in axis.get_xticklabels()] == ["1K", "4K"]
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a"]
-    assert dict(matplotlib.rcParams) == before
-
-
 @pytest.mark.parametrize(
     ("values", "labels"),
     [
@@ -66,3 +52,17 @@ def test_a_short_logarithmic_axis_has_ticks_between_powers(values, labels):
     low, high = axis.get_ylim()
     ticks = [tick for tick in axis.yaxis.get_major_locator()() if low <= tick <= high]
     assert [axis.yaxis.get_major_formatter()(tick) for tick in ticks] == labels
+
+
+def test_a_plot_is_written_and_settings_stay(tmp_path):
+    before = dict(matplotlib.rcParams)
+    with plots.style():
+        figure, (axis,) = plots.new_figure()
+        plots.draw_series(axis, [plots.Series("a", [1024, 4096], [1.0, 2.0], error=[0.1, 0.2])])
+        plots.token_axis(axis, [1024, 4096])
+        plots.legend_outside(axis)
+    path = plots.save(figure, tmp_path / "new" / "plot.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1K", "4K"]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a"]
+    assert dict(matplotlib.rcParams) == before

@@ -87,7 +87,7 @@ def log_linear_attention(
             and O(T) memory, on any device), "triton" (kernels for CUDA devices), or "auto" (the fastest that is
             available). What no kernel covers yet (a decay per channel, the delta rule with a state or with
             keys wider than 256, states of more than 32 levels, float64, empty batches) goes to the torch backend by
-            itself; the log says so at debug level.
+            itself; the log says so at debug level. So does the backward of the delta rule.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the new state (None unless `return_state`).
