@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -64,6 +65,18 @@ def test_module_is_the_command():
         [sys.executable, "-m", "loglinear", "generate", "-h"], capture_output=True, text=True, check=True
     )
     assert "Usage: loglinear generate" in shown.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "serve", "quickstart", "bench", "eval needle"])
+def test_help_flows_in_a_narrow_terminal(capsys, monkeypatch, command):
+    """No line of a paragraph ends before it has to."""
+    monkeypatch.setenv("COLUMNS", "72")
+    code, shown, _ = run(capsys, *command.split(), "--help")
+    assert code == 0 and "\\" not in shown
+    prose = shown.partition("╭")[0].splitlines()
+    for line, following in itertools.pairwise(prose):
+        if line.strip() and following.strip():
+            assert len(line.rstrip()) + 1 + len(following.split()[0]) > 70, f"{line!r} ends early"
 
 
 def test_every_field_of_the_configuration_is_a_flag(capsys, monkeypatch):
@@ -188,9 +201,11 @@ def test_text_that_is_not_utf8_is_refused_by_name(capsys, tmp_path, monkeypatch)
         code, shown, told = run(capsys, *arguments)
         assert code == 2 and shown == "" and not output.exists()
         assert f"got the {what} file {file}, wanted it in utf-8: unexpected end of data at byte 6" in told
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(file.read_bytes()), encoding="utf-8"))
-    code, shown, told = run(capsys, "generate", tmp_path)
-    assert code == 2 and shown == "" and "got standard input, wanted it in utf-8" in told
+    for errors in ("strict", "surrogateescape"):  # the second is Python's choice in the C locale
+        piped = io.TextIOWrapper(io.BytesIO(file.read_bytes()), encoding="utf-8", errors=errors)
+        monkeypatch.setattr("sys.stdin", piped)
+        code, shown, told = run(capsys, "generate", tmp_path)
+        assert code == 2 and shown == "" and "got standard input, wanted it in utf-8" in told
 
 
 def test_unknown_key_in_a_file_is_named_with_its_nearest(capsys, tmp_path):

@@ -18,7 +18,7 @@ TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     "[{{ m.role }}]{{ m.content | trim }}<|eos|>\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-EOS = 257
+EOS, PAD = 257, 258
 
 
 @pytest.fixture(params=KINDS)
@@ -59,14 +59,19 @@ def count_read(model) -> list[int]:
 
 def make_it_say(model, *answers: bytes) -> None:
     """The model's answers are these, whatever it reads, each ended by the model."""
-    script = [token for answer in answers for token in (*answer, EOS)]
+    make_it_write(model, [token for answer in answers for token in (*answer, EOS)])
 
-    def says(module, inputs, output):
+
+def make_it_write(model, tokens: list[int]) -> None:
+    """The model's next tokens are these, whatever it reads."""
+    script = list(tokens)
+
+    def writes(module, inputs, output):
         output = torch.full_like(output, -1e4)
         output[..., script.pop(0)] = 0
         return output
 
-    model.lm_head.register_forward_hook(says)
+    model.lm_head.register_forward_hook(writes)
 
 
 def test_each_turn_reads_what_is_new(model):
@@ -82,6 +87,16 @@ def test_each_turn_reads_what_is_new(model):
         assert answer == from_scratch(model, before, 7)
     assert "".join(shown) == "".join(ByteTokenizer().decode(answer) for _, answer in answers)
     assert len(set(expected)) > 8, "the model repeats itself: this would show nothing"
+
+
+def test_padding_tokens_that_the_model_writes_are_read_like_any_other(model):
+    """A model that was trained little writes them, too. The state is that of all tokens that were shown."""
+    make_it_write(model, [97, PAD, PAD, 98, PAD, EOS])
+    talk = Conversation(model, ByteTokenizer())
+    for text, answer in (("x", [97, PAD, PAD]), ("y", [98, PAD, EOS])):
+        assert talk.answer(text, max_new_tokens=3, greedy=True).tokens == answer
+        assert talk.read == len(talk.tokens) - 1
+        assert talk.cache.layers[0].state.positions.tolist() == [talk.read]
 
 
 @pytest.mark.parametrize("first", [1, 5])

@@ -238,10 +238,13 @@ class Terminal:
         os.write(self.end, keys.encode())
 
     def interrupt_until_it_ends(self) -> int:
-        """Presses Ctrl-C at the prompt: again if it came just before readline listened. The exit status."""
-        for _ in range(30):
+        """Presses Ctrl-C at the prompt: again if it came just before readline listened. The exit status.
+
+        Not again too soon: a program that has understood takes seconds to end on a busy machine, and would be killed.
+        """
+        for _ in range(6):
             self.type("\x03")
-            for _ in range(20):
+            for _ in range(100):
                 ended, status = os.waitpid(self.process, os.WNOHANG)
                 if ended:
                     return status

@@ -35,6 +35,25 @@ def test_times(value, text):
     assert plots.format_milliseconds(value) == text
 
 
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([33, 700], ["50", "100", "200", "500"]),
+        ([599, 13_698], ["1,000", "2,000", "5,000", "10,000"]),
+        ([0.1, 1000], ["0", "1", "10", "100", "1,000"]),
+    ],
+)
+def test_a_short_logarithmic_axis_has_ticks_between_powers(values, labels):
+    with plots.style():
+        _, (axis,) = plots.new_figure()
+        plots.draw_series(axis, [plots.Series("a", [1, 2], values)])
+        axis.set_yscale("log", base=10)
+        plots.unit_axis(axis, lambda value: f"{value:,.0f}")
+    low, high = axis.get_ylim()
+    ticks = [tick for tick in axis.yaxis.get_major_locator()() if low <= tick <= high]
+    assert [axis.yaxis.get_major_formatter()(tick) for tick in ticks] == labels
+
+
 def test_a_plot_is_written_and_settings_stay(tmp_path):
     before = dict(matplotlib.rcParams)
     with plots.style():

@@ -14,7 +14,6 @@ from loglinear import quickstart
 from loglinear.cli import main
 from loglinear.evals.position_loss import LossDifference
 from loglinear.layers import MIXERS
-from loglinear.models import LogLinearForCausalLM
 from loglinear.train import TrainConfig
 
 
@@ -88,16 +87,27 @@ def test_memory_is_tabulated_to_a_million_tokens(result):
     assert int(rows[-1]["softmax_kv_cache_bytes"]) == 1024 * int(rows[0]["softmax_kv_cache_bytes"])
 
 
-def test_twins_start_from_the_same_weights():
-    config = quickstart.choose("cpu", "tiny-gated-deltanet", sequence_length=64)
-    weights = quickstart._initial_model(quickstart._train_config(config, "log-linear", 1)).state_dict()
-    linear = quickstart._train_config(config, "linear", 1)
-    torch.manual_seed(123)
-    twin: LogLinearForCausalLM = quickstart.build_model(linear, quickstart.load_tokenizer("bytes"))
-    quickstart._copy_matching(weights, twin)
-    for name, weight in twin.state_dict().items():
-        assert torch.equal(weight, weights[name]), name
-    assert {name for name in weights if name not in twin.state_dict()} == {
+def test_twins_start_from_the_same_weights(tmp_path, monkeypatch):
+    started = []
+
+    def begin(config, prepare):
+        torch.manual_seed(len(started))
+        model = quickstart.build_model(config, quickstart.load_tokenizer("bytes"))
+        prepare(model)
+        started.append(model.state_dict())
+        if len(started) == 2:
+            raise InterruptedError("both were begun")
+
+    monkeypatch.setattr(quickstart, "train", begin)
+    config = quickstart.choose(
+        "cpu", "tiny-gated-deltanet", output=str(tmp_path / "out"), steps=2, sequence_length=64, max_documents=40
+    )
+    with pytest.raises(InterruptedError):
+        quickstart.run(quickstart.replace(config, cache=str(tmp_path / "cache")))
+    linear, log_linear = started
+    for name, weight in linear.items():
+        assert torch.equal(weight, log_linear[name]), name
+    assert log_linear.keys() - linear.keys() == {
         f"model.layers.{layer}.mixer.level_scales.{part}" for layer in (0, 1) for part in ("weight", "proj.weight")
     }
 

@@ -38,3 +38,8 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """Also what is not imported yet, for those who complete names with the Tab key."""
+    return sorted({*globals(), *__all__})

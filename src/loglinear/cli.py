@@ -23,6 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # which lets paragraphs flow: a terminal is narrower than a source file
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 evaluation = typer.Typer(help="Evaluate checkpoints.", no_args_is_help=True)
@@ -312,6 +313,9 @@ def generate(
     from loglinear.train.checkpoints import choose_device, load_checkpoint
 
     check_sampling(max_new_tokens, greedy, temperature, top_k, top_p, seed)
+    # In the C locale Python takes bytes that are no text as half characters, and says nothing.
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="strict")
     text = prompt if interactive or prompt is not None else _read_standard_input()
     place, dtype = choose_device(device, precision)
     model, tokenizer = load_checkpoint(checkpoint, device=place, dtype=dtype)

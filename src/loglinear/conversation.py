@@ -16,8 +16,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache
 
-from loglinear.data import encode_prompt
-from loglinear.data.tokenizers import ByteTokenizer, fingerprint
+from loglinear.data import encode_prompt, encode_text
+from loglinear.data.tokenizers import fingerprint
 from loglinear.generate import Generation, TextStream, TokenStreamer, check_sampling, generation_settings
 from loglinear.models import LogLinearForCausalLM, cache_nbytes, decoding_cache, load_saved, new_cache, save_cache
 
@@ -117,9 +117,9 @@ class Conversation:
         if self.messages is not None:
             if not text:
                 raise ValueError("got an empty message, wanted some text")
-            new = self._encode(self._templated(text))
+            new = encode_text(self.tokenizer, self._templated(text))
         elif self.tokens:
-            new = self._encode(text)
+            new = encode_text(self.tokenizer, text)
         else:
             new = encode_prompt(self.tokenizer, text)
         if self.ended and self.read < len(self.tokens):
@@ -166,8 +166,10 @@ class Conversation:
         self.cache = decoding_cache(self.model, len(self.tokens) + max_new_tokens, self.cache)
         try:
             if self._read_ahead(stop):
+                ids = torch.tensor([self.tokens], device=self.model.device)
                 cast(Any, self.model).generate(
-                    torch.tensor([self.tokens], device=self.model.device),
+                    ids,
+                    attention_mask=torch.ones_like(ids),  # else padding tokens that were written would be left out
                     generation_config=settings,
                     past_key_values=self.cache,
                     streamer=streamer,
@@ -241,8 +243,3 @@ class Conversation:
         if not found:
             raise ValueError("the chat template leaves out earlier answers: it is not one to go on with turn by turn")
         return after
-
-    def _encode(self, text: str) -> list[int]:
-        if isinstance(self.tokenizer, ByteTokenizer):
-            return list(text.encode("utf-8", errors="surrogatepass"))
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -172,7 +172,13 @@ def generate_text(
         if seed is not None:
             torch.manual_seed(seed)
         cache = decoding_cache(model, ids.shape[1] + max_new_tokens)
-        output = cast(Any, model).generate(ids, generation_config=settings, past_key_values=cache, streamer=streamer)
+        output = cast(Any, model).generate(
+            ids,
+            attention_mask=torch.ones_like(ids),  # else padding tokens that were written would be taken for padding
+            generation_config=settings,
+            past_key_values=cache,
+            streamer=streamer,
+        )
     return streamer.generation(begin, ids.shape[1], output.past_key_values)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -111,7 +111,12 @@ def token_axis(axis: Axes, lengths: Sequence[float], label: str = "sequence leng
 
 
 def unit_axis(axis: Axes, formatter: Callable[[float], str]) -> None:
-    """Labels the ticks of a logarithmic y axis with `formatter(value) -> str`."""
+    """Labels the ticks of a logarithmic y axis with `formatter(value) -> str`. Call when the data are drawn: where they
+    span less than two powers of ten, there are ticks at 2 and 5 times those, too.
+    """
+    low, high = axis.get_ylim()
+    if getattr(axis.yaxis.get_transform(), "base", None) == 10 and high < 100 * low:
+        axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: formatter(value)))
     axis.yaxis.set_minor_formatter(NullFormatter())
 

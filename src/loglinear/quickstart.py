@@ -27,6 +27,7 @@ from loglinear.evals.command import default_text, print_table
 from loglinear.folders import check_output_folder
 from loglinear.generate import Generation, generate_text
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from loglinear.models.initialization import initialize_by_name
 from loglinear.train import TrainConfig, TrainResult, load_checkpoint, train
 from loglinear.train.checkpoints import choose_device, load_corpora
 from loglinear.train.reporting import quiet_transformers, read_metrics
@@ -175,8 +176,9 @@ def run(config: QuickstartConfig, console: Console | None = None) -> QuickstartR
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"the folder {folder} is not empty: name another one with --output, or remove it")
     configs = {name: _train_config(config, name, config.steps or 1) for name in (LINEAR, LOG_LINEAR)}
-    initial = _initial_model(configs[LOG_LINEAR])
-    mixer = MIXER_NAMES[initial.config.mixer]
+    with quiet_transformers():  # and what does not fit is refused before anything is read
+        model_config = build_model(configs[LOG_LINEAR], load_tokenizer(configs[LOG_LINEAR].tokenizer)).config
+    mixer = MIXER_NAMES[model_config.mixer]
     console.print(f"Reading {_corpus_name(config)} …", highlight=False, soft_wrap=True)
     documents, whole = _documents_to_compare(config, configs[LINEAR])
     folder.mkdir(parents=True, exist_ok=True)
@@ -195,7 +197,7 @@ def run(config: QuickstartConfig, console: Console | None = None) -> QuickstartR
     for name in configs:
         console.print(f"Training the {name} twin ({mixer}), {steps} steps …", highlight=False)
         configs[name] = _train_config(config, name, steps)
-        runs[name] = train(configs[name], prepare=lambda model: _copy_matching(initial.state_dict(), model))
+        runs[name] = train(configs[name], prepare=lambda model: initialize_by_name(model, config.seed))
     console.print("Comparing them on held-out documents …", highlight=False)
     models = {name: load_checkpoint(run.checkpoint, device=config.device)[0] for name, run in runs.items()}
     losses = position_loss.evaluate(models, documents, config.sequence_length)
@@ -302,21 +304,6 @@ def seconds_per_step(config: TrainConfig) -> float:
         times.append(time.perf_counter() - began)
     # The first step also starts threads and fills caches; a median is not fooled by one interruption.
     return statistics.median(times[1:])
-
-
-def _initial_model(config: TrainConfig) -> LogLinearForCausalLM:
-    """The log-linear twin before its training: the plain one starts from those of its weights that it has, too."""
-    torch.manual_seed(config.seed)
-    with quiet_transformers():
-        return build_model(config, load_tokenizer(config.tokenizer))
-
-
-def _copy_matching(weights: dict[str, torch.Tensor], model: LogLinearForCausalLM) -> None:
-    """Sets every weight of `model` that `weights` has under the same name and in the same shape."""
-    with torch.no_grad():
-        for name, weight in model.state_dict().items():
-            if name in weights and weights[name].shape == weight.shape:
-                weight.copy_(weights[name])
 
 
 def _write_files(

@@ -28,7 +28,7 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from loglinear.data import encode_prompt
+from loglinear.data import encode_prompt, encode_text
 from loglinear.generate import TextStream
 from loglinear.models import LogLinearForCausalLM, decoding_cache
 from loglinear.train.checkpoints import choose_device, load_checkpoint, resolve_checkpoint
@@ -202,7 +202,7 @@ def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str,
     if tokenizer.chat_template is None:
         return encode_prompt(tokenizer, "".join(message["content"] for message in messages))
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(cast(str, text), add_special_tokens=False)["input_ids"]
+    return encode_text(tokenizer, cast(str, text))
 
 
 class _Stopped(Exception):

@@ -78,6 +78,19 @@ def test_bad_bytes_become_replacement_characters(tmp_path):
     assert texts(tmp_path) == ["caf\ufffd"]
 
 
+def test_half_characters_in_json_become_replacement_characters(tmp_path):
+    """What UTF-8 cannot hold, no tokenizer can read; the two halves of a character are that character."""
+    path = tmp_path / "d.jsonl"
+    path.write_text(r'{"text": "a\ud800b \ud83d\ude00"}' + "\n")
+    assert texts(path) == ["a\ufffdb \U0001f600"]
+
+
+def test_byte_order_marks_are_not_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "line"}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfplain \xef\xbb\xbf")
+    assert texts(tmp_path) == ["line", "plain \ufeff"]
+
+
 def test_limit_and_rereading(tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", [{"text": str(number)} for number in range(5)])
     documents = Documents(path, limit=3)
@@ -149,6 +162,17 @@ def test_wrong_parquet_is_refused(tmp_path):
     (tmp_path / "e.parquet").write_bytes(b"not parquet at all")
     with pytest.raises(ValueError, match="not Parquet"):
         texts(tmp_path / "e.parquet")
+
+
+@pytest.mark.parametrize("name", ["d.txt.gz", "d.jsonl.gz"])
+@pytest.mark.parametrize("damage", ["cut off", "not gzip", "changed inside"])
+def test_wrong_gzip_is_refused_with_its_name(tmp_path, name, damage):
+    whole = gzip.compress(b'{"text": "0123456789"}\n' * 1000)
+    changed = whole[:20] + bytes(byte ^ 255 for byte in whole[20:40]) + whole[40:]
+    content = {"cut off": whole[: len(whole) // 2], "not gzip": b"plain", "changed inside": changed}[damage]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}: got a file that is not gzip, or not all of it"):
+        texts(tmp_path / name)
 
 
 def test_sources_that_are_not_there_are_refused(tmp_path):

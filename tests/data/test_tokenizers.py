@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from loglinear.data import ByteTokenizer, encode_prompt, load_tokenizer
+from loglinear.data import ByteTokenizer, encode_prompt, encode_text, load_tokenizer
 from loglinear.data.tokenizers import encode_documents, fingerprint
 
 TEXT = "naïve café, 数学 🦜\n\tend\0"
@@ -89,3 +89,11 @@ def test_prompt_is_the_beginning_of_a_document(word_tokenizer):
     assert encode_prompt(word_tokenizer, "a tree") == [1, 2]
     with pytest.raises(ValueError, match="empty prompt"):
         encode_prompt(word_tokenizer, "")
+
+
+@pytest.mark.parametrize("encode", [encode_text, encode_prompt])
+@pytest.mark.parametrize("bytewise", [True, False])
+def test_text_that_utf8_cannot_hold_is_refused(word_tokenizer, encode, bytewise):
+    """As it comes from arguments and pipes that are not UTF-8, and from JSON."""
+    with pytest.raises(ValueError, match=r"got '\\udcff' at character 2 of the text, wanted text that UTF-8 can hold"):
+        encode(ByteTokenizer() if bytewise else word_tokenizer, "a \udcff")

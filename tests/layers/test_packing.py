@@ -61,10 +61,10 @@ def test_all_rows_keeps_the_order_and_empty_sequences():
 @pytest.mark.parametrize(
     ("bounds", "error", "message"),
     [
-        ([0, 5], TypeError, "int32 or int64 tensor, got list"),
-        (torch.tensor([0.0, 5.0]), TypeError, "got torch.float32"),
+        ([0, 5], TypeError, "must be an int32 or int64 tensor, got list"),
+        (torch.tensor([0.0, 5.0]), TypeError, "must be int32 or int64, got torch.float32"),
         (torch.tensor([5]), ValueError, r"\[number of sequences \+ 1\], got shape \[1\]"),
-        (torch.tensor([1, 5]), ValueError, r"from 0 to the number of tokens, 5, got \[1, 5\]"),
+        (torch.tensor([1, 5]), ValueError, r"must rise from 0 to the 5 tokens, got \[1, 5\]"),
         (torch.tensor([0, 4]), ValueError, "got .0, 4."),
         (torch.tensor([0, 3, 2, 5]), ValueError, "got .0, 3, 2, 5."),
     ],

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers.generation import stopping_criteria
 
 from loglinear.layers import MIXERS
 from small_models import relative_error, small_model, tokens
@@ -270,6 +271,24 @@ def test_continuing_from_a_passed_cache(kind, static):
     assert_same(second[:, 6:], by_loop(model, ids, 9))
     turn = torch.cat((second, tokens(2, 5)), dim=1)
     assert_same(generate(model, turn, past_key_values=cache), by_loop(model, turn))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["mamba2", "hybrid"])
+def test_prompts_may_be_embeddings(kind, mode):
+    model, ids = small_model(kind), tokens(2, 11)
+    embedded = model.get_input_embeddings()(ids)
+    generated = model.generate(inputs_embeds=embedded, max_new_tokens=NEW, do_sample=False, **MODES[mode])
+    assert_same(generated, by_loop(model, ids))
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "hybrid"])
+def test_nobody_is_warned_of_lengths_beyond_the_trained_one(kind, monkeypatch):
+    model, ids = small_model(kind, max_position_embeddings=8), tokens(1, 5)
+    said = []
+    monkeypatch.setattr(stopping_criteria.logger, "warning_once", said.append)
+    assert_same(generate(model, ids, 12), by_loop(model, ids, 12))
+    assert not said
 
 
 @pytest.mark.parametrize("kind", KINDS)

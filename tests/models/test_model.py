@@ -264,7 +264,7 @@ def test_compiles_without_graph_breaks(kind):
         ({"attention_mask": torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]])}, ValueError, "row 0 has 2 runs"),
         ({"cu_seqlens": torch.tensor([0, 4])}, ValueError, "cu_seqlens came with 2 rows"),
         ({"input_ids": torch.zeros(1, 4, dtype=torch.int64), "cu_seqlens": torch.tensor([0, 5])}, ValueError,
-         r"cu_seqlens must rise from 0 to the number of tokens, 4, got \[0, 5\]"),
+         r"cu_seqlens must rise from 0 to the 4 tokens, got \[0, 5\]"),
         ({"input_ids": torch.zeros(1, 4, dtype=torch.int64), "cu_seqlens": [0, 4]}, TypeError, "got list"),
         ({"cu_seqlens": torch.tensor([0, 4]), "attention_mask": torch.ones(2, 4)}, ValueError, "not both"),
         ({"labels": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, r"labels must be \(2, 4\) .*, got \(2, 3\)"),

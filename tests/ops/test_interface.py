@@ -114,7 +114,7 @@ def test_refused(case, backend):
         (torch.tensor([0.0, 6.0]), TypeError, "must be int32 or int64, got torch.float32"),
         (torch.tensor([0]), ValueError, r"number of sequences \+ 1\], got shape \[1\]"),
         (torch.tensor([[0, 6]]), ValueError, r"got shape \[1, 2\]"),
-        (torch.tensor([1, 6]), ValueError, r"must rise from 0 to the 6 tokens of q, got \[1, 6\]"),
+        (torch.tensor([1, 6]), ValueError, r"must rise from 0 to the 6 tokens, got \[1, 6\]"),
         (torch.tensor([0, 5]), ValueError, r"got \[0, 5\]"),
         (torch.tensor([0, 7]), ValueError, r"got \[0, 7\]"),
         (torch.tensor([0, 4, 3, 6]), ValueError, r"got \[0, 4, 3, 6\]"),

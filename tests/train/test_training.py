@@ -369,6 +369,16 @@ def test_a_run_is_not_overwritten_and_not_resumed_as_another(settings, tmp_path,
         train(again)
 
 
+@pytest.mark.parametrize("part", ["optimizer.pt", "scheduler.pt", "train_config.yaml", "data_position.json"])
+def test_a_checkpoint_that_has_lost_a_part_is_not_resumed(finished, tmp_path, part):
+    """The Trainer would go on from new moments without a word."""
+    run = shutil.copytree(finished[1].output, tmp_path / "run")
+    (run / "checkpoint-40" / part).unlink()
+    config = TrainConfig.from_file(run / "train_config.yaml").replace(output=str(run), steps=42, resume=True)
+    with pytest.raises((FileNotFoundError, ValueError), match=rf"cannot resume .*checkpoint-40: .*{part}"):
+        train(config)
+
+
 def test_interrupt_saves_and_resumes_exactly(settings, tmp_path, monkeypatch):
     config = settings.replace(evaluate_every=0)
     whole = train(config.replace(output=str(tmp_path / "whole")))
@@ -655,3 +665,22 @@ def test_two_processes_equal_one(settings, tmp_path):
     mine, theirs = weights(one.checkpoint), weights(tmp_path / "two" / "checkpoint-3")
     for name in mine:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-5)
+
+
+def test_checkpoints_that_are_not_ours_or_not_whole_are_refused(finished, tmp_path):
+    def changed(name, **fields):
+        folder = shutil.copytree(finished[1].checkpoint, tmp_path / name)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | fields))
+        return folder
+
+    with pytest.raises(ValueError, match="got a model of type 'llama', wanted 'loglinear'"):
+        load_checkpoint(changed("llama", model_type="llama", attention_bias=False))
+    with pytest.raises(ValueError, match=r"not those of its config.json: missing model\.layers\.2\..*, …"):
+        load_checkpoint(changed("deeper", num_hidden_layers=3))
+    with pytest.raises(ValueError, match=r"not those of its config.json: unexpected model\.layers\.1\."):
+        load_checkpoint(changed("shallower", num_hidden_layers=1))
+    cut = changed("cut off")
+    os.truncate(cut / "model.safetensors", 1000)
+    with pytest.raises(ValueError, match="cut off: got weights that are damaged, or not all of them"):
+        load_checkpoint(cut)

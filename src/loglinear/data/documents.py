@@ -18,7 +18,9 @@ import hashlib
 import importlib.util
 import io
 import json
+import re
 import sysconfig
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -37,6 +39,8 @@ PACKAGE_PREFIX = "package:"
 HUB_PREFIX = "hub:"
 TEXT_FIELD = "text"
 HUB_SPLIT = "train"
+# Halves of a character of UTF-16, which JSON can spell (as \ud800) and UTF-8 and tokenizers cannot.
+LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class Documents:
     """The documents of some sources, read anew and lazily at every iteration, in an order that depends on
     their names alone.
 
-    Empty documents are skipped. Text that is not valid UTF-8 is read with U+FFFD in place of the bad bytes.
+    Empty documents are skipped. Text that is not valid UTF-8 is read with U+FFFD in place of the bad bytes (and of
+    half characters in JSON); a byte order mark at the beginning of a file is not part of its text.
 
     Args:
         sources: one or several sources, as the module describes them.
@@ -62,7 +67,7 @@ class Documents:
     Raises:
         FileNotFoundError: a source that does not exist, or a glob or directory that holds nothing readable.
         ValueError: a file with a suffix that is not known, options that none of the sources heeds, or (while
-            iterating) a wrong field or broken line.
+            iterating) a wrong field, a broken line, or a file that is not gzip or was cut off.
         ImportError: a hub data set without the `datasets` package.
 
     >>> next(iter(Documents("stdlib"))).name.endswith(".py")
@@ -141,11 +146,15 @@ class Documents:
         suffix = _suffix(file)
         if suffix in PARQUET_SUFFIXES:
             yield from self._read_parquet(file)
-        elif suffix in JSONL_SUFFIXES:
-            yield from self._read_jsonl(file)
-        else:
-            with _open_text(file) as stream:
-                yield Document(str(file), stream.read())
+            return
+        try:
+            if suffix in JSONL_SUFFIXES:
+                yield from self._read_jsonl(file)
+            else:
+                with _open_text(file) as stream:
+                    yield Document(str(file), stream.read())
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{file}: got a file that is not gzip, or not all of it ({error})") from error
 
     def _read_jsonl(self, file: Path) -> Iterator[Document]:
         with _open_text(file) as stream:
@@ -197,7 +206,7 @@ class Documents:
             return ""
         if not isinstance(text, str):
             raise ValueError(f"{name}: got {type(text).__name__} in the field {self.text_field!r}, wanted text")
-        return text
+        return LONE_SURROGATES.sub("\ufffd", text)
 
 
 def standard_library() -> Documents:
@@ -284,7 +293,7 @@ def _suffix(path: Path) -> str:
 
 def _open_text(file: Path) -> io.TextIOBase:
     opened = gzip.open(file, "rb") if file.suffix.lower() == ".gz" else open(file, "rb")
-    return io.TextIOWrapper(opened, encoding="utf-8", errors="replace", newline="")
+    return io.TextIOWrapper(opened, encoding="utf-8-sig", errors="replace", newline="")
 
 
 def _suffix_list() -> str:

@@ -44,9 +44,12 @@ class PackedRows:
     Raises:
         ValueError: an empty corpus, or T < 2 (a row must hold at least one token and what follows it).
 
+    >>> from loglinear.data import ByteTokenizer, Document
+    >>> documents = [Document("first", "a" * 600), Document("second", "b" * 900)]
+    >>> corpus = Corpus.build(documents, ByteTokenizer(), "corpus")
     >>> rows = PackedRows(corpus, length=1024, seed=0)
-    >>> rows[0].tokens.shape
-    (1024,)
+    >>> rows[0].tokens.shape, len(rows[0].starts)
+    ((1024,), 2)
     """
 
     def __init__(self, corpus: Corpus, length: int, seed: int = 0, *, epochs: int | None = None, shuffle: bool = True):

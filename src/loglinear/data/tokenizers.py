@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase
 
+from loglinear.data.documents import LONE_SURROGATES
 from loglinear.models.config import LogLinearConfig
 
 NUM_BYTES = 256
@@ -157,17 +158,27 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], d
     return [np.concatenate([np.asarray(part, dtype=dtype) for part in (before, body, after)]) for body in bodies]
 
 
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text alone, without those that begin and end a document.
+
+    Raises:
+        ValueError: half characters, which stand for bytes of input that was not UTF-8.
+    """
+    if half := LONE_SURROGATES.search(text):
+        raise ValueError(f"got {half[0]!r} at character {half.start()} of the text, wanted text that UTF-8 can hold")
+    if isinstance(tokenizer, ByteTokenizer):
+        return list(text.encode())
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Encode the beginning of a document as training saw it: the beginning token (where the tokenizer has
     one), then the text.
 
     Raises:
-        ValueError: the prompt is empty and the tokenizer has no beginning token to start from.
+        ValueError: as `encode_text`; or the prompt is empty and the tokenizer has no beginning token to start from.
     """
-    if isinstance(tokenizer, ByteTokenizer):
-        body = list(text.encode("utf-8", errors="surrogatepass"))
-    else:
-        body = tokenizer(text, add_special_tokens=False)["input_ids"]
+    body = encode_text(tokenizer, text)
     tokens = body if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *body]
     if not tokens:
         raise ValueError(

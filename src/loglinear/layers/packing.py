@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loglinear.ops.packing import check_packing, sequence_bounds
+
 
 def token_rows(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """Index of the sequence that each packed token belongs to, `[N]` int64. No device sync; empty sequences
@@ -131,17 +133,10 @@ class PackedLayout:
     """
 
     def __init__(self, cu_seqlens: Tensor, num_tokens: int) -> None:
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-            got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-            raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {got}")
-        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
-            raise ValueError(f"cu_seqlens must be [number of sequences + 1], got shape {list(cu_seqlens.shape)}")
+        check_packing(cu_seqlens)
         self.device = cu_seqlens.device
-        self.bounds: list[int] = cu_seqlens.tolist()
+        self.bounds = sequence_bounds(cu_seqlens, num_tokens)
         self.lengths = [end - begin for begin, end in zip(self.bounds, self.bounds[1:], strict=False)]
-        if self.bounds[0] != 0 or self.bounds[-1] != num_tokens or min(self.lengths) < 0:
-            shown = self.bounds if len(self.bounds) < 10 else [*self.bounds[:4], "...", *self.bounds[-4:]]
-            raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {num_tokens}, got {shown}")
         self._buckets: list[SequenceRows] | None = None
 
     def _rows(self, sequences: list[int]) -> SequenceRows:

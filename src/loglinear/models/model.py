@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -385,6 +386,7 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         next_sequence_length: int | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -403,6 +405,7 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
@@ -442,6 +445,14 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
         if attention_mask is None:
             return None
         return attention_mask[:, attention_mask.shape[1] - inputs_embeds.shape[1] :]
+
+    def _get_stopping_criteria(self, *arguments: Any, **options: Any) -> StoppingCriteriaList:
+        """The library's, without its warning that more than `max_position_embeddings` tokens may fail: they cannot."""
+        criteria = super()._get_stopping_criteria(*arguments, **options)  # type: ignore[misc]
+        for one in criteria:
+            if isinstance(one, MaxLengthCriteria):
+                one.max_position_embeddings = None
+        return criteria
 
     def _get_static_cache_init_shape(self) -> None:
         """Asked by `generate` in order to allocate keys and values beforehand: our layers make their own states."""

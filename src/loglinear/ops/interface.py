@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loglinear.ops import chunked, reference, step
+from loglinear.ops.packing import check_packing
 from loglinear.state import FenwickState
 
 try:
@@ -327,14 +328,9 @@ def _check_packing(q: Tensor, cu_seqlens: Tensor | None) -> None:
     """Shape and dtype; the values are checked by the backend, which needs them on the host (`sequence_bounds`)."""
     if cu_seqlens is None:
         return
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {type(cu_seqlens).__name__}")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    check_packing(cu_seqlens)
     if cu_seqlens.device != q.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, q on {q.device}: all arguments must be on one device")
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"cu_seqlens must be [number of sequences + 1], got shape {_shape(cu_seqlens)}")
     if q.shape[0] != 1:
         raise ValueError(f"packed sequences (cu_seqlens) need a batch of 1, got {q.shape[0]}")
 

@@ -29,6 +29,20 @@ class _Checked:
 _checked = _Checked()
 
 
+def check_packing(cu_seqlens: Tensor) -> None:
+    """Its dtype and shape, before anybody reads its values.
+
+    Raises:
+        TypeError, ValueError: they are wrong.
+    """
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens must be [number of sequences + 1], got shape {list(cu_seqlens.shape)}")
+
+
 def _capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
@@ -42,7 +56,7 @@ def sequence_bounds(cu_seqlens: Tensor, tokens: int) -> list[int]:
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or any(lo > hi for lo, hi in zip(bounds, bounds[1:], strict=False)):
         shown = bounds if len(bounds) <= 12 else [*bounds[:6], "…", *bounds[-5:]]
-        raise ValueError(f"cu_seqlens must rise from 0 to the {tokens} tokens of q, got [{', '.join(map(str, shown))}]")
+        raise ValueError(f"cu_seqlens must rise from 0 to the {tokens} tokens, got [{', '.join(map(str, shown))}]")
     return bounds
 
 
@@ -66,7 +80,7 @@ def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
     """
     if cu_seqlens in _checked or _capturing(cu_seqlens):
         rising = (cu_seqlens[0] == 0).logical_and(cu_seqlens[-1] == tokens).logical_and((cu_seqlens.diff() >= 0).all())
-        torch._assert_async(rising, f"cu_seqlens must rise from 0 to the {tokens} tokens of q")
+        torch._assert_async(rising, f"cu_seqlens must rise from 0 to the {tokens} tokens")
     else:
         sequence_bounds(cu_seqlens, tokens)
         _checked.add(cu_seqlens)

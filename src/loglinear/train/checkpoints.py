@@ -5,13 +5,15 @@ from.
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from loglinear.data import Corpus, Documents, load_tokenizer
-from loglinear.train.config import CONFIG_FILE, TrainConfig
+from loglinear.models.config import LogLinearConfig
+from loglinear.train.config import CONFIG_FILE, TrainConfig, read_mapping
 from loglinear.train.reporting import quiet_transformers
 
 if TYPE_CHECKING:
@@ -66,14 +68,34 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: there is no checkpoint.
+        ValueError: it is of another kind of model, or its weights are damaged or not those of its configuration.
+    """
+    checkpoint = resolve_checkpoint(path)
+    model = _load_model(checkpoint, dtype=dtype)
+    torch.nn.Module.to(model, device)
+    return model.eval(), load_tokenizer(checkpoint)
+
+
+def _load_model(checkpoint: Path, **options: Any) -> "LogLinearForCausalLM":
+    """`from_pretrained`, which takes any configuration for one of ours, and gives weights that it does not find new
+    values without an error.
     """
     from loglinear.models import LogLinearForCausalLM
 
-    checkpoint = resolve_checkpoint(path)
-    with quiet_transformers():
-        model = LogLinearForCausalLM.from_pretrained(checkpoint, dtype=dtype)
-    torch.nn.Module.to(model, device)
-    return model.eval(), load_tokenizer(checkpoint)
+    kind = read_mapping(checkpoint / "config.json").get("model_type")
+    if kind != LogLinearConfig.model_type:
+        raise ValueError(f"{checkpoint}: got a model of type {kind!r}, wanted {LogLinearConfig.model_type!r}")
+    try:
+        with quiet_transformers():
+            loaded: Any = LogLinearForCausalLM.from_pretrained(checkpoint, output_loading_info=True, **options)
+    except SafetensorError as error:
+        raise ValueError(f"{checkpoint}: got weights that are damaged, or not all of them: {error}") from error
+    model, found = loaded
+    wrong = [f"{what} {name}" for what in ("missing", "unexpected") for name in sorted(found[f"{what}_keys"])]
+    if wrong:
+        shown = ", ".join(wrong[:3]) + ", …" * (len(wrong) > 3)
+        raise ValueError(f"{checkpoint}: got weights that are not those of its config.json: {shown}")
+    return model
 
 
 def choose_device(device: str = "auto", precision: str = "auto") -> tuple[torch.device, torch.dtype]:

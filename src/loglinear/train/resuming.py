@@ -22,6 +22,7 @@ def starting_point(config: TrainConfig) -> Path | None:
     Raises:
         FileExistsError: there is a run and resume is off.
         FileExistsError, PermissionError: the folder cannot be written.
+        FileNotFoundError: the checkpoint has lost a part.
         ValueError: the saved configuration differs where it must not.
     """
     output = Path(config.output)
@@ -34,6 +35,10 @@ def starting_point(config: TrainConfig) -> Path | None:
                 "resume it, or give another folder"
             )
     elif checkpoint is not None:
+        # Without these the Trainer would begin with new moments, and say nothing.
+        absent = [name for name in (CONFIG_FILE, "optimizer.pt", "scheduler.pt") if not (checkpoint / name).is_file()]
+        if absent:
+            raise FileNotFoundError(f"cannot resume {checkpoint}: it holds no {' and no '.join(absent)}")
         config.check_resumes(TrainConfig.from_file(checkpoint / CONFIG_FILE))
     return checkpoint
 
@@ -132,4 +137,7 @@ def _schedule_line(config: TrainConfig, steps: int, saved_steps: int, first_step
 
 
 def _saved_position(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / POSITION_FILE).read_text())
+    try:
+        return json.loads((checkpoint / POSITION_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot resume {checkpoint}: {POSITION_FILE} cannot be read: {error}") from error
