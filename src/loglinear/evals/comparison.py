@@ -275,12 +275,13 @@ def read_rows(path: str | Path) -> list[ComparisonRow]:
         ValueError: the file has other columns.
     """
     whole: dict[tuple[str, int, str], list[ComparisonRow]] = {}
-    tries: dict[tuple[tuple[str, int, str], str], list[ComparisonRow]] = {}  # of a run, by when
+    tries: dict[tuple[tuple[str, int, str], str], dict[tuple, ComparisonRow]] = {}  # of a run, by when
     for row in rowfile.read_rows(path, ComparisonRow):
-        rows = tries.setdefault((row.key, row.date), [])
-        rows.append(row)
+        rows = tries.setdefault((row.key, row.date), {})
+        # the same number twice: what was cut off, and tried again within the second
+        rows[row.metric, row.task, row.position, row.until, row.depth] = row
         if row.metric == "run":
-            whole[row.key] = tries.pop((row.key, row.date))
+            whole[row.key] = list(tries.pop((row.key, row.date)).values())
     return [row for rows in whole.values() for row in rows]
 
 

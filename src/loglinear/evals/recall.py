@@ -21,9 +21,8 @@ from loglinear.data.recall import RecallBatch, RecallTask
 from loglinear.evals.position_loss import labels_of, mean_and_error, write_table
 from loglinear.models import LogLinearForCausalLM
 from loglinear.train import resolve_checkpoint
-from loglinear.train.checkpoints import train_config_of
+from loglinear.train.checkpoints import load_model, train_config_of
 from loglinear.train.recall import answer, examination, recall_task
-from loglinear.train.reporting import quiet_transformers
 
 FIRST_DISTANCE = 4
 
@@ -176,8 +175,7 @@ def evaluate_checkpoints(
         )
     models = {}
     for name, path in zip(labels or labels_of(paths), paths, strict=True):
-        with quiet_transformers():
-            model = LogLinearForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = load_model(path, dtype=torch.float32)
         torch.nn.Module.to(model, device)
         models[name] = model.eval()
     return evaluate(models, examination(task, "test", sequences), task.length, dtype)

@@ -71,14 +71,18 @@ def load_checkpoint(
         ValueError: it is of another kind of model, or its weights are damaged or not those of its configuration.
     """
     checkpoint = resolve_checkpoint(path)
-    model = _load_model(checkpoint, dtype=dtype)
+    model = load_model(checkpoint, dtype=dtype)
     torch.nn.Module.to(model, device)
     return model.eval(), load_tokenizer(checkpoint)
 
 
-def _load_model(checkpoint: Path, **options: Any) -> "LogLinearForCausalLM":
-    """`from_pretrained`, which takes any configuration for one of ours, and gives weights that it does not find new
-    values without an error.
+def load_model(checkpoint: Path, **options: Any) -> "LogLinearForCausalLM":
+    """`from_pretrained` with `options`, which by itself takes any configuration for one of ours, and gives weights that
+    it does not find new values without an error.
+
+    Raises:
+        ValueError: the checkpoint is of another kind of model, or its weights are damaged or not those of its
+            configuration.
     """
     from loglinear.models import LogLinearForCausalLM
 

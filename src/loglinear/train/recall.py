@@ -38,6 +38,7 @@ from loglinear.train.checkpoints import (
     POSITION_FILE,
     checkpoint_step,
     choose_device,
+    load_model,
     newest_checkpoint,
 )
 from loglinear.train.config import CONFIG_FILE, TrainConfig
@@ -482,7 +483,7 @@ def train_recall(config: TrainConfig, *, prepare: Callable[[LogLinearForCausalLM
         raise ValueError(
             "task mqar trains on one device, got a launch by torchrun; for many trainings: loglinear sweep"
         )
-    checkpoint = starting_point(config)
+    checkpoint = starting_point(config, [OPTIMIZER_FILE])
     device, dtype = choose_device(config.device, config.precision)
     if checkpoint is None:
         model = new_model(wanted, config.seed)
@@ -490,8 +491,7 @@ def train_recall(config: TrainConfig, *, prepare: Callable[[LogLinearForCausalLM
             prepare(model)
     else:
         check_model(checkpoint, wanted)
-        with quiet_transformers():
-            model = LogLinearForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        model = load_model(checkpoint, dtype=torch.float32)
     run = RecallRun(config, task, model, device, dtype)
     if checkpoint is not None:
         run.load(checkpoint)

@@ -3,6 +3,7 @@ not.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,15 @@ from loglinear.train.checkpoints import POSITION_FILE, checkpoint_step, newest_c
 from loglinear.train.config import CONFIG_FILE, TrainConfig
 from loglinear.train.schedule import schedule_of
 
+# What the Trainer would begin anew if it were missing, and say nothing.
+TRAINER_PARTS = ("optimizer.pt", "scheduler.pt")
 
-def starting_point(config: TrainConfig) -> Path | None:
+
+def starting_point(config: TrainConfig, parts: Sequence[str] = TRAINER_PARTS) -> Path | None:
     """The checkpoint to go on from; None to start.
+
+    Args:
+        parts: files that a checkpoint of this kind has beside the model and the configuration.
 
     Raises:
         FileExistsError: there is a run and resume is off.
@@ -35,8 +42,7 @@ def starting_point(config: TrainConfig) -> Path | None:
                 "resume it, or give another folder"
             )
     elif checkpoint is not None:
-        # Without these the Trainer would begin with new moments, and say nothing.
-        absent = [name for name in (CONFIG_FILE, "optimizer.pt", "scheduler.pt") if not (checkpoint / name).is_file()]
+        absent = [name for name in (CONFIG_FILE, *parts) if not (checkpoint / name).is_file()]
         if absent:
             raise FileNotFoundError(f"cannot resume {checkpoint}: it holds no {' and no '.join(absent)}")
         config.check_resumes(TrainConfig.from_file(checkpoint / CONFIG_FILE))
