@@ -1,0 +1,2 @@
+def unsupported(*a): return "x"
+step=None

@@ -1,0 +1,194 @@
+"""The newest tokens of a state, kept as they came: buckets then stay as they are for many tokens.
+
+Between two tokens all buckets of a row and head go through the same transition. From position `base` on, where the
+window is empty, their product is
+
+    P = diag(e^Γ) - Σ_s x_s w_sᵀ,      w_s = e^Γ_s k_s,      x_s = Σ_i mixing[i, s] e^(Γ - Γ_i) k_i
+
+with Γ_s the sum of the log-decays of the window's tokens up to s, and Γ that of all (docs/math.md, section 11). x_s is
+also what has become of the key that the value of token s was written with. So with the tokens alone a step can read what
+buckets and tokens are by now, and no bucket is written before the window ends, where everything in it merges anyway.
+
+Legend: B rows, G key groups, H heads, K key width, V value width, L levels, N tokens of a window (a power of two).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loglinear import fenwick
+
+
+class Window(NamedTuple):
+    """The tokens since a row's newest position that is a multiple of N, or since the window was begun. A token is in
+    place `position - base` of its row; what other places hold is not looked at.
+
+    Attributes:
+        begun: [B] int64, positions at which the window was begun; it does not change.
+        keys: [B, G, N, K]
+        values: [B, H, N, V]
+        log_decays: [B, H, N], or [B, H, N, K] for a decay per channel; None for mixers without one.
+        mixing: [B, H, N, N], delta rule only: row i is what token i's key adds to the writing of each value,
+            (I + tril(diag(β) (k kᵀ ⊙ e^(Γ_i - Γ_s)), -1))⁻¹ diag(β). None: every value stays with its own key.
+
+    All but `begun` are float32 (float64 for float64 buckets), whatever buckets are kept in.
+    """
+
+    begun: Tensor
+    keys: Tensor
+    values: Tensor
+    log_decays: Tensor | None
+    mixing: Tensor | None
+
+    @classmethod
+    def at(
+        cls, positions: Tensor, buckets: Tensor, length: int, num_groups: int,
+        decay: Literal["head", "channel"] | None, delta: bool,
+    ) -> Window:  # fmt: skip
+        """An empty window for rows at `positions` [B] with `buckets` [B, L, H, K, V]; see `FenwickState.with_window`.
+
+        Raises:
+            ValueError: a length that is no power of two, groups that do not divide the heads, another word for `decay`.
+        """
+        fenwick.chunk_height(length, "a window")
+        batch, _, heads, key_dim, value_dim = buckets.shape
+        if num_groups < 1 or heads % num_groups:
+            raise ValueError(f"num_groups must divide the {heads} heads of the state, got {num_groups}")
+        if decay not in (None, "head", "channel"):
+            raise ValueError(f"decay must be 'head', 'channel' or None, got {decay!r}")
+        dtype = torch.promote_types(buckets.dtype, torch.float32)
+
+        def room(*sizes: int) -> Tensor:
+            return torch.zeros(batch, *sizes, dtype=dtype, device=buckets.device)
+
+        by_head = (heads, length)
+        return cls(
+            positions.clone(),
+            room(num_groups, length, key_dim),
+            room(heads, length, value_dim),
+            None if decay is None else room(*by_head) if decay == "head" else room(*by_head, key_dim),
+            room(*by_head, length) if delta else None,
+        )
+
+    @property
+    def length(self) -> int:
+        """N."""
+        return self.keys.shape[2]
+
+    @property
+    def kind(self) -> tuple:
+        """What two windows must have in common for their rows to be those of one."""
+        return tuple(None if x is None else (tuple(x.shape[1:]), x.dtype, x.device) for x in self)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Those that there are, by name."""
+        return ((name, x) for name, x in self._asdict().items() if x is not None)
+
+    @classmethod
+    def cat(cls, windows: Sequence[Window]) -> Window:
+        """The rows of windows of one kind, one after the other."""
+        parts = zip(*windows, strict=True)
+        return cls(*(None if same[0] is None else torch.cat(same) for same in parts))  # type: ignore[arg-type]
+
+    def emptied(self, positions: Tensor) -> Window:
+        """An empty window of the same kind, for rows at `positions` [B]."""
+        rows = positions.shape[0]
+        return self.map(lambda x: x.new_zeros(rows, *x.shape[1:]))._replace(begun=positions.clone())
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Window:
+        """A window of what `function` makes of each tensor."""
+        return Window(*(None if x is None else function(x) for x in self))  # type: ignore[arg-type]
+
+    def base(self, positions: Tensor) -> Tensor:
+        """[B] where the windows of rows at `positions` start: the position of which the buckets are."""
+        return fenwick.block_start(positions, fenwick.chunk_height(self.length)).maximum(self.begun)
+
+    def decayed(self, count: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """What decay alone makes of keys, of the first `count` [B] tokens of each row.
+
+        Returns:
+            written: [B, H, N, K], e^(Γ - Γ_s) k_s; zeros for tokens that are not there, as `reading`.
+            reading: [B, H, N, K], w_s = e^Γ_s k_s.
+            total: [B, H, K or 1], e^Γ.
+        """
+        heads, groups = self.values.shape[1], self.keys.shape[1]
+        there = self._there(count)[:, None, :, None]
+        keys = torch.where(there, self.keys.to(dtype), 0).repeat_interleave(heads // groups, dim=1)
+        logs = self.log_decays
+        if logs is None:
+            return keys, keys, keys.new_ones(*self.values.shape[:2], 1)
+        logs = torch.where(there, (logs if logs.ndim == 4 else logs[..., None]).to(dtype), 0)
+        # Sums of what lies between two tokens, not differences: a decay of -inf is a reset, not a NaN.
+        since = F.pad(logs[:, :, 1:], (0, 0, 0, 1)).flip(2).cumsum(2).flip(2)
+        until = logs.cumsum(2)
+        return since.exp() * keys, until.exp() * keys, until[:, :, -1].exp()
+
+    def factors(self, count: Tensor, dtype: torch.dtype) -> Factors:
+        """What the first `count` [B] tokens of each row do to buckets, and what they write."""
+        written, reading, total = self.decayed(count, dtype)
+        there = self._there(count)[:, None, :, None]
+        values = torch.where(there, self.values.to(dtype), 0)
+        if self.mixing is None:
+            return Factors(total, written, None, values)
+        mixing = torch.where(there, self.mixing.to(dtype), 0)
+        return Factors(total, torch.einsum("bhik,bhis->bhsk", written, mixing), reading, values)
+
+    def into(self, buckets: Tensor, base: Tensor, positions: Tensor) -> Tensor:
+        """The buckets [B, L, H, K, V] of rows at `positions`, from those at `base` and the tokens since."""
+        num_levels, work = buckets.shape[1], torch.promote_types(buckets.dtype, self.keys.dtype)
+        held = fenwick.occupied(base, num_levels)[:, :, None, None, None]
+        factors = self.factors(positions - base, work)
+        moved = factors.apply(torch.where(held, buckets.to(work), 0))
+        levels = torch.arange(num_levels, device=positions.device)
+        goes = fenwick.seen_level(positions[:, None], base[:, None], levels, num_levels)[..., None] == levels
+        level = fenwick.level(positions[:, None], self.tokens(base), num_levels)
+        enters = (level[..., None] == levels).to(work)
+        merged = torch.einsum("bol,bohkv->blhkv", goes.to(work), moved)
+        merged += torch.einsum("bnl,bhnk,bhnv->blhkv", enters, factors.written, factors.values)
+        return merged.to(buckets.dtype)
+
+    def tokens(self, base: Tensor) -> Tensor:
+        """[B, N] positions of the tokens in the places of each row."""
+        return base[:, None] + torch.arange(self.length, device=base.device)
+
+    def _there(self, count: Tensor) -> Tensor:
+        return torch.arange(self.length, device=count.device) < count[:, None]
+
+
+class Factors(NamedTuple):
+    """What the tokens of a window do to buckets that are older, and what they write.
+
+    Attributes:
+        total: [B, H, K or 1], e^Γ.
+        written: [B, H, N, K], x_s; zero where there is no token, as `values`.
+        reading: [B, H, N, K], w_s; None: nothing is erased.
+        values: [B, H, N, V]
+    """
+
+    total: Tensor
+    written: Tensor
+    reading: Tensor | None
+    values: Tensor
+
+    def apply(self, states: Tensor) -> Tensor:
+        """P S for each of `states` [B, L, H, K, V]."""
+        moved = self.total[:, None, :, :, None] * states
+        if self.reading is None:
+            return moved
+        seen = torch.einsum("bhnk,blhkv->blhnv", self.reading, states)
+        return moved - torch.einsum("bhnk,blhnv->blhkv", self.written, seen)
+
+    def read(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """What the query [B, H, K] reads of older buckets with, Pᵀ q [B, H, K], and of each token's value, qᵀ x_s
+        [B, H, N].
+        """
+        weights = torch.einsum("bhk,bhnk->bhn", q, self.written)
+        older = self.total * q
+        if self.reading is not None:
+            older = older - torch.einsum("bhn,bhnk->bhk", weights, self.reading)
+        return older, weights
