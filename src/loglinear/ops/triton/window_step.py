@@ -1,2 +1,285 @@
-def unsupported(*a): return "x"
-step=None
+"""One token in one kernel, of states with a window: every family of mixers, buckets read and not written.
+
+A program has some columns of the states of one row and head. It reads the occupied buckets, weighted by their level
+scales, as the window's start knows them, and multiplies by what the query has become on its way there: the tokens of
+the window say what that is (`loglinear.window`). They give their own part of the output, too.
+
+The token that arrives goes to a place that nobody reads in the same launch, so nothing has to be waited for: its key
+and decay are written by the first program of its group or head, its values by each program for its own columns. Only
+the position is read by all and changed by one, as in `step`. Where the window ends, each program rewrites its own
+columns of every occupied bucket.
+
+The state is computed with in float32, whatever it is kept in.
+
+Legend
+    B rows, G groups, H heads, K key width, V value width, L levels
+    N tokens of a window, M levels that are loaded together
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loglinear.fenwick import chunk_height
+from loglinear.ops.triton import step as plain_step
+from loglinear.ops.triton.common import block_start, carry_level, holds_tokens, level_between, program_place, programs
+from loglinear.ops.triton.step import ARRIVAL
+from loglinear.state import FenwickState
+
+SHORTEST, LONGEST = 16, 64  # windows: what products of tiles begin with, and what registers hold
+COLUMNS = 16  # of a tile: rows of 32 bytes at least, and what products of tiles begin with
+
+
+def unsupported(
+    q: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None, beta: Tensor | None,
+    state: FenwickState,
+) -> str | None:  # fmt: skip
+    """Why the kernel does not cover a call, or None."""
+    assert state.window is not None
+    if not SHORTEST <= state.window.length <= LONGEST:
+        return f"a window of {state.window.length} tokens"
+    if state.window.keys.dtype == torch.float64:
+        return "float64"
+    if not all(x.is_contiguous() for _, x in state.tensors()):
+        return "a state that is not contiguous"
+    return plain_step.unsupported(q, v, level_scales, log_decay, beta, state._replace(window=None))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Kernel
+# ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["B", "L", "stride_s", "stride_sh"])
+def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, begun, keys, values, log_decays, mixing,
+                        o, B, H, G, L, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s,
+                        stride_sh, stride_g, stride_gh, stride_b, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+                        BV: tl.constexpr, TILES: tl.constexpr, N: tl.constexpr, HEIGHT: tl.constexpr, M: tl.constexpr,
+                        LEVELS: tl.constexpr, BY_CHANNEL: tl.constexpr):  # fmt: skip
+    """M · BK · BV numbers of the state at a time; 2^HEIGHT is N; LEVELS: L or more, a power of two."""
+    place, row = program_place()
+    if row >= B:
+        return
+    head, tile = place // TILES, place % TILES
+    row = row.to(tl.int64)
+    programs_of_row = tl.num_programs(0).to(tl.int64)
+    arrived = tl.atomic_add(positions + row, ARRIVAL, sem="relaxed")
+    position = arrived % ARRIVAL
+    if arrived // ARRIVAL == programs_of_row - 1:
+        tl.atomic_add(positions + row, 1 - programs_of_row * ARRIVAL, sem="relaxed")
+    base = tl.maximum(block_start(position, HEIGHT), tl.load(begun + row))
+    ends = block_start(position + 1, HEIGHT) > position
+    slot = tl.arange(0, N)
+    count = (position - base).to(tl.int32)
+    earlier, here, there = slot < count, slot == count, slot <= count
+
+    # the token
+    channel, column = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    is_channel, is_column = channel < K, column < V
+    group = head // (H // G)
+    query = tl.load(q + row * stride_q + group * stride_qg + channel, mask=is_channel, other=0.0).to(tl.float32) * scale
+    key = tl.load(k + row * stride_k + group * stride_kg + channel, mask=is_channel, other=0.0).to(tl.float32)
+    value = tl.load(v + row * stride_v + head * stride_vh + column, mask=is_column, other=0.0).to(tl.float32)
+    by_head = row * H + head
+    keys += (row * G + group) * N * K
+    values += by_head * N * V
+    if tile == 0:
+        if head == group * (H // G):
+            tl.store(keys + count * K + channel, key, mask=is_channel)
+    tl.store(values + count * V + column, value, mask=is_column)
+
+    # the tokens before it
+    kept = tl.load(keys + (slot[:, None] * K + channel[None, :]), mask=earlier[:, None] & is_channel[None, :],
+                   other=0.0)  # fmt: skip
+    kept = tl.where(here[:, None], key[None, :], kept)
+    written = tl.load(values + (slot[:, None] * V + column[None, :]), mask=earlier[:, None] & is_column[None, :],
+                      other=0.0)  # fmt: skip
+    written = tl.where(here[:, None], value[None, :], written)
+    if mixing is not None:
+        mixing += by_head * N * N
+        mixed = tl.load(mixing + (slot[:, None] * N + slot[None, :]), mask=earlier[:, None], other=0.0)
+    near = tl.where(there, 1.0, 0.0)
+    level = tl.arange(0, LEVELS)
+    if scales is not None:
+        scales += row * stride_s + head * stride_sh
+        from_here = level_between(position, base + slot[:, None], level[None, :], L)
+        near = tl.load(scales + from_here, mask=there, other=0.0).to(tl.float32)
+
+    # sums of decays: of the tokens after each one, and up to it; not differences, for a decay of -inf is a reset
+    total = 1.0
+    if log_decays is not None:
+        own_log = log_decay + row * stride_g + head * stride_gh
+        if BY_CHANNEL:
+            log = tl.load(own_log + channel, mask=is_channel, other=0.0).to(tl.float32)
+            log_decays += by_head * N * K
+            if tile == 0:
+                tl.store(log_decays + count * K + channel, log, mask=is_channel)
+            logs = log_decays + (slot[:, None] * K + channel[None, :])
+            following = tl.load(logs + K, mask=(slot + 1 < count)[:, None] & is_channel[None, :], other=0.0)
+            following = tl.where((slot + 1 == count)[:, None], log[None, :], following)
+            own = tl.load(logs, mask=earlier[:, None] & is_channel[None, :], other=0.0)
+            own = tl.where(here[:, None], log[None, :], own)
+            since = tl.cumsum(following, 0, reverse=True)
+            until = tl.cumsum(own, 0)
+            total = tl.exp(tl.sum(own, 0))
+        else:
+            log = tl.load(own_log).to(tl.float32)
+            log_decays += by_head * N
+            if tile == 0:
+                tl.store(log_decays + count, log)
+            own = tl.where(here, log, tl.load(log_decays + slot, mask=earlier, other=0.0))
+            after = slot[None, :] > slot[:, None]
+            since = tl.sum(tl.where(after, own[None, :], 0.0), 1)[:, None]
+            until = tl.sum(tl.where(after, 0.0, own[None, :]), 1)[:, None]
+            total = tl.exp(tl.sum(own, 0))
+
+    # the buckets: all that is read has been asked for before anything is multiplied
+    occupied = holds_tokens(base, level, L)
+    seen = tl.maximum(level, level_between(position, base, level, L))
+    number_of_buckets = tl.sum(occupied.to(tl.int32), 0)
+    rank = tl.cumsum(occupied.to(tl.int32), 0)
+    first = buckets + (row * L * H + head) * K * V
+    inside = is_channel[:, None] & is_column[None, :]
+    offsets = channel[:, None] * V + column[None, :]
+    reads = tl.zeros((BK, BV), tl.float32)
+    for start in range(0, tl.where(ends, 0, number_of_buckets), M):
+        number = start + 1 + tl.arange(0, M)
+        exists = number <= number_of_buckets
+        found = (rank[:, None] == number[None, :]) & occupied[:, None]
+        levels = tl.sum(tl.where(found, level[:, None], 0), 0)  # [M], those of the next M occupied buckets
+        at = first + (levels.to(tl.int64) * H * K * V)[None, :, None] + offsets[:, None, :]
+        if (BK == K) & (V % BV == 0):
+            exist = exists[None, :, None]
+        else:
+            exist = (number <= number_of_buckets)[None, :, None] & inside[:, None, :]
+        states = tl.load(at, mask=exist, other=0.0).to(tl.float32)
+        if scales is None:
+            reads += tl.sum(states, 1)
+        else:
+            from_here = tl.sum(tl.where(found, seen[:, None], 0), 0)
+            factor = tl.load(scales + from_here, mask=exists, other=0.0).to(tl.float32)
+            reads += tl.sum(states * factor[None, :, None], 1)
+
+    # what the window does to the query
+    reading = kept
+    if log_decays is not None:
+        reading = kept * tl.exp(until)
+        kept *= tl.exp(since)
+    weights = tl.sum(kept * query[None, :], 1)
+    older = query * total
+    if mixing is not None:
+        overlap = tl.sum(kept * key[None, :], 1)  # with itself, too: that row is zero yet
+        strength = tl.load(beta + row * stride_b + head).to(tl.float32)
+        own_row = strength * (tl.where(here, 1.0, 0.0) - tl.sum(overlap[:, None] * mixed, 0))
+        mixed = tl.where(here[:, None], own_row[None, :], mixed)
+        if tile == 0:
+            tl.store(mixing + count * N + slot, own_row)
+        weights = tl.sum(weights[:, None] * mixed, 0)
+        older -= tl.sum(weights[:, None] * reading, 0)
+
+    if ends:
+        target = carry_level(position + 1, level, L)
+        factors = tl.trans(kept)
+        if mixing is not None:
+            factors = tl.dot(factors, mixed, input_precision="ieee")
+        decays = total
+        if BY_CHANNEL:
+            decays = total[:, None]
+        merged = tl.zeros((BK, BV), tl.float32)
+        for start in range(0, number_of_buckets):
+            found = (rank == start + 1) & occupied
+            bucket = tl.sum(tl.where(found, level, 0), 0)
+            at = first + bucket.to(tl.int64) * H * K * V + offsets
+            states = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            if scales is None:
+                reads += states
+            else:
+                from_here = tl.sum(tl.where(found, seen, 0), 0)
+                reads += states * tl.load(scales + from_here).to(tl.float32)
+            if bucket <= target:
+                merged += states
+            else:
+                moved = states * decays
+                if mixing is not None:
+                    erased = tl.dot(reading, states, input_precision="ieee")
+                    moved -= tl.dot(factors, erased, input_precision="ieee")
+                tl.debug_barrier()  # small tiles are loaded by several warps and stored by one
+                tl.store(at, moved.to(buckets.dtype.element_ty), mask=inside)
+        entering = written
+        if mixing is not None:
+            entering -= tl.dot(reading, merged, input_precision="ieee")
+        merged = merged * decays + tl.dot(factors, entering, input_precision="ieee")
+        tl.debug_barrier()
+        at = first + target.to(tl.int64) * H * K * V + offsets
+        tl.store(at, merged.to(buckets.dtype.element_ty), mask=inside)
+
+    read = tl.sum(older[:, None] * reads, 0) + tl.sum((weights * near)[:, None] * written, 0)
+    tl.store(o + by_head * V + column, read.to(o.dtype.element_ty), mask=is_column)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Launch
+# ----------------------------------------------------------------------------------------------------
+
+
+def _tiling(key_dim: int, value_dim: int, num_levels: int) -> plain_step.Tiling:
+    """Tiles of the state as `step` has them, whose rows are as long as products of tiles want them."""
+    tiles = plain_step._tiling(key_dim, max(COLUMNS, value_dim), num_levels, deferring=True)
+    return tiles._replace(count=triton.cdiv(value_dim, tiles.columns))
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None, beta: Tensor | None,
+    buckets: Tensor, positions: Tensor, begun: Tensor, keys: Tensor, values: Tensor, log_decays: Tensor | None,
+    mixing: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    (_, groups, key_dim), (rows, heads, value_dim), num_levels = q.shape, v.shape, buckets.shape[1]
+    q, k, v, level_scales, log_decay, beta = (
+        None if x is None else x if x.stride(-1) == 1 else x.contiguous()
+        for x in (q, k, v, level_scales, log_decay, beta)
+    )  # fmt: skip
+    assert q is not None and k is not None and v is not None
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    tiles, length = _tiling(key_dim, value_dim, num_levels), keys.shape[2]
+    with torch.cuda.device_of(v):  # kernels are launched on the current device
+        _window_step_kernel[programs(heads * tiles.count, rows)](
+            q, k, v, level_scales, log_decay, beta, buckets, positions, begun, keys, values, log_decays, mixing, o,
+            rows, heads, groups, num_levels, scale, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
+            v.stride(1), *((0, 0) if level_scales is None else level_scales.stride()[:2]),
+            *((0, 0) if log_decay is None else log_decay.stride()[:2]), 0 if beta is None else beta.stride(0),
+            key_dim, value_dim, BK=tiles.keys, BV=tiles.columns, TILES=tiles.count, N=length,
+            HEIGHT=chunk_height(length), M=tiles.levels, LEVELS=max(2, triton.next_power_of_2(num_levels)),
+            BY_CHANNEL=log_decay is not None and log_decay.ndim == 3, num_warps=tiles.warps, num_stages=1,
+            maxnreg=tiles.registers,
+        )  # fmt: skip
+    return o
+
+
+_window_step_op = torch.library.custom_op(
+    "loglinear::window_step", _launch, mutates_args=("buckets", "positions", "keys", "values", "log_decays", "mixing")
+)
+
+
+@_window_step_op.register_fake
+def _(q, k, v, level_scales, log_decay, beta, buckets, positions, begun, keys, values, log_decays, mixing, scale):
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, state: FenwickState, log_decay: Tensor | None,
+    beta: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """See `log_linear_attention_step`, of a state with a window."""
+    window = state.window
+    assert window is not None
+    arguments = (q, k, v, level_scales, log_decay, beta, state.buckets, state.positions, *window, scale)
+    if torch.compiler.is_compiling():
+        return _window_step_op(*arguments)
+    # the way through torch's dispatcher takes the host twice as long as all that is done here
+    o = _launch(*arguments)
+    written = [x for name, x in state.tensors() if name != "window.begun" and not x.is_inference()]
+    torch.autograd.graph.increment_version(written)
+    return o
