@@ -169,8 +169,8 @@ def log_linear_attention_step(
         scale: multiplies q.
         backend: "torch" (any device), "triton" (one kernel, for CUDA devices) or "auto" (the kernel on CUDA devices,
             torch elsewhere). What the kernel does not cover (float64, more than 63 levels, keys wider than 512, a
-            state that is not contiguous, windows of fewer than 16 or more than 64 tokens) goes to torch by itself; the
-            log says so at debug level.
+            state that is not contiguous, windows of more than 64 tokens) goes to torch by itself; the log says so at
+            debug level.
 
     Returns:
         o [B, H, V] in v's dtype.

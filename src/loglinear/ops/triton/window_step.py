@@ -29,8 +29,7 @@ from loglinear.ops.triton.common import block_start, carry_level, holds_tokens, 
 from loglinear.ops.triton.step import ARRIVAL
 from loglinear.state import FenwickState
 
-SHORTEST, LONGEST = 16, 64  # windows: what products of tiles begin with, and what registers hold
-COLUMNS = 16  # of a tile: rows of 32 bytes at least, and what products of tiles begin with
+LONGEST = 64  # window: what registers hold
 
 
 def unsupported(
@@ -39,7 +38,7 @@ def unsupported(
 ) -> str | None:  # fmt: skip
     """Why the kernel does not cover a call, or None."""
     assert state.window is not None
-    if not SHORTEST <= state.window.length <= LONGEST:
+    if state.window.length > LONGEST:
         return f"a window of {state.window.length} tokens"
     if state.window.keys.dtype == torch.float64:
         return "float64"
@@ -51,6 +50,38 @@ def unsupported(
 # ----------------------------------------------------------------------------------------------------
 # Kernel
 # ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _through(states, keys, key, values, value, log_decays, log, mixing, strength, count, channel,
+             column, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, ENTER: tl.constexpr,
+             BY_CHANNEL: tl.constexpr):  # fmt: skip
+    """`states` [BK, M, BV] after the window's `count` tokens and the one at hand, one by one. ENTER: which enter them.
+
+    The token at hand may not be in memory yet. Products of whole windows would need more registers, and no less time
+    than these few.
+    """
+    for token in range(0, count + 1):
+        kept = token < count
+        of_token = tl.load(keys + token * K + channel, mask=channel < tl.where(kept, K, 0), other=0.0)
+        of_token = tl.where(kept, of_token, key)
+        if log_decays is not None:
+            if BY_CHANNEL:
+                decay = tl.load(log_decays + token * K + channel, mask=channel < tl.where(kept, K, 0), other=0.0)
+                states *= tl.exp(tl.where(kept, decay, log))[:, None, None]
+            else:
+                states *= tl.exp(tl.where(kept, tl.load(log_decays + tl.where(kept, token, 0)), log))
+        written = of_token
+        if mixing is not None:
+            own = tl.load(mixing + tl.where(kept, token * (N + 1), 0))  # on the diagonal: beta
+            written *= tl.where(kept, own, strength)
+            seen = tl.sum(states * of_token[:, None, None], 0)
+            states -= written[:, None, None] * seen[None, :, :]
+        if ENTER:
+            entering = tl.load(values + token * V + column, mask=column < tl.where(kept, V, 0), other=0.0)
+            entering = tl.where(kept, entering, value)
+            states += written[:, None, None] * entering[None, None, :]
+    return states
 
 
 @triton.jit(do_not_specialize=["B", "L", "stride_s", "stride_sh"])
@@ -98,18 +129,20 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
     written = tl.load(values + (slot[:, None] * V + column[None, :]), mask=earlier[:, None] & is_column[None, :],
                       other=0.0)  # fmt: skip
     written = tl.where(here[:, None], value[None, :], written)
+    strength = 1.0
     if mixing is not None:
+        strength = tl.load(beta + row * stride_b + head).to(tl.float32)
         mixing += by_head * N * N
         mixed = tl.load(mixing + (slot[:, None] * N + slot[None, :]), mask=earlier[:, None], other=0.0)
     near = tl.where(there, 1.0, 0.0)
     level = tl.arange(0, LEVELS)
     if scales is not None:
         scales += row * stride_s + head * stride_sh
-        from_here = level_between(position, base + slot[:, None], level[None, :], L)
-        near = tl.load(scales + from_here, mask=there, other=0.0).to(tl.float32)
+        near_levels = level_between(position, base + slot[:, None], level[None, :], L)
+        near = tl.load(scales + near_levels, mask=there, other=0.0).to(tl.float32)
 
     # sums of decays: of the tokens after each one, and up to it; not differences, for a decay of -inf is a reset
-    total = 1.0
+    log, total = 0.0, 1.0
     if log_decays is not None:
         own_log = log_decay + row * stride_g + head * stride_gh
         if BY_CHANNEL:
@@ -141,11 +174,12 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
     seen = tl.maximum(level, level_between(position, base, level, L))
     number_of_buckets = tl.sum(occupied.to(tl.int32), 0)
     rank = tl.cumsum(occupied.to(tl.int32), 0)
+    target = carry_level(position + 1, level, L)
     first = buckets + (row * L * H + head) * K * V
     inside = is_channel[:, None] & is_column[None, :]
     offsets = channel[:, None] * V + column[None, :]
     reads = tl.zeros((BK, BV), tl.float32)
-    for start in range(0, tl.where(ends, 0, number_of_buckets), M):
+    for start in range(0, number_of_buckets, M):
         number = start + 1 + tl.arange(0, M)
         exists = number <= number_of_buckets
         found = (rank[:, None] == number[None, :]) & occupied[:, None]
@@ -159,9 +193,15 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
         if scales is None:
             reads += tl.sum(states, 1)
         else:
-            from_here = tl.sum(tl.where(found, seen[:, None], 0), 0)
-            factor = tl.load(scales + from_here, mask=exists, other=0.0).to(tl.float32)
+            far_levels = tl.sum(tl.where(found, seen[:, None], 0), 0)
+            factor = tl.load(scales + far_levels, mask=exists, other=0.0).to(tl.float32)
             reads += tl.sum(states * factor[None, :, None], 1)
+        if ends:
+            states = _through(states, keys, key, values, value, log_decays, log, mixing, strength, count, channel,
+                              column, K, V, N, False, BY_CHANNEL)  # fmt: skip
+            tl.debug_barrier()  # small tiles are loaded by several warps and stored by one
+            stored = exist & (levels > target)[None, :, None]
+            tl.store(at, states.to(buckets.dtype.element_ty), mask=stored)
 
     # what the window does to the query
     reading = kept
@@ -172,7 +212,6 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
     older = query * total
     if mixing is not None:
         overlap = tl.sum(kept * key[None, :], 1)  # with itself, too: that row is zero yet
-        strength = tl.load(beta + row * stride_b + head).to(tl.float32)
         own_row = strength * (tl.where(here, 1.0, 0.0) - tl.sum(overlap[:, None] * mixed, 0))
         mixed = tl.where(here[:, None], own_row[None, :], mixed)
         if tile == 0:
@@ -180,41 +219,18 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
         weights = tl.sum(weights[:, None] * mixed, 0)
         older -= tl.sum(weights[:, None] * reading, 0)
 
-    if ends:
-        target = carry_level(position + 1, level, L)
-        factors = tl.trans(kept)
-        if mixing is not None:
-            factors = tl.dot(factors, mixed, input_precision="ieee")
-        decays = total
-        if BY_CHANNEL:
-            decays = total[:, None]
+    if ends:  # the buckets up to the target, and the window's values
+        merging = tl.sum((occupied & (level <= target)).to(tl.int32), 0)
         merged = tl.zeros((BK, BV), tl.float32)
-        for start in range(0, number_of_buckets):
-            found = (rank == start + 1) & occupied
-            bucket = tl.sum(tl.where(found, level, 0), 0)
-            at = first + bucket.to(tl.int64) * H * K * V + offsets
-            states = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-            if scales is None:
-                reads += states
-            else:
-                from_here = tl.sum(tl.where(found, seen, 0), 0)
-                reads += states * tl.load(scales + from_here).to(tl.float32)
-            if bucket <= target:
-                merged += states
-            else:
-                moved = states * decays
-                if mixing is not None:
-                    erased = tl.dot(reading, states, input_precision="ieee")
-                    moved -= tl.dot(factors, erased, input_precision="ieee")
-                tl.debug_barrier()  # small tiles are loaded by several warps and stored by one
-                tl.store(at, moved.to(buckets.dtype.element_ty), mask=inside)
-        entering = written
-        if mixing is not None:
-            entering -= tl.dot(reading, merged, input_precision="ieee")
-        merged = merged * decays + tl.dot(factors, entering, input_precision="ieee")
-        tl.debug_barrier()
-        at = first + target.to(tl.int64) * H * K * V + offsets
-        tl.store(at, merged.to(buckets.dtype.element_ty), mask=inside)
+        for start in range(0, merging):
+            bucket = tl.sum(tl.where((rank == start + 1) & occupied, level, 0), 0)
+            merged += tl.load(first + bucket.to(tl.int64) * H * K * V + offsets, mask=inside, other=0.0).to(tl.float32)
+        merged = _through(merged[:, None, :], keys, key, values, value, log_decays, log, mixing, strength, count, channel,
+                          column, K, V, N, True, BY_CHANNEL)  # fmt: skip
+        merged = tl.sum(merged, 1)
+        tl.debug_barrier()  # small tiles are loaded by several warps and stored by one
+        into = first + target.to(tl.int64) * H * K * V + offsets
+        tl.store(into, merged.to(buckets.dtype.element_ty), mask=inside)
 
     read = tl.sum(older[:, None] * reads, 0) + tl.sum((weights * near)[:, None] * written, 0)
     tl.store(o + by_head * V + column, read.to(o.dtype.element_ty), mask=is_column)
@@ -226,9 +242,8 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
 
 
 def _tiling(key_dim: int, value_dim: int, num_levels: int) -> plain_step.Tiling:
-    """Tiles of the state as `step` has them, whose rows are as long as products of tiles want them."""
-    tiles = plain_step._tiling(key_dim, max(COLUMNS, value_dim), num_levels, deferring=True)
-    return tiles._replace(count=triton.cdiv(value_dim, tiles.columns))
+    """As in `step`. The tokens of the window take the room that reading without writing leaves there."""
+    return plain_step._tiling(key_dim, value_dim, num_levels, deferring=False)
 
 
 def _launch(
