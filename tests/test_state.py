@@ -112,7 +112,8 @@ def test_settled_applies_what_is_pending_and_empties_empty_buckets():
             factor = state.log_decays[row, level].exp()[:, None, None]
             wanted = state.buckets[row, level] * factor if used else torch.zeros(2, 5, 6)
             assert torch.equal(settled.buckets[row, level], wanted)
-    assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(state, before, strict=True)), "a copy"
+    pairs = zip(state.tensors(), before.tensors(), strict=True)
+    assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for (_, x), (_, y) in pairs), "a copy"
 
 
 def test_a_plain_state_is_settled_already():

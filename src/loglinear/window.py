@@ -6,8 +6,8 @@ window is empty, their product is
     P = diag(e^Γ) - Σ_s x_s w_sᵀ,      w_s = e^Γ_s k_s,      x_s = Σ_i mixing[i, s] e^(Γ - Γ_i) k_i
 
 with Γ_s the sum of the log-decays of the window's tokens up to s, and Γ that of all (docs/math.md, section 11). x_s is
-also what has become of the key that the value of token s was written with. So with the tokens alone a step can read what
-buckets and tokens are by now, and no bucket is written before the window ends, where everything in it merges anyway.
+also what has become of the key that the value of token s was written with. So with the tokens alone a step can read
+what buckets and tokens are by now, and no bucket is written before the window ends, where all that it holds merges.
 
 Legend: B rows, G key groups, H heads, K key width, V value width, L levels, N tokens of a window (a power of two).
 """

@@ -56,10 +56,8 @@ def unsupported(
 def _through(states, keys, key, values, value, log_decays, log, mixing, strength, count, channel,
              column, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, ENTER: tl.constexpr,
              BY_CHANNEL: tl.constexpr):  # fmt: skip
-    """`states` [BK, M, BV] after the window's `count` tokens and the one at hand, one by one. ENTER: which enter them.
-
-    The token at hand may not be in memory yet. Products of whole windows would need more registers, and no less time
-    than these few.
+    """`states` [BK, M, BV] after the window's `count` tokens and the one at hand, which may not be in memory yet: one
+    by one, because products of whole tiles spill ten times the registers. ENTER: the tokens enter, too.
     """
     for token in range(0, count + 1):
         kept = token < count
@@ -109,24 +107,24 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
 
     # the token
     channel, column = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
-    is_channel, is_column = channel < K, column < V
     group = head // (H // G)
-    query = tl.load(q + row * stride_q + group * stride_qg + channel, mask=is_channel, other=0.0).to(tl.float32) * scale
-    key = tl.load(k + row * stride_k + group * stride_kg + channel, mask=is_channel, other=0.0).to(tl.float32)
-    value = tl.load(v + row * stride_v + head * stride_vh + column, mask=is_column, other=0.0).to(tl.float32)
+    query = tl.load(q + row * stride_q + group * stride_qg + channel, mask=channel < K, other=0.0).to(tl.float32)
+    query *= scale
+    key = tl.load(k + row * stride_k + group * stride_kg + channel, mask=channel < K, other=0.0).to(tl.float32)
+    value = tl.load(v + row * stride_v + head * stride_vh + column, mask=column < V, other=0.0).to(tl.float32)
     by_head = row * H + head
     keys += (row * G + group) * N * K
     values += by_head * N * V
     if tile == 0:
         if head == group * (H // G):
-            tl.store(keys + count * K + channel, key, mask=is_channel)
-    tl.store(values + count * V + column, value, mask=is_column)
+            tl.store(keys + count * K + channel, key, mask=channel < K)
+    tl.store(values + count * V + column, value, mask=column < V)
 
     # the tokens before it
-    kept = tl.load(keys + (slot[:, None] * K + channel[None, :]), mask=earlier[:, None] & is_channel[None, :],
+    kept = tl.load(keys + (slot[:, None] * K + channel[None, :]), mask=earlier[:, None] & (channel < K)[None, :],
                    other=0.0)  # fmt: skip
     kept = tl.where(here[:, None], key[None, :], kept)
-    written = tl.load(values + (slot[:, None] * V + column[None, :]), mask=earlier[:, None] & is_column[None, :],
+    written = tl.load(values + (slot[:, None] * V + column[None, :]), mask=earlier[:, None] & (column < V)[None, :],
                       other=0.0)  # fmt: skip
     written = tl.where(here[:, None], value[None, :], written)
     strength = 1.0
@@ -146,14 +144,14 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
     if log_decays is not None:
         own_log = log_decay + row * stride_g + head * stride_gh
         if BY_CHANNEL:
-            log = tl.load(own_log + channel, mask=is_channel, other=0.0).to(tl.float32)
+            log = tl.load(own_log + channel, mask=channel < K, other=0.0).to(tl.float32)
             log_decays += by_head * N * K
             if tile == 0:
-                tl.store(log_decays + count * K + channel, log, mask=is_channel)
+                tl.store(log_decays + count * K + channel, log, mask=channel < K)
             logs = log_decays + (slot[:, None] * K + channel[None, :])
-            following = tl.load(logs + K, mask=(slot + 1 < count)[:, None] & is_channel[None, :], other=0.0)
+            following = tl.load(logs + K, mask=(slot + 1 < count)[:, None] & (channel < K)[None, :], other=0.0)
             following = tl.where((slot + 1 == count)[:, None], log[None, :], following)
-            own = tl.load(logs, mask=earlier[:, None] & is_channel[None, :], other=0.0)
+            own = tl.load(logs, mask=earlier[:, None] & (channel < K)[None, :], other=0.0)
             own = tl.where(here[:, None], log[None, :], own)
             since = tl.cumsum(following, 0, reverse=True)
             until = tl.cumsum(own, 0)
@@ -176,7 +174,7 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
     rank = tl.cumsum(occupied.to(tl.int32), 0)
     target = carry_level(position + 1, level, L)
     first = buckets + (row * L * H + head) * K * V
-    inside = is_channel[:, None] & is_column[None, :]
+    inside = (channel < K)[:, None] & (column < V)[None, :]
     offsets = channel[:, None] * V + column[None, :]
     reads = tl.zeros((BK, BV), tl.float32)
     for start in range(0, number_of_buckets, M):
@@ -225,15 +223,15 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
         for start in range(0, merging):
             bucket = tl.sum(tl.where((rank == start + 1) & occupied, level, 0), 0)
             merged += tl.load(first + bucket.to(tl.int64) * H * K * V + offsets, mask=inside, other=0.0).to(tl.float32)
-        merged = _through(merged[:, None, :], keys, key, values, value, log_decays, log, mixing, strength, count, channel,
-                          column, K, V, N, True, BY_CHANNEL)  # fmt: skip
+        merged = _through(merged[:, None, :], keys, key, values, value, log_decays, log, mixing, strength, count,
+                          channel, column, K, V, N, True, BY_CHANNEL)  # fmt: skip
         merged = tl.sum(merged, 1)
         tl.debug_barrier()  # small tiles are loaded by several warps and stored by one
         into = first + target.to(tl.int64) * H * K * V + offsets
         tl.store(into, merged.to(buckets.dtype.element_ty), mask=inside)
 
     read = tl.sum(older[:, None] * reads, 0) + tl.sum((weights * near)[:, None] * written, 0)
-    tl.store(o + by_head * V + column, read.to(o.dtype.element_ty), mask=is_column)
+    tl.store(o + by_head * V + column, read.to(o.dtype.element_ty), mask=column < V)
 
 
 # ----------------------------------------------------------------------------------------------------
