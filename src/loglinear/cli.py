@@ -234,6 +234,12 @@ def generate(
     precision: str = typer.Option(
         "auto", metavar="auto|bf16|fp32", help="Type of the weights; auto takes bf16 on GPUs that have it."
     ),
+    state_dtype: str | None = typer.Option(
+        None,
+        metavar="float32|bfloat16",
+        help="Type in which the model's states are kept: bfloat16 takes half the memory and is less exact. "
+        "(default: what the checkpoint's configuration says, or float32)",
+    ),
 ) -> None:
     """Continue a text with a trained model.
 
@@ -255,7 +261,7 @@ def generate(
     check_sampling(max_new_tokens, greedy, temperature, top_k, top_p, seed)
     text = prompt if interactive or prompt is not None else _read_standard_input()
     place, dtype = choose_device(device, precision)
-    model, tokenizer = load_checkpoint(checkpoint, device=place, dtype=dtype)
+    model, tokenizer = load_checkpoint(checkpoint, device=place, dtype=dtype, state_dtype=state_dtype)
 
     def show(text: str) -> None:
         sys.stdout.write(text)
@@ -305,6 +311,12 @@ def serve(
     precision: str = typer.Option(
         "auto", metavar="auto|bf16|fp32", help="Type of the weights; auto takes bf16 on GPUs that have it."
     ),
+    state_dtype: str | None = typer.Option(
+        None,
+        metavar="float32|bfloat16",
+        help="Type in which the model's states are kept: bfloat16 takes half the memory and is less exact. "
+        "(default: what the checkpoint's configuration says, or float32)",
+    ),
 ) -> None:
     """Answer OpenAI-compatible requests with a trained model.
 
@@ -315,7 +327,7 @@ def serve(
     """
     from loglinear.serve import serve as run
 
-    run(checkpoint, host=host, port=port, device=device, precision=precision)
+    run(checkpoint, host=host, port=port, device=device, precision=precision, state_dtype=state_dtype)
 
 
 def _converse(model: Any, tokenizer: Any, first: str | None, seed: int | None, **sampling: Any) -> None:

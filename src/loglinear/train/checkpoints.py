@@ -5,7 +5,7 @@ from.
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -57,21 +57,28 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def load_checkpoint(
-    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    state_dtype: str | None = None,
 ) -> tuple["LogLinearForCausalLM", PreTrainedTokenizerBase]:
     """Load the model, in evaluation mode, and the tokenizer of a checkpoint.
 
     Args:
         path: a checkpoint's folder, or a run's (its newest checkpoint is taken).
+        state_dtype: in which the model keeps its states, "float32" or "bfloat16" (None: what its configuration says).
 
     Raises:
         FileNotFoundError: there is no checkpoint.
+        ValueError: another `state_dtype`, or any for a model without recurrent states.
     """
     from loglinear.models import LogLinearForCausalLM
 
     checkpoint = resolve_checkpoint(path)
     with quiet_transformers():
-        model = LogLinearForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+        changes: dict[str, Any] = {} if state_dtype is None else {"state_dtype": state_dtype}
+        model = LogLinearForCausalLM.from_pretrained(checkpoint, dtype=dtype, **changes)
     torch.nn.Module.to(model, device)
     return model.eval(), load_tokenizer(checkpoint)
 
