@@ -692,6 +692,14 @@ def bench(
         False, "--decode", help="Measure decoding: tokens per second and memory of whole models by context."
     ),
     step: bool = typer.Option(False, "--step", help="Measure the operator's decoding step alone, by position."),
+    window: int | None = typer.Option(
+        None,
+        help="With --decode and --step: keep this many tokens (a power of two) beside the states, which are then "
+        "written once in so many. Default: states are written at every token.",
+    ),
+    state_dtype: str | None = typer.Option(
+        None, help="With --decode and --step: keep states in float32 or bfloat16. Default: float32."
+    ),
     compile_blocks: bool = typer.Option(False, "--compile", help="With --model: compile the blocks of the models."),
     budget: float | None = typer.Option(None, help="Seconds spent on repeating one call. Default: 1 (CPU), 0.2 (GPU)."),
     cap: float | None = typer.Option(
@@ -715,6 +723,7 @@ def bench(
     from rich.console import Console
 
     from loglinear.bench import command
+    from loglinear.bench.decoding import Kept
 
     if list_choices:
         Console().print(command.describe())
@@ -733,11 +742,14 @@ def bench(
             },
             cpu,
             {"dtype": dtype, "budget_s": budget, "cap_s": cap},
-            {"models": model if decode else None, "shapes": shape if step else None},
+            {"models": model if decode else None, "shapes": shape if step else None, "kept": Kept(state_dtype, window)},
             (lengths, batches),
             (output, name),
         )
         return
+    kept = command.given_options({"--window": window, "--state-dtype": state_dtype})
+    if kept:
+        raise ValueError(f"got {', '.join(kept)}, wanted --decode or --step with it: nothing else steps from states")
     if model:
         command.refuse_operator_options(
             {

@@ -14,11 +14,13 @@ from rich.table import Table
 
 from loglinear import plots
 from loglinear.bench import report
+from loglinear.bench.decoding import PLAIN, Kept
 from loglinear.bench.inputs import SHAPES
 from loglinear.bench.operators import OPERATORS
 from loglinear.bench.rows import Row, merge_rows, read_rows, write_rows
 from loglinear.bench.runner import Suite, cpu_suite, gpu_suite, run_decoding, run_models, run_operators
 from loglinear.folders import check_output_folder
+from loglinear.models import LogLinearConfig
 
 # Training lengths of `--model`, where none are given.
 MODEL_LENGTHS = tuple(1024 * scale for scale in (2, 4, 8, 16, 32, 64))
@@ -242,12 +244,18 @@ def only_decoding(
     shapes: Sequence[str] | None,
     contexts: Sequence[int] | None,
     rows: Sequence[int] | None,
+    kept: Kept = PLAIN,
 ) -> Suite:
     """The same suite with decoding in place of operators: of `models` (None: not of models), or the step of the
     operator on `shapes` (None: not that). What is empty or None besides is chosen for the device.
+
+    Raises:
+        ValueError: states that cannot be kept as `kept` says, or a model that has none.
     """
     kind = suite.device.split(":")[0]
     names, default_contexts, default_rows = (DECODING if shapes is None else STEPPING)[kind]
+    if shapes is None and kept != PLAIN:
+        names = tuple(name for name in names if LogLinearConfig.preset(name).mixer != "attention")
     return replace(
         suite,
         lengths=(),
@@ -255,4 +263,5 @@ def only_decoding(
         stepped=() if shapes is None else tuple(shapes or names),
         contexts=tuple(contexts or default_contexts),
         rows=tuple(rows or default_rows),
+        kept=kept,
     )

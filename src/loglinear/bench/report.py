@@ -9,6 +9,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from loglinear import plots
+from loglinear.bench.decoding import STEPPED
 from loglinear.bench.models import COMPILED, RECOMPUTED
 from loglinear.bench.operators import MECHANISMS, OPERATORS
 from loglinear.bench.rows import OK, Growth, Row, fit_growth, t_log_t_exponent
@@ -288,7 +289,8 @@ def _step_parts(rows: Sequence[Row]) -> list[str]:
     parts = [
         "### The step of the operator",
         "Time of `log_linear_attention_step` alone, and which share of the rate of copying it reaches with the fewest "
-        "bytes that it must move (occupied buckets read; written the merged one, by the delta rule all).",
+        "bytes that it must move (occupied buckets read; written the merged one, by the delta rule all, with a window "
+        "all once in a window).",
         markdown(*step_table(found)),
     ]
     shapes = dict.fromkeys(row.shape for row in found)
@@ -342,9 +344,13 @@ def step_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         return plots.format_milliseconds(row.time_ms) + share
 
     batches = sorted({row.batch for row in rows})
-    found = {(row.shape, row.length, row.batch): row for row in rows}
+
+    def name(row: Row) -> str:
+        return row.shape + row.operator.removeprefix(STEPPED)
+
+    found = {(name(row), row.length, row.batch): row for row in rows}
     lines = []
-    for shape, length in sorted({(row.shape, row.length) for row in rows}):
+    for shape, length in sorted({(name(row), row.length) for row in rows}):
         cells = [found.get((shape, length, batch)) for batch in batches]
         texts = ["–" if row is None else _measured(row, text) for row in cells]
         lines.append([shape, plots.format_tokens(length), *texts])
