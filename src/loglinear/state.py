@@ -109,7 +109,8 @@ class FenwickState(NamedTuple):
             [0.0, 0.5, 1.0]
         """
         if self.window is not None:
-            return FenwickState(self.window.into(self.buckets, self.base(), self.positions), self.positions.clone())
+            buckets = self.window.into(self.buckets, self.base(), self.positions)
+            return FenwickState(buckets.to(self.buckets.dtype), self.positions.clone())
         if self.log_decays is None:
             return self
         owed = self.log_decays.to(torch.promote_types(self.buckets.dtype, torch.float32)).exp()

@@ -9,6 +9,9 @@ with Γ_s the sum of the log-decays of the window's tokens up to s, and Γ that 
 also what has become of the key that the value of token s was written with. So with the tokens alone a step can read
 what buckets and tokens are by now, and no bucket is written before the window ends, where all that it holds merges.
 
+A decay per head is not even applied then: a bucket is owed it, as a number. Written in 16 bits, a bucket that is
+multiplied by e^-0.001 again and again would be rounded to what it was every time, and never fade.
+
 Legend: B rows, G key groups, H heads, K key width, V value width, L levels, N tokens of a window (a power of two).
 """
 
@@ -23,6 +26,9 @@ from torch import Tensor
 
 from loglinear import fenwick
 
+# Natural log. More is paid where the delta rule writes a bucket anyway: what it is stored as would grow without bound.
+MOST_OWED = 1.0
+
 
 class Window(NamedTuple):
     """The tokens since a row's newest position that is a multiple of N, or since the window was begun. A token is in
@@ -35,6 +41,9 @@ class Window(NamedTuple):
         log_decays: [B, H, N], or [B, H, N, K] for a decay per channel; None for mixers without one.
         mixing: [B, H, N, N], delta rule only: row i is what token i's key adds to the writing of each value,
             (I + tril(diag(β) (k kᵀ ⊙ e^(Γ_i - Γ_s)), -1))⁻¹ diag(β). None: every value stays with its own key.
+        owed: [B, 2, H, L], with a decay per head: natural log of what each bucket is still to be multiplied by, at the
+            start of windows that are left halves of a block of 2N tokens, and of those that are right halves. (So what
+            all read is never what one writes.) None: nothing is owed.
 
     All but `begun` are float32 (float64 for float64 buckets), whatever buckets are kept in.
     """
@@ -44,6 +53,7 @@ class Window(NamedTuple):
     values: Tensor
     log_decays: Tensor | None
     mixing: Tensor | None
+    owed: Tensor | None
 
     @classmethod
     def at(
@@ -56,7 +66,7 @@ class Window(NamedTuple):
             ValueError: a length that is no power of two, groups that do not divide the heads, another word for `decay`.
         """
         fenwick.chunk_height(length, "a window")
-        batch, _, heads, key_dim, value_dim = buckets.shape
+        batch, num_levels, heads, key_dim, value_dim = buckets.shape
         if num_groups < 1 or heads % num_groups:
             raise ValueError(f"num_groups must divide the {heads} heads of the state, got {num_groups}")
         if decay not in (None, "head", "channel"):
@@ -73,6 +83,7 @@ class Window(NamedTuple):
             room(heads, length, value_dim),
             None if decay is None else room(*by_head) if decay == "head" else room(*by_head, key_dim),
             room(*by_head, length) if delta else None,
+            room(2, heads, num_levels) if decay == "head" else None,
         )
 
     @property
@@ -114,19 +125,19 @@ class Window(NamedTuple):
         Returns:
             written: [B, H, N, K], e^(Γ - Γ_s) k_s; zeros for tokens that are not there, as `reading`.
             reading: [B, H, N, K], w_s = e^Γ_s k_s.
-            total: [B, H, K or 1], e^Γ.
+            total: [B, H, K or 1], Γ.
         """
         heads, groups = self.values.shape[1], self.keys.shape[1]
         there = self._there(count)[:, None, :, None]
         keys = torch.where(there, self.keys.to(dtype), 0).repeat_interleave(heads // groups, dim=1)
         logs = self.log_decays
         if logs is None:
-            return keys, keys, keys.new_ones(*self.values.shape[:2], 1)
+            return keys, keys, keys.new_zeros(*self.values.shape[:2], 1)
         logs = torch.where(there, (logs if logs.ndim == 4 else logs[..., None]).to(dtype), 0)
         # Sums of what lies between two tokens, not differences: a decay of -inf is a reset, not a NaN.
         since = F.pad(logs[:, :, 1:], (0, 0, 0, 1)).flip(2).cumsum(2).flip(2)
         until = logs.cumsum(2)
-        return since.exp() * keys, until.exp() * keys, until[:, :, -1].exp()
+        return since.exp() * keys, until.exp() * keys, until[:, :, -1]
 
     def factors(self, count: Tensor, dtype: torch.dtype) -> Factors:
         """What the first `count` [B] tokens of each row do to buckets, and what they write."""
@@ -138,19 +149,55 @@ class Window(NamedTuple):
         mixing = torch.where(there, self.mixing.to(dtype), 0)
         return Factors(total, torch.einsum("bhik,bhis->bhsk", written, mixing), reading, values)
 
+    def owed_at(self, base: Tensor) -> Tensor | None:
+        """[B, L, H] what buckets are owed in the windows that start at `base` [B]."""
+        if self.owed is None:
+            return None
+        right = fenwick.is_right_half(base, fenwick.chunk_height(self.length))
+        return torch.where(right[:, None, None], self.owed[:, 1], self.owed[:, 0]).transpose(1, 2)
+
+    def held(self, buckets: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the buckets [B, L, H, K, V] stand for at `base`: what they are owed is paid, and empty ones are zero."""
+        there, owed = fenwick.occupied(base, buckets.shape[1])[:, :, None, None, None], self.owed_at(base)
+        paid = buckets.to(dtype) if owed is None else owed.to(dtype).exp()[..., None, None] * buckets.to(dtype)
+        return torch.where(there, paid, 0)
+
     def into(self, buckets: Tensor, base: Tensor, positions: Tensor) -> Tensor:
-        """The buckets [B, L, H, K, V] of rows at `positions`, from those at `base` and the tokens since."""
+        """The buckets [B, L, H, K, V] of rows at `positions`, from those at `base` and the tokens since; in the widest
+        dtype of all, and nothing is owed.
+        """
         num_levels, work = buckets.shape[1], torch.promote_types(buckets.dtype, self.keys.dtype)
-        held = fenwick.occupied(base, num_levels)[:, :, None, None, None]
         factors = self.factors(positions - base, work)
-        moved = factors.apply(torch.where(held, buckets.to(work), 0))
+        moved = factors.apply(self.held(buckets, base, work))
         levels = torch.arange(num_levels, device=positions.device)
         goes = fenwick.seen_level(positions[:, None], base[:, None], levels, num_levels)[..., None] == levels
         level = fenwick.level(positions[:, None], self.tokens(base), num_levels)
         enters = (level[..., None] == levels).to(work)
         merged = torch.einsum("bol,bohkv->blhkv", goes.to(work), moved)
         merged += torch.einsum("bnl,bhnk,bhnv->blhkv", enters, factors.written, factors.values)
-        return merged.to(buckets.dtype)
+        return merged
+
+    def end(self, buckets: Tensor, base: Tensor, positions: Tensor) -> None:
+        """Brings `buckets` [B, L, H, K, V] of rows whose window ends at `positions` there, in place."""
+        ends = self.base(positions) == positions
+        stored, num_levels = self.into(buckets, base, positions), buckets.shape[1]
+        if self.owed is not None:
+            owed = self.owed_at(base)
+            assert owed is not None
+            owed = owed + self.decayed(positions - base, self.owed.dtype)[2].transpose(1, 2)
+            levels, target = torch.arange(num_levels, device=base.device), fenwick.carry_level(positions, num_levels)
+            stays = torch.logical_and(levels > target[:, None], fenwick.occupied(base, num_levels))[..., None]
+            if self.mixing is None:
+                stored = torch.where(stays[..., None, None], buckets.to(stored.dtype), stored)
+            else:
+                stays = torch.logical_and(stays, owed >= -MOST_OWED)
+                stored = torch.where(stays[..., None, None], (-owed).exp()[..., None, None] * stored, stored)
+            owed = torch.where(stays, owed, 0).transpose(1, 2)
+            right = fenwick.is_right_half(positions, fenwick.chunk_height(self.length))
+            for half, here in enumerate((torch.logical_not(right), right)):
+                mine = torch.logical_and(ends, here)[:, None, None]
+                self.owed[:, half].copy_(torch.where(mine, owed, self.owed[:, half]))
+        buckets.copy_(torch.where(ends[:, None, None, None, None], stored.to(buckets.dtype), buckets))
 
     def tokens(self, base: Tensor) -> Tensor:
         """[B, N] positions of the tokens in the places of each row."""
@@ -164,7 +211,7 @@ class Factors(NamedTuple):
     """What the tokens of a window do to buckets that are older, and what they write.
 
     Attributes:
-        total: [B, H, K or 1], e^Γ.
+        total: [B, H, K or 1], Γ.
         written: [B, H, N, K], x_s; zero where there is no token, as `values`.
         reading: [B, H, N, K], w_s; None: nothing is erased.
         values: [B, H, N, V]
@@ -177,7 +224,7 @@ class Factors(NamedTuple):
 
     def apply(self, states: Tensor) -> Tensor:
         """P S for each of `states` [B, L, H, K, V]."""
-        moved = self.total[:, None, :, :, None] * states
+        moved = self.total.exp()[:, None, :, :, None] * states
         if self.reading is None:
             return moved
         seen = torch.einsum("bhnk,blhkv->blhnv", self.reading, states)
@@ -188,7 +235,7 @@ class Factors(NamedTuple):
         [B, H, N].
         """
         weights = torch.einsum("bhk,bhnk->bhn", q, self.written)
-        older = self.total * q
+        older = self.total.exp() * q
         if self.reading is not None:
             older = older - torch.einsum("bhn,bhnk->bhk", weights, self.reading)
         return older, weights

@@ -32,13 +32,19 @@ def steps(inputs: Inputs, state: FenwickState, backend: str = "auto") -> torch.T
 
 
 def windowed(mixer: str, shape: Shape, positions, length: int, dtype=torch.float64, device="cpu") -> FenwickState:
-    """A state in the middle of a sequence with an empty window; empty buckets and places are NaN."""
+    """A state in the middle of a sequence with an empty window, whose buckets are owed decays where they can be; empty
+    buckets and places are NaN."""
     decay, delta = MIXERS[mixer]
     state = random_state(shape, positions, dtype, device)
     state = state.with_window(length, num_groups=shape.G, decay=decay, delta=delta)
     for name, x in state.tensors():
         if name.startswith("window.") and name != "window.begun":
             x.fill_(torch.nan)
+    if state.window.owed is not None:
+        right = fenwick.is_right_half(state.positions, fenwick.chunk_height(length)).long()
+        owed = -torch.rand(len(positions), shape.H, state.num_levels, dtype=torch.float64).to(state.window.owed)
+        owed = owed.masked_fill(~state.occupied()[:, None], torch.nan)
+        state.window.owed[torch.arange(len(positions)), right] = owed
     return state
 
 
@@ -128,12 +134,25 @@ def test_buckets_in_sixteen_bits_are_rounded_at_the_end_of_a_window(mixer):
     inputs = make_inputs(mixer, shape, torch.bfloat16, decay=0.1)
     state = windowed(mixer, shape, [0, 5], 16, torch.bfloat16)
     assert state.window.values.dtype == torch.float32
-    before = state.buckets.clone()
+    before = state.clone()
     steps(inputs.tokens(0, 10), state)
-    assert torch.equal(state.buckets.nan_to_num(), before.nan_to_num()), "written before a window's end"
-    exact, _ = exactly(inputs, windowed(mixer, shape, [0, 5], 16)._replace(buckets=before, window=None))
-    found = steps(inputs, state._replace(buckets=before.clone(), positions=torch.tensor([0, 5])))
-    assert_close(found, exact, 5e-3, "o")
+    assert torch.equal(state.buckets.nan_to_num(), before.buckets.nan_to_num()), "written before a window's end"
+    exact, _ = exactly(inputs, before)
+    assert_close(steps(inputs, before), exact, 5e-3, "o")
+
+
+@some_mixers
+def test_slow_decays_are_not_rounded_away(mixer):
+    """A bucket that is multiplied by e^-0.0005 and rounded to 8 bits is what it was; one that is owed it, fades."""
+    shape = Shape(B=1, T=3000, G=1, H=1, K=8, V=8, L=14)
+    inputs = make_inputs(mixer, shape, torch.float32)
+    inputs.log_decay.fill_(-5e-4)
+    inputs.v[:, 1:] = 0
+    if inputs.beta is not None:
+        inputs.k[:, 1:] = 0
+    state = windowed(mixer, shape, [0], 16, torch.bfloat16)
+    exact, _ = exactly(inputs, state)
+    assert_close(steps(inputs, state)[:, -20:], exact[:, -20:], 1e-2, "o")
 
 
 @some_mixers

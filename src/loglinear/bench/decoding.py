@@ -414,8 +414,8 @@ def moved_bytes(shape: Shape, start: int, batch: int, levels: int, dtype: torch.
     """Fewest bytes that a step must move, averaged over a pass from `start` on: it reads every occupied bucket and
     writes them all (delta rule) or the one that takes in others (a decay per head); and its inputs and output.
 
-    With a window it reads the window and the buckets that are older, writes a token, and writes buckets in the one step
-    of a window that ends it.
+    With a window it reads the window and the buckets that are older, writes a token, and writes those buckets only in
+    the step that ends a window.
     """
     heads, window, delta = shape.num_heads, kept.decoding_window, shape.family == "delta"
     itemsize = 4 if kept.state_dtype is None else getattr(torch, kept.state_dtype).itemsize
@@ -428,8 +428,8 @@ def moved_bytes(shape: Shape, start: int, batch: int, levels: int, dtype: torch.
         places = float((torch.arange(start, start + STEPS) - bases).double().mean())
         tokens = (places + 1) * (keys + values + heads * (1 + delta * window)) * 4
         above = torch.arange(levels) > fenwick.carry_level(bases + window, levels)[:, None]
-        rewritten = torch.logical_and(above, fenwick.occupied(bases, levels)).sum(-1) + 1
-        written = float(rewritten.double().mean()) / window
+        changed = torch.logical_and(above, fenwick.occupied(bases, levels)).sum(-1).double().mean()
+        written = (1 + delta * float(changed)) / window
     elif delta:
         written = mean_occupied(start, levels, after=1)
     bucket = heads * shape.key_dim * shape.value_dim * itemsize

@@ -29,7 +29,9 @@ NEWEST = 1000  # tokens whose outputs are compared
 WINDOW = 16
 SHAPES = (
     Shape("mamba2-32", "scalar", len(DECAYS), 1, WIDTH, WIDTH, len(DECAYS), WIDTH, "small heads of Mamba-2"),
-    Shape("gated-deltanet-32", "delta", len(DECAYS), len(DECAYS), WIDTH, WIDTH, len(DECAYS), WIDTH, "of Gated DeltaNet"),
+    Shape(
+        "gated-deltanet-32", "delta", len(DECAYS), len(DECAYS), WIDTH, WIDTH, len(DECAYS), WIDTH, "of Gated DeltaNet"
+    ),
 )
 KEPT = tuple(Kept(dtype, window) for window in (None, WINDOW) for dtype in (None, "bfloat16"))
 
@@ -103,11 +105,14 @@ def drift(
             del written[:-NEWEST]
         if position + 1 in lengths:
             truth = torch.stack(wanted)
-            yield position + 1, {
-                (kept, head): relative_error(torch.stack(found)[:, :, head], truth[:, :, head])
-                for kept, found in outputs.items()
-                for head in range(shape.num_heads)
-            }
+            yield (
+                position + 1,
+                {
+                    (kept, head): relative_error(torch.stack(found)[:, :, head], truth[:, :, head])
+                    for kept, found in outputs.items()
+                    for head in range(shape.num_heads)
+                },
+            )
 
 
 def _token(shape: Shape, levels: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -127,7 +132,7 @@ def _token(shape: Shape, levels: int, generator: torch.Generator) -> dict[str, T
         "level_scales": uniform(0.2, 1.2, heads, levels),
         "log_decay": -torch.tensor(DECAYS) * uniform(0.0, 1.0, heads),
     }
-    return token | ({"beta": uniform(0.1, 0.9, heads)} if shape.family == "delta" else {})
+    return {**token, "beta": uniform(0.1, 0.9, heads)} if shape.family == "delta" else token
 
 
 def _state(zeros: FenwickState, shape: Shape, kept: Kept) -> FenwickState:

@@ -234,7 +234,8 @@ def _window(parts: dict[str, Tensor], state: FenwickState, config: LogLinearConf
     kept = {name.removeprefix("window."): x for name, x in parts.items() if name.startswith("window.")}
     if not kept:
         return None
-    window = Window(kept["begun"], kept["keys"], kept["values"], kept.get("log_decays"), kept.get("mixing"))
+    optional = (kept.get(name) for name in ("log_decays", "mixing", "owed"))
+    window = Window(kept["begun"], kept["keys"], kept["values"], *optional)
     assert config.num_groups is not None
     decay = None if window.log_decays is None else "channel" if window.log_decays.ndim == 4 else "head"
     wanted = state.with_window(

@@ -402,7 +402,7 @@ def _check_state(q, v, level_scales, state, rows: int, required: bool = False) -
 
 def _check_window_tensors(state: FenwickState, window: Window) -> None:
     """Shapes and dtypes of a window, among themselves and with the state that it is in."""
-    rows, _, heads, key_dim, value_dim = state.buckets.shape
+    rows, num_levels, heads, key_dim, value_dim = state.buckets.shape
     if window.keys.ndim != 4 or heads % max(1, window.keys.shape[1]):
         raise ValueError(f"the window's keys must be [rows, G, N, K], got {_shape(window.keys)}")
     groups, length = window.keys.shape[1:3]
@@ -414,7 +414,10 @@ def _check_window_tensors(state: FenwickState, window: Window) -> None:
         "values": (rows, heads, length, value_dim),
         "log_decays": (rows, heads, length, key_dim) if by_channel else (rows, heads, length),
         "mixing": (rows, heads, length, length),
+        "owed": (rows, 2, heads, num_levels),
     }
+    if (window.owed is None) != (window.log_decays is None or by_channel):
+        raise ValueError("the window must say what buckets are owed if it has a decay per head, and only then")
     for name, x in window.tensors():
         if x.shape != wanted[name]:
             raise ValueError(f"the window's {name} must be {list(wanted[name])}, got {_shape(x)}")

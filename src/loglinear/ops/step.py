@@ -80,22 +80,21 @@ def window_step(
     # the query reads older buckets, then the tokens of the window
     factors = window.factors(count, work)
     older, weights = factors.read(scale * q.to(work).repeat_interleave(heads // q.shape[1], dim=1))
-    held = buckets.to(work)
+    held = window.held(buckets, base, work)
     if level_scales is not None:
         levels = torch.arange(num_levels, device=positions.device)
         seen = fenwick.seen_level(positions[:, None], base[:, None], levels, num_levels)
         near = fenwick.level(positions[:, None], window.tokens(base), num_levels)
         scales = level_scales.to(work)
-        held = held * _scales_at(scales, seen).transpose(1, 2)[..., None, None]
-        weights = weights * _scales_at(scales, near)
-    held = torch.where(state.occupied()[:, :, None, None, None], held, 0)
-    weights = torch.where(torch.logical_or(here, earlier), weights, 0)
+        seen_scales = torch.where(state.occupied()[:, None], _scales_at(scales, seen), 0)
+        near_scales = torch.where(torch.logical_or(here, earlier), _scales_at(scales, near), 0)
+        held = held * seen_scales.transpose(1, 2)[..., None, None]
+        weights = weights * near_scales
     o = torch.einsum("bhk,blhkv->bhv", older, held) + torch.einsum("bhn,bhnv->bhv", weights, factors.values)
 
     # where the window ends, its tokens and all that is below them merge into one bucket
     positions += 1
-    ends = (window.base(positions) == positions)[:, None, None, None, None]
-    buckets.copy_(torch.where(ends, window.into(buckets, base, positions), buckets))
+    window.end(buckets, base, positions)
     return o.to(v.dtype)
 
 

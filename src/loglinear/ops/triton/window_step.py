@@ -6,8 +6,9 @@ the window say what that is (`loglinear.window`). They give their own part of th
 
 The token that arrives goes to a place that nobody reads in the same launch, so nothing has to be waited for: its key
 and decay are written by the first program of its group or head, its values by each program for its own columns. Only
-the position is read by all and changed by one, as in `step`. Where the window ends, each program rewrites its own
-columns of every occupied bucket.
+the position is read by all and changed by one, as in `step`. Where the window ends, each program writes its own columns
+of the bucket that takes in others, and of every occupied one that the delta rule has changed; what buckets are owed
+from then on has a place of its own.
 
 The state is computed with in float32, whatever it is kept in.
 
@@ -25,10 +26,20 @@ from torch import Tensor
 
 from loglinear.fenwick import chunk_height
 from loglinear.ops.triton import step as plain_step
-from loglinear.ops.triton.common import block_start, carry_level, holds_tokens, level_between, program_place, programs
+from loglinear.ops.triton.common import (
+    block_start,
+    carry_level,
+    holds_tokens,
+    is_right_half,
+    level_between,
+    program_place,
+    programs,
+)
 from loglinear.ops.triton.step import ARRIVAL
 from loglinear.state import FenwickState
+from loglinear.window import MOST_OWED as MOST
 
+MOST_OWED = tl.constexpr(MOST)
 LONGEST = 64  # window: what registers hold
 
 
@@ -84,11 +95,14 @@ def _through(states, keys, key, values, value, log_decays, log, mixing, strength
 
 @triton.jit(do_not_specialize=["B", "L", "stride_s", "stride_sh"])
 def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, begun, keys, values, log_decays, mixing,
-                        o, B, H, G, L, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s,
-                        stride_sh, stride_g, stride_gh, stride_b, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-                        BV: tl.constexpr, TILES: tl.constexpr, N: tl.constexpr, HEIGHT: tl.constexpr, M: tl.constexpr,
-                        LEVELS: tl.constexpr, BY_CHANNEL: tl.constexpr):  # fmt: skip
-    """M · BK · BV numbers of the state at a time; 2^HEIGHT is N; LEVELS: L or more, a power of two."""
+                        owed, o, B, H, G, L, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh,
+                        stride_s, stride_sh, stride_g, stride_gh, stride_b, K: tl.constexpr, V: tl.constexpr,
+                        BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr, N: tl.constexpr, HEIGHT: tl.constexpr,
+                        M: tl.constexpr, LEVELS: tl.constexpr, BY_CHANNEL: tl.constexpr,
+                        WRITES: tl.constexpr):  # fmt: skip
+    """M · BK · BV numbers of the state at a time; 2^HEIGHT is N; LEVELS: L or more, a power of two. WRITES: tokens
+    change buckets by more than a decay that these are owed.
+    """
     place, row = program_place()
     if row >= B:
         return
@@ -165,10 +179,18 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
             after = slot[None, :] > slot[:, None]
             since = tl.sum(tl.where(after, own[None, :], 0.0), 1)[:, None]
             until = tl.sum(tl.where(after, 0.0, own[None, :]), 1)[:, None]
-            total = tl.exp(tl.sum(own, 0))
+            logs_of_all = tl.sum(own, 0)
+            total = tl.exp(logs_of_all)
+
+    # what the buckets are owed
+    occupied = holds_tokens(base, level, L)
+    if owed is not None:
+        right = is_right_half(position, HEIGHT).to(tl.int32)
+        owed += row * 2 * H * L + head * L
+        next_owed = owed + (1 - right) * H * L
+        owed += right * H * L
 
     # the buckets: all that is read has been asked for before anything is multiplied
-    occupied = holds_tokens(base, level, L)
     seen = tl.maximum(level, level_between(position, base, level, L))
     number_of_buckets = tl.sum(occupied.to(tl.int32), 0)
     rank = tl.cumsum(occupied.to(tl.int32), 0)
@@ -188,18 +210,25 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
         else:
             exist = (number <= number_of_buckets)[None, :, None] & inside[:, None, :]
         states = tl.load(at, mask=exist, other=0.0).to(tl.float32)
+        if owed is not None:
+            owes = tl.load(owed + levels, mask=exists, other=0.0)
+            states *= tl.exp(owes)[None, :, None]
         if scales is None:
             reads += tl.sum(states, 1)
         else:
             far_levels = tl.sum(tl.where(found, seen[:, None], 0), 0)
             factor = tl.load(scales + far_levels, mask=exists, other=0.0).to(tl.float32)
             reads += tl.sum(states * factor[None, :, None], 1)
-        if ends:
-            states = _through(states, keys, key, values, value, log_decays, log, mixing, strength, count, channel,
-                              column, K, V, N, False, BY_CHANNEL)  # fmt: skip
-            tl.debug_barrier()  # small tiles are loaded by several warps and stored by one
-            stored = exist & (levels > target)[None, :, None]
-            tl.store(at, states.to(buckets.dtype.element_ty), mask=stored)
+        if WRITES:
+            if ends:
+                states = _through(states, keys, key, values, value, log_decays, log, mixing, strength, count, channel,
+                                  column, K, V, N, False, BY_CHANNEL)  # fmt: skip
+                if owed is not None:
+                    owes = owes + logs_of_all
+                    states *= tl.exp(tl.where(owes < -MOST_OWED, 0.0, -owes))[None, :, None]
+                tl.debug_barrier()  # small tiles are loaded by several warps and stored by one
+                stored = exist & (levels > target)[None, :, None]
+                tl.store(at, states.to(buckets.dtype.element_ty), mask=stored)
 
     # what the window does to the query
     reading = kept
@@ -222,13 +251,23 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
         merged = tl.zeros((BK, BV), tl.float32)
         for start in range(0, merging):
             bucket = tl.sum(tl.where((rank == start + 1) & occupied, level, 0), 0)
-            merged += tl.load(first + bucket.to(tl.int64) * H * K * V + offsets, mask=inside, other=0.0).to(tl.float32)
+            one = tl.load(first + bucket.to(tl.int64) * H * K * V + offsets, mask=inside, other=0.0).to(tl.float32)
+            if owed is not None:
+                one *= tl.exp(tl.load(owed + bucket))
+            merged += one
         merged = _through(merged[:, None, :], keys, key, values, value, log_decays, log, mixing, strength, count,
                           channel, column, K, V, N, True, BY_CHANNEL)  # fmt: skip
         merged = tl.sum(merged, 1)
         tl.debug_barrier()  # small tiles are loaded by several warps and stored by one
         into = first + target.to(tl.int64) * H * K * V + offsets
         tl.store(into, merged.to(buckets.dtype.element_ty), mask=inside)
+        if owed is not None:
+            if tile == 0:
+                of_each = tl.load(owed + level, mask=occupied, other=0.0) + logs_of_all
+                stays = occupied & (level > target)
+                if WRITES:
+                    stays = stays & (of_each >= -MOST_OWED)
+                tl.store(next_owed + level, tl.where(stays, of_each, 0.0), mask=level < L)
 
     read = tl.sum(older[:, None] * reads, 0) + tl.sum((weights * near)[:, None] * written, 0)
     tl.store(o + by_head * V + column, read.to(o.dtype.element_ty), mask=column < V)
@@ -247,7 +286,7 @@ def _tiling(key_dim: int, value_dim: int, num_levels: int) -> plain_step.Tiling:
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None, beta: Tensor | None,
     buckets: Tensor, positions: Tensor, begun: Tensor, keys: Tensor, values: Tensor, log_decays: Tensor | None,
-    mixing: Tensor | None, scale: float,
+    mixing: Tensor | None, owed: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
     (_, groups, key_dim), (rows, heads, value_dim), num_levels = q.shape, v.shape, buckets.shape[1]
     q, k, v, level_scales, log_decay, beta = (
@@ -256,28 +295,31 @@ def _launch(
     )  # fmt: skip
     assert q is not None and k is not None and v is not None
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    by_channel = log_decay is not None and log_decay.ndim == 3
     tiles, length = _tiling(key_dim, value_dim, num_levels), keys.shape[2]
     with torch.cuda.device_of(v):  # kernels are launched on the current device
         _window_step_kernel[programs(heads * tiles.count, rows)](
-            q, k, v, level_scales, log_decay, beta, buckets, positions, begun, keys, values, log_decays, mixing, o,
-            rows, heads, groups, num_levels, scale, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
+            q, k, v, level_scales, log_decay, beta, buckets, positions, begun, keys, values, log_decays, mixing, owed,
+            o, rows, heads, groups, num_levels, scale, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
             v.stride(1), *((0, 0) if level_scales is None else level_scales.stride()[:2]),
             *((0, 0) if log_decay is None else log_decay.stride()[:2]), 0 if beta is None else beta.stride(0),
             key_dim, value_dim, BK=tiles.keys, BV=tiles.columns, TILES=tiles.count, N=length,
             HEIGHT=chunk_height(length), M=tiles.levels, LEVELS=max(2, triton.next_power_of_2(num_levels)),
-            BY_CHANNEL=log_decay is not None and log_decay.ndim == 3, num_warps=tiles.warps, num_stages=1,
+            BY_CHANNEL=by_channel, WRITES=by_channel or beta is not None, num_warps=tiles.warps, num_stages=1,
             maxnreg=tiles.registers,
         )  # fmt: skip
     return o
 
 
 _window_step_op = torch.library.custom_op(
-    "loglinear::window_step", _launch, mutates_args=("buckets", "positions", "keys", "values", "log_decays", "mixing")
+    "loglinear::window_step",
+    _launch,
+    mutates_args=("buckets", "positions", "keys", "values", "log_decays", "mixing", "owed"),
 )
 
 
 @_window_step_op.register_fake
-def _(q, k, v, level_scales, log_decay, beta, buckets, positions, begun, keys, values, log_decays, mixing, scale):
+def _(q, k, v, level_scales, log_decay, beta, buckets, positions, begun, keys, values, log_decays, mixing, owed, scale):
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
