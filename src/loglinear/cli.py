@@ -692,6 +692,12 @@ def bench(
         False, "--decode", help="Measure decoding: tokens per second and memory of whole models by context."
     ),
     step: bool = typer.Option(False, "--step", help="Measure the operator's decoding step alone, by position."),
+    drift: bool = typer.Option(
+        False,
+        "--drift",
+        help="Measure how far decoding steps are from float64 after 1,000, 10,000 and 100,000 tokens (or --lengths), "
+        "by how states are kept: on a processor, about half an hour.",
+    ),
     window: int | None = typer.Option(
         None,
         help="With --decode and --step: keep this many tokens (a power of two) beside the states, which are then "
@@ -727,6 +733,29 @@ def bench(
 
     if list_choices:
         Console().print(command.describe())
+        return
+    if drift:
+        useless = {
+            "--decode": decode,
+            "--step": step,
+            "--model": model,
+            "--operator": operator,
+            "--shape": shape,
+            "--batch": batches,
+            "--forward-only": forward_only,
+            "--dtype": dtype,
+            "--tokens": tokens,
+            "--window": window,
+            "--state-dtype": state_dtype,
+            "--compile": compile_blocks,
+            "--budget": budget,
+            "--cap": cap,
+        }
+        wrong = command.given_options(useless)
+        if wrong:
+            raise ValueError(f"got {', '.join(wrong)} with --drift, wanted none of these")
+        at = command.parse_lengths(lengths) if lengths else None
+        command.run(command.only_drift(command.choose_suite(cpu=True), at), output, name or "drift")
         return
     if decode or step:
         _bench_decoding(

@@ -141,12 +141,15 @@ class Window(NamedTuple):
 
     def factors(self, count: Tensor, dtype: torch.dtype) -> Factors:
         """What the first `count` [B] tokens of each row do to buckets, and what they write."""
-        written, reading, total = self.decayed(count, dtype)
+        return self.mixed(count, *self.decayed(count, dtype))
+
+    def mixed(self, count: Tensor, written: Tensor, reading: Tensor, total: Tensor) -> Factors:
+        """As `factors`, from what `decayed` gives."""
         there = self._there(count)[:, None, :, None]
-        values = torch.where(there, self.values.to(dtype), 0)
+        values = torch.where(there, self.values.to(written.dtype), 0)
         if self.mixing is None:
             return Factors(total, written, None, values)
-        mixing = torch.where(there, self.mixing.to(dtype), 0)
+        mixing = torch.where(there, self.mixing.to(written.dtype), 0)
         return Factors(total, torch.einsum("bhik,bhis->bhsk", written, mixing), reading, values)
 
     def owed_at(self, base: Tensor) -> Tensor | None:
@@ -177,16 +180,28 @@ class Window(NamedTuple):
         merged += torch.einsum("bnl,bhnk,bhnv->blhkv", enters, factors.written, factors.values)
         return merged
 
-    def end(self, buckets: Tensor, base: Tensor, positions: Tensor) -> None:
-        """Brings `buckets` [B, L, H, K, V] of rows whose window ends at `positions` there, in place."""
-        ends = self.base(positions) == positions
-        stored, num_levels = self.into(buckets, base, positions), buckets.shape[1]
+    def end(self, buckets: Tensor, held: Tensor, factors: Factors, base: Tensor, positions: Tensor) -> None:
+        """Brings `buckets` [B, L, H, K, V] at `base` to `positions`, in place, in rows whose window ends there.
+
+        Args:
+            held: what they stand for at `base`.
+            factors: of the tokens since.
+        """
+        ends, num_levels = self.base(positions) == positions, buckets.shape[1]
+        levels, target = (
+            torch.arange(num_levels, device=base.device),
+            fenwick.carry_level(positions, num_levels)[:, None],
+        )
+        merging, at_target = ((x[:, :, None, None, None]) for x in (levels <= target, levels == target))
+        moved = factors.apply(held)
+        merged = torch.where(merging, moved, 0).sum(1, keepdim=True)
+        merged += torch.einsum("bhnk,bhnv->bhkv", factors.written, factors.values)[:, None]
+        stored = torch.where(at_target, merged, torch.where(merging, 0, moved))
         if self.owed is not None:
             owed = self.owed_at(base)
             assert owed is not None
-            owed = owed + self.decayed(positions - base, self.owed.dtype)[2].transpose(1, 2)
-            levels, target = torch.arange(num_levels, device=base.device), fenwick.carry_level(positions, num_levels)
-            stays = torch.logical_and(levels > target[:, None], fenwick.occupied(base, num_levels))[..., None]
+            owed = owed + factors.total.transpose(1, 2)
+            stays = torch.logical_and(levels > target, fenwick.occupied(base, num_levels))[..., None]
             if self.mixing is None:
                 stored = torch.where(stays[..., None, None], buckets.to(stored.dtype), stored)
             else:

@@ -15,6 +15,7 @@ from rich.table import Table
 from loglinear import plots
 from loglinear.bench import report
 from loglinear.bench.decoding import PLAIN, Kept
+from loglinear.bench.drift import DRIFT, run_drift
 from loglinear.bench.inputs import SHAPES
 from loglinear.bench.operators import OPERATORS
 from loglinear.bench.rows import Row, merge_rows, read_rows, write_rows
@@ -56,6 +57,9 @@ STEPPING = {
         (1, 8),
     ),
 }
+
+# Tokens of `--drift`, where none are given.
+DRIFT_LENGTHS = (1_000, 10_000, 100_000)
 
 _LENGTH = re.compile(r"(\d+)([kKmM]?)")
 _SCALES = {"": 1, "k": 1024, "m": 1024**2}
@@ -103,7 +107,7 @@ def run(suite: Suite, output: str | Path, name: str | None = None, console: Cons
 
     Args:
         suite: what to run; its operators part if it has lengths, its model part if it has presets, its decoding part
-            if it has contexts.
+            if it has contexts, errors of steps if it has lengths for these.
         output: folder for the CSV, the Markdown report and the plots.
         name: of the files; default "cpu" or "cuda".
         console: where progress and tables go.
@@ -139,6 +143,8 @@ def run(suite: Suite, output: str | Path, name: str | None = None, console: Cons
             run_models(suite, on_row, on_case)
         if suite.contexts:
             run_decoding(suite, on_row, on_case)
+        if suite.drifted:
+            run_drift(suite.drifted, on_row, on_case)
         done = progress.tasks[0].total or 0
         progress.update(task, completed=done, total=done, description="done")
     if not rows:
@@ -180,6 +186,9 @@ def show(rows: Sequence[Row], console: Console) -> None:
     steps = [row for row in rows if row.suite == "steps"]
     if steps:
         _print_table(console, "step of the operator: time (share of the rate of copying)", *report.step_table(steps))
+    drifted = [row for row in rows if row.suite == DRIFT]
+    if drifted:
+        _print_table(console, "error of steps after so many tokens", *report.drift_table(drifted))
     if not groups:
         return
     console.print(
@@ -221,6 +230,11 @@ def refuse_operator_options(given: Mapping[str, object]) -> None:
 def only_models(suite: Suite, presets: Sequence[str], lengths: Sequence[int], compile: bool = False) -> Suite:
     """The same suite with whole models in place of operators."""
     return replace(suite, lengths=(), presets=tuple(presets), model_lengths=tuple(lengths), compile=compile)
+
+
+def only_drift(suite: Suite, lengths: Sequence[int] | None) -> Suite:
+    """The same suite with errors of steps in place of operators, after `lengths` tokens."""
+    return replace(suite, device="cpu", lengths=(), drifted=tuple(lengths or DRIFT_LENGTHS))
 
 
 def parse_rows(texts: Sequence[str]) -> tuple[int, ...]:

@@ -49,13 +49,13 @@ def run_drift(
     last = max(lengths)
     for number, shape in enumerate(SHAPES):
         for length, errors in drift(shape, lengths, lambda token, at=number: _tell(on_case, at, token, last)):
-            for (kept, head), error in errors.items():
+            for (kept, head), error in sorted(errors.items(), key=lambda entry: entry[0][1]):
                 row = Row(
                     suite=DRIFT,
                     operator=kept.labelled("delta rule" if shape.family == "delta" else "decay per head"),
                     mechanism="log-linear",
                     shape=shape.name,
-                    direction=f"steps, decays to {DECAYS[head]:g}",
+                    direction=f"decays to {DECAYS[head]:g}",
                     batch=1,
                     length=length,
                     heads=shape.num_heads,

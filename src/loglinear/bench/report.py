@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from loglinear import plots
 from loglinear.bench.decoding import STEPPED
+from loglinear.bench.drift import DRIFT, NEWEST
 from loglinear.bench.models import COMPILED, RECOMPUTED
 from loglinear.bench.operators import MECHANISMS, OPERATORS
 from loglinear.bench.rows import OK, Growth, Row, fit_growth, t_log_t_exponent
@@ -224,6 +225,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
         parts.append(markdown(*model_table(models)))
     parts.extend(_decoding_parts(rows))
     parts.extend(_step_parts(rows))
+    parts.extend(_drift_parts(rows))
     return "\n\n".join(parts) + "\n"
 
 
@@ -295,6 +297,30 @@ def _step_parts(rows: Sequence[Row]) -> list[str]:
     ]
     shapes = dict.fromkeys(row.shape for row in found)
     return parts + _not_measured({shape: [row for row in found if row.shape == shape] for shape in shapes})
+
+
+def _drift_parts(rows: Sequence[Row]) -> list[str]:
+    """The table of errors over many steps."""
+    found = [row for row in rows if row.suite == DRIFT]
+    if not found:
+        return []
+    return [
+        "### Errors of many steps",
+        f"Relative error of the outputs of the newest {NEWEST:,} tokens against float64 steps on the same numbers, by "
+        "how states are kept and how far the log-decays of a token go.",
+        markdown(*drift_table(found)),
+    ]
+
+
+def drift_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: error after so many tokens, by how states are kept and by decays."""
+    lengths = sorted({row.length for row in rows})
+    lines = []
+    for place in dict.fromkeys((row.operator, row.direction) for row in rows):
+        found = {row.length: row.error for row in rows if (row.operator, row.direction) == place}
+        errors = (found.get(length) for length in lengths)
+        lines.append([*place, *("–" if error is None else f"{error:.1e}" for error in errors)])
+    return ["states", "tokens", *(f"{length:,}" for length in lengths)], lines
 
 
 def _names(rows: Iterable[Row]) -> list[str]:

@@ -58,6 +58,7 @@ class Suite:
     contexts: tuple[int, ...] = ()
     rows: tuple[int, ...] = (1,)
     kept: Kept = PLAIN  # of decoded and stepped
+    drifted: tuple[int, ...] = ()  # tokens after which errors of steps are taken
 
     def __post_init__(self) -> None:
         select(list(self.operators))
@@ -77,7 +78,7 @@ class Suite:
             wrong = [value for value in values if value not in allowed]
             if wrong:
                 raise ValueError(f"{name} must be among {', '.join(allowed)}, got {', '.join(wrong)}")
-        if any(length < 1 for length in (*self.lengths, *self.model_lengths, *self.contexts)):
+        if any(length < 1 for length in (*self.lengths, *self.model_lengths, *self.contexts, *self.drifted)):
             raise ValueError(
                 f"lengths must be at least 1, got {self.lengths}, {self.model_lengths} and {self.contexts}"
             )

@@ -68,9 +68,9 @@ def window_step(
     if window.log_decays is not None:
         _put(window.log_decays, log_decay, here)
     count = positions - base + 1
+    written, reading, total = window.decayed(count, work)
     if window.mixing is not None:
         assert beta is not None
-        written, _, _ = window.decayed(count, work)
         key = k.to(work).repeat_interleave(heads // k.shape[1], dim=1)
         overlap = torch.where(earlier, torch.einsum("bhk,bhnk->bhn", key, written), 0)
         mixing = torch.where(earlier[..., None], window.mixing.to(work), 0)
@@ -78,7 +78,7 @@ def window_step(
              here)  # fmt: skip
 
     # the query reads older buckets, then the tokens of the window
-    factors = window.factors(count, work)
+    factors = window.mixed(count, written, reading, total)
     older, weights = factors.read(scale * q.to(work).repeat_interleave(heads // q.shape[1], dim=1))
     held = window.held(buckets, base, work)
     if level_scales is not None:
@@ -88,13 +88,15 @@ def window_step(
         scales = level_scales.to(work)
         seen_scales = torch.where(state.occupied()[:, None], _scales_at(scales, seen), 0)
         near_scales = torch.where(torch.logical_or(here, earlier), _scales_at(scales, near), 0)
-        held = held * seen_scales.transpose(1, 2)[..., None, None]
+        older = older[:, None] * seen_scales.transpose(1, 2)[..., None]
         weights = weights * near_scales
-    o = torch.einsum("bhk,blhkv->bhv", older, held) + torch.einsum("bhn,bhnv->bhv", weights, factors.values)
+    else:
+        older = older[:, None].expand(-1, num_levels, -1, -1)
+    o = torch.einsum("blhk,blhkv->bhv", older, held) + torch.einsum("bhn,bhnv->bhv", weights, factors.values)
 
     # where the window ends, its tokens and all that is below them merge into one bucket
     positions += 1
-    window.end(buckets, base, positions)
+    window.end(buckets, held, factors, base, positions)
     return o.to(v.dtype)
 
 
