@@ -188,11 +188,9 @@ class Window(NamedTuple):
             factors: of the tokens since.
         """
         ends, num_levels = self.base(positions) == positions, buckets.shape[1]
-        levels, target = (
-            torch.arange(num_levels, device=base.device),
-            fenwick.carry_level(positions, num_levels)[:, None],
-        )
-        merging, at_target = ((x[:, :, None, None, None]) for x in (levels <= target, levels == target))
+        levels = torch.arange(num_levels, device=base.device)
+        target = fenwick.carry_level(positions, num_levels)[:, None]
+        merging, at_target = (x[:, :, None, None, None] for x in (levels <= target, levels == target))
         moved = factors.apply(held)
         merged = torch.where(merging, moved, 0).sum(1, keepdim=True)
         merged += torch.einsum("bhnk,bhnv->bhkv", factors.written, factors.values)[:, None]

@@ -45,6 +45,15 @@ def run_drift(
 
     `error` is the relative Frobenius error of the outputs of the newest `NEWEST` tokens (all, where there are fewer).
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # states are small: more threads would only wait for each other
+    try:
+        return _rows(lengths, on_row, on_case)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rows(lengths: Sequence[int], on_row: Callable | None, on_case: Callable | None) -> list[Row]:
     environment, found = rows_module.environment("cpu"), []
     last = max(lengths)
     for number, shape in enumerate(SHAPES):
