@@ -141,6 +141,18 @@ def test_buckets_in_sixteen_bits_are_rounded_at_the_end_of_a_window(mixer):
     assert_close(steps(inputs, before), exact, 5e-3, "o")
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.skipif(
+    without_gpu, reason="kernels are not interpreted here"))])  # fmt: skip
+@some_mixers
+def test_what_is_owed_stays_within_bounds(mixer, backend):
+    """Buckets that live through windows of strong decays: nothing overflows, nothing comes back."""
+    shape = Shape(B=1, T=40, G=1, H=1, K=4, V=4, L=9)
+    inputs = make_inputs(mixer, shape, torch.float32, decay=60.0)
+    state = windowed(mixer, shape, [64], 4, torch.float32)
+    check(inputs, state, 2e-6, backend)
+    assert state.buckets[state.occupied()].abs().max() < 100
+
+
 @some_mixers
 def test_slow_decays_are_not_rounded_away(mixer):
     """A bucket that is multiplied by e^-0.0005 and rounded to 8 bits is what it was; one that is owed it, fades."""
