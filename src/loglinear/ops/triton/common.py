@@ -117,16 +117,16 @@ def holds_tokens(position, level, L):
 
 
 @triton.jit
-def level_between(t, s, level, L):
-    """`fenwick.level`, from `level`, 0, 1, … up to L at least, along the last dimension."""
+def level_between(t, s, level, L, AXIS: tl.constexpr):
+    """`fenwick.level`, from `level`, 0, 1, … up to L at least, along that axis."""
     apart = in_same_block(t, s, level) == 0
-    return tl.sum(((level < L - 1) & apart).to(tl.int32), len(apart.shape) - 1)
+    return tl.sum(((level < L - 1) & apart).to(tl.int32), AXIS)
 
 
 @triton.jit
 def carry_level(position, level, L):
     """`fenwick.carry_level` at `position`, from `level`, 0, 1, … up to L at least."""
-    return level_between(position, position - 1, level, L)
+    return level_between(position, position - 1, level, L, 0)
 
 
 @triton.jit

@@ -194,7 +194,7 @@ class Tiling(NamedTuple):
     registers: int
 
 
-def _tiling(key_dim: int, value_dim: int, num_levels: int, deferring: bool) -> Tiling:
+def tiling(key_dim: int, value_dim: int, num_levels: int, deferring: bool) -> Tiling:
     """`deferring`: buckets are read and not written, which leaves a thread room for twice as many numbers."""
     keys = max(16, triton.next_power_of_2(key_dim))  # Triton 3.6 fails to compile tiles of fewer
     columns = min(COLUMNS, triton.next_power_of_2(value_dim))
@@ -216,7 +216,7 @@ def _launch(
     assert q is not None and k is not None and v is not None
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     by_channel = log_decay is not None and log_decay.ndim == 3
-    tiles = _tiling(key_dim, value_dim, num_levels, log_decays is not None and beta is None and not by_channel)
+    tiles = tiling(key_dim, value_dim, num_levels, log_decays is not None and beta is None and not by_channel)
     with torch.cuda.device_of(v):  # kernels are launched on the current device
         _step_kernel[programs(heads * tiles.count, rows)](
             q, k, v, level_scales, log_decay, beta, buckets, positions, log_decays, o, rows, heads, groups, num_levels,

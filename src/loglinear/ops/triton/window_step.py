@@ -150,7 +150,7 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
     level = tl.arange(0, LEVELS)
     if scales is not None:
         scales += row * stride_s + head * stride_sh
-        near_levels = level_between(position, base + slot[:, None], level[None, :], L)
+        near_levels = level_between(position, base + slot[:, None], level[None, :], L, 1)
         near = tl.load(scales + near_levels, mask=there, other=0.0).to(tl.float32)
 
     # sums of decays: of the tokens after each one, and up to it; not differences, for a decay of -inf is a reset
@@ -191,7 +191,7 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
         owed += right * H * L
 
     # the buckets: all that is read has been asked for before anything is multiplied
-    seen = tl.maximum(level, level_between(position, base, level, L))
+    seen = tl.maximum(level, level_between(position, base, level, L, 0))
     number_of_buckets = tl.sum(occupied.to(tl.int32), 0)
     rank = tl.cumsum(occupied.to(tl.int32), 0)
     target = carry_level(position + 1, level, L)
@@ -278,11 +278,6 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
 # ----------------------------------------------------------------------------------------------------
 
 
-def _tiling(key_dim: int, value_dim: int, num_levels: int) -> plain_step.Tiling:
-    """As in `step`. The tokens of the window take the room that reading without writing leaves there."""
-    return plain_step._tiling(key_dim, value_dim, num_levels, deferring=False)
-
-
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None, beta: Tensor | None,
     buckets: Tensor, positions: Tensor, begun: Tensor, keys: Tensor, values: Tensor, log_decays: Tensor | None,
@@ -296,7 +291,8 @@ def _launch(
     assert q is not None and k is not None and v is not None
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     by_channel = log_decay is not None and log_decay.ndim == 3
-    tiles, length = _tiling(key_dim, value_dim, num_levels), keys.shape[2]
+    # the tokens of the window take the room that reading without writing leaves to `step`
+    tiles, length = plain_step.tiling(key_dim, value_dim, num_levels, deferring=False), keys.shape[2]
     with torch.cuda.device_of(v):  # kernels are launched on the current device
         _window_step_kernel[programs(heads * tiles.count, rows)](
             q, k, v, level_scales, log_decay, beta, buckets, positions, begun, keys, values, log_decays, mixing, owed,
