@@ -112,7 +112,7 @@ def test_settled_applies_what_is_pending_and_empties_empty_buckets():
             factor = state.log_decays[row, level].exp()[:, None, None]
             wanted = state.buckets[row, level] * factor if used else torch.zeros(2, 5, 6)
             assert torch.equal(settled.buckets[row, level], wanted)
-    pairs = zip(state.tensors(), before.tensors(), strict=True)
+    pairs = zip(state.named_tensors(), before.named_tensors(), strict=True)
     assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for (_, x), (_, y) in pairs), "a copy"
 
 
@@ -167,7 +167,7 @@ def test_cat_of_pending_and_plain_states():
 def keeping(delta: bool = True) -> FenwickState:
     """As `make`, each row some tokens into a window of four, with numbers in all places."""
     state = make().with_window(4, num_groups=1, decay="head", delta=delta)
-    for name, x in state.tensors():
+    for name, x in state.named_tensors():
         if name.startswith("window.") and name != "window.begun":
             x.copy_(-torch.rand_like(x))
     state.positions.add_(torch.tensor([3, 0, 2]))
@@ -175,7 +175,7 @@ def keeping(delta: bool = True) -> FenwickState:
 
 
 def same(mine: FenwickState, theirs: FenwickState) -> bool:
-    pairs = zip(mine.tensors(), theirs.tensors(), strict=True)
+    pairs = zip(mine.named_tensors(), theirs.named_tensors(), strict=True)
     return all(name == other and torch.equal(x, y) for (name, x), (other, y) in pairs)
 
 
@@ -184,7 +184,7 @@ def test_room_for_a_window():
     kept = state.with_window(4, num_groups=2, decay="head", delta=True)
     assert kept.buckets is state.buckets and kept.positions is state.positions
     assert kept.window.begun.tolist() == [0, 3, 9] and kept.window.begun.data_ptr() != state.positions.data_ptr()
-    assert [name for name, _ in kept.tensors()][2:] == [
+    assert [name for name, _ in kept.named_tensors()][2:] == [
         f"window.{name}" for name in ("begun", "keys", "values", "log_decays", "mixing", "owed")
     ]
     numbers = 3 * (2 * 4 * 5 + 2 * 4 * 6 + 2 * 4 + 2 * 4 * 4 + 2 * 2 * 4)
@@ -233,7 +233,7 @@ def test_windows_go_where_the_rows_go(delta):
     assert torch.equal(state.select(rows).window.values, state.window.values[rows])
     assert same(FenwickState.cat([state.select(torch.tensor([row])) for row in range(3)]), state)
     copy, shared = state.clone(), state.detach()
-    assert all(x.is_meta for _, x in state.to("meta").tensors())
+    assert all(x.is_meta for _, x in state.to("meta").named_tensors())
     wide = state.to(dtype=torch.float64)
     assert wide.buckets.dtype == torch.float64 and wide.window.keys.dtype == torch.float32
     assert torch.allclose(wide.settled().buckets.float(), state.settled().buckets, rtol=1e-5, atol=1e-5)

@@ -27,8 +27,8 @@ class FenwickState(NamedTuple):
     `settled` gives the plain state that it stands for, `with_pending` begins one.
 
     Or a state has a window: its newest tokens are kept as they are, and its buckets are those of the position where the
-    window starts. A step then writes buckets only where a window ends. Empty buckets hold anything that is finite here,
-    too, and `settled` gives the plain state; `with_window` begins one.
+    window starts (see `loglinear.window`). A step then writes buckets only where a window ends. Empty buckets hold
+    anything here, too, and `settled` gives the plain state; `with_window` begins one.
 
     Attributes:
         buckets: [B, L, H, K, V], float32 (float64 for float64 inputs) unless the caller chose otherwise.
@@ -82,12 +82,12 @@ class FenwickState(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors as they are allocated (empty buckets included)."""
-        return sum(x.nbytes for _, x in self.tensors())
+        return sum(x.nbytes for _, x in self.named_tensors())
 
-    def tensors(self) -> list[tuple[str, Tensor]]:
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
         """All tensors that there are, by name, those of a window as "window.keys"."""
         own = {name: x for name, x in self._asdict().items() if name != "window" and x is not None}
-        kept = {} if self.window is None else {f"window.{name}": x for name, x in self.window.tensors()}
+        kept = {} if self.window is None else {f"window.{name}": x for name, x in self.window.named_tensors()}
         return list({**own, **kept}.items())
 
     def base(self) -> Tensor:

@@ -96,7 +96,7 @@ class Window(NamedTuple):
         """What two windows must have in common for their rows to be those of one."""
         return tuple(None if x is None else (tuple(x.shape[1:]), x.dtype, x.device) for x in self)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Those that there are, by name."""
         return ((name, x) for name, x in self._asdict().items() if x is not None)
 

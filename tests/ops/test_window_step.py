@@ -37,7 +37,7 @@ def windowed(mixer: str, shape: Shape, positions, length: int, dtype=torch.float
     decay, delta = MIXERS[mixer]
     state = random_state(shape, positions, dtype, device)
     state = state.with_window(length, num_groups=shape.G, decay=decay, delta=delta)
-    for name, x in state.tensors():
+    for name, x in state.named_tensors():
         if name.startswith("window.") and name != "window.begun":
             x.fill_(torch.nan)
     if state.window.owed is not None:
@@ -61,13 +61,13 @@ def exactly(inputs: Inputs, state: FenwickState) -> tuple[torch.Tensor, FenwickS
 def check(inputs: Inputs, state: FenwickState, tolerance: float, backend: str = "auto") -> None:
     """Steps against the recurrence, the state that is left, and where it is kept."""
     exact, after = exactly(inputs, state)
-    addresses = [x.data_ptr() for _, x in state.tensors()]
+    addresses = [x.data_ptr() for _, x in state.named_tensors()]
     found = steps(inputs, state, backend)
     assert found.dtype == inputs.v.dtype
     assert_close(found, exact, tolerance, "o")
     assert_close(state.settled().buckets, after.buckets, tolerance, "state")
     assert state.positions.tolist() == after.positions.tolist()
-    assert [x.data_ptr() for _, x in state.tensors()] == addresses
+    assert [x.data_ptr() for _, x in state.named_tensors()] == addresses
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -444,7 +444,7 @@ def test_a_compiled_step_is_one_graph(mixer, device):
         assert torch.equal(
             found, 2 * log_linear_attention_step(**inputs.step(t), state=eager, scale=0.7, backend="triton")
         )
-    for (_, mine), (_, theirs) in zip(compiled.tensors(), eager.tensors(), strict=True):
+    for (_, mine), (_, theirs) in zip(compiled.named_tensors(), eager.named_tensors(), strict=True):
         assert torch.equal(mine.nan_to_num(), theirs.nan_to_num())
 
 

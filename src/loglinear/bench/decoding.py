@@ -213,7 +213,7 @@ def _fill(state: FenwickState, position: int) -> None:
     """Sets a state to a position: random numbers in occupied buckets, zeros in the others, no decay pending. The tokens
     of a window are zeros.
     """
-    for _, tensor in state.tensors():
+    for _, tensor in state.named_tensors():
         tensor.zero_()
     state.positions.fill_(position)
     for bucket, used in enumerate(state.occupied()[0].tolist()):

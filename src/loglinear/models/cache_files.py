@@ -195,7 +195,7 @@ def _state_tensors(state: MixerState) -> dict[str, Tensor]:
         longest = int(state.seen.max()) if state.batch_size else 0
         return {"keys": state.keys[:, :longest], "values": state.values[:, :longest], "positions": state.seen}
     assert isinstance(state, RecurrentState)
-    parts = dict(state.fenwick.tensors())
+    parts = dict(state.fenwick.named_tensors())
     parts["buckets"] = state.fenwick.buckets[state.fenwick.occupied()]
     return parts if state.convolution is None else {**parts, "convolution": state.convolution}
 

@@ -164,8 +164,9 @@ def log_linear_attention_step(
         q, k: [B, G, K]. v: [B, H, V]. level_scales: [B, H, L] or None. log_decay: [B, H] or [B, H, K]. beta: [B, H].
         state: what this token finds; afterwards, what the next one finds. Its L is that of `level_scales` (1 for None).
             Its positions are at least 0 (and below 2^48 in the kernel). Buckets that are not occupied are zero, or, if
-            the state has pending decays, finite with none pending for them. So it is with every state that this
-            library makes; it is not checked, for the host would have to wait for the device.
+            the state has pending decays, finite with none pending for them; beside a window they may be anything. So it
+            is with every state that this library makes; it is not checked, for the host would have to wait for the
+            device.
         scale: multiplies q.
         backend: "torch" (any device), "triton" (one kernel, for CUDA devices) or "auto" (the kernel on CUDA devices,
             torch elsewhere). What the kernel does not cover (float64, more than 63 levels, keys wider than 512, a
@@ -349,7 +350,7 @@ def _check_packing(q: Tensor, cu_seqlens: Tensor | None) -> None:
 
 def _check_writable(state: FenwickState) -> None:
     """A step writes into its state."""
-    for name, x in state.tensors():
+    for name, x in state.named_tensors():
         if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
             raise ValueError(f"the state's {name} are updated in place, but several entries share memory (strides "
                              f"{x.stride()} for shape {_shape(x)}): clone the state")  # fmt: skip
@@ -367,7 +368,7 @@ def _check_state(q, v, level_scales, state, rows: int, required: bool = False) -
         raise TypeError(f"the state must be a FenwickState, got {type(state).__name__}")
     if not isinstance(state.window, (Window, NoneType)):
         raise TypeError(f"the state's window must be a Window or None, got {type(state.window).__name__}")
-    for name, x in [("buckets", state.buckets), ("positions", state.positions), *state.tensors()]:
+    for name, x in [("buckets", state.buckets), ("positions", state.positions), *state.named_tensors()]:
         if not isinstance(x, Tensor):
             raise TypeError(f"the state's {name} must be a tensor, got {type(x).__name__}")
         if x.layout != torch.strided:
@@ -395,7 +396,7 @@ def _check_state(q, v, level_scales, state, rows: int, required: bool = False) -
             raise ValueError("the state has pending decays and a window, wanted one of them at most")
     if state.window is not None:
         _check_window_tensors(state, state.window)
-    for name, x in state.tensors():
+    for name, x in state.named_tensors():
         if x.device != q.device:
             raise ValueError(f"the state's {name} are on {x.device}, q on {q.device}: all must be on one device")
 
@@ -418,7 +419,7 @@ def _check_window_tensors(state: FenwickState, window: Window) -> None:
     }
     if (window.owed is None) != (window.log_decays is None or by_channel):
         raise ValueError("the window must say what buckets are owed if it has a decay per head, and only then")
-    for name, x in window.tensors():
+    for name, x in window.named_tensors():
         if x.shape != wanted[name]:
             raise ValueError(f"the window's {name} must be {list(wanted[name])}, got {_shape(x)}")
         if x.dtype not in ((torch.int64,) if name == "begun" else (torch.float32, torch.float64)):

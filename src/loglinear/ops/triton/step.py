@@ -61,7 +61,7 @@ def unsupported(
         return f"a state of more than {MOST_LEVELS} levels"
     if state.num_levels == 1 and state.log_decays is not None:
         return "a pending decay of the only level"
-    if not all(x.is_contiguous() for _, x in state.tensors()):
+    if not all(x.is_contiguous() for _, x in state.named_tensors()):
         return "a state that is not contiguous"
     if v.shape[1] * (v.shape[2] // COLUMNS + 1) > MOST_ARRIVALS:
         return f"more than {MOST_ARRIVALS} programs for a row"
@@ -247,5 +247,5 @@ def step(
         return _step_op(q, k, v, level_scales, log_decay, beta, *state[:3], scale)
     # the way through torch's dispatcher takes the host twice as long as all that is done here
     o = _launch(q, k, v, level_scales, log_decay, beta, *state[:3], scale)
-    torch.autograd.graph.increment_version([x for _, x in state.tensors() if not x.is_inference()])
+    torch.autograd.graph.increment_version([x for _, x in state.named_tensors() if not x.is_inference()])
     return o

@@ -53,7 +53,7 @@ def unsupported(
         return f"a window of {state.window.length} tokens"
     if state.window.keys.dtype == torch.float64:
         return "float64"
-    if not all(x.is_contiguous() for _, x in state.tensors()):
+    if not all(x.is_contiguous() for _, x in state.named_tensors()):
         return "a state that is not contiguous"
     return plain_step.unsupported(q, v, level_scales, log_decay, beta, state._replace(window=None))
 
@@ -331,6 +331,6 @@ def step(
         return _window_step_op(*arguments)
     # the way through torch's dispatcher takes the host twice as long as all that is done here
     o = _launch(*arguments)
-    written = [x for name, x in state.tensors() if name != "window.begun" and not x.is_inference()]
+    written = [x for name, x in state.named_tensors() if name != "window.begun" and not x.is_inference()]
     torch.autograd.graph.increment_version(written)
     return o
