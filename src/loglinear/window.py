@@ -35,7 +35,8 @@ class Window(NamedTuple):
     place `position - base` of its row; what other places hold is not looked at.
 
     Attributes:
-        begun: [B] int64, positions at which the window was begun; it does not change.
+        begun: [B] int64, positions at which the window was begun. It does not change (who sets a row's position back
+            sets it back, too).
         keys: [B, G, N, K]
         values: [B, H, N, V]
         log_decays: [B, H, N], or [B, H, N, K] for a decay per channel; None for mixers without one.

@@ -101,11 +101,11 @@ class LogLinearConfig(PreTrainedConfig):
             residual stream.
         use_cache: whether a forward pass outside training returns its state.
         state_dtype: "float32" or "bfloat16", in which recurrent states are kept between calls. Half the bytes, and
-            rounded whenever they are written: docs/math.md, section 12, has the error and its exceptions. Default: float32 (float64 for a
-            float64 model). Not of the model: states pass between models that differ in it, as in the next.
+            rounded whenever they are written: docs/math.md, section 12, has the error and its exceptions. Default:
+            float32 (float64 for a float64 model). Models that differ in this, or in the next, take each other's states.
         decoding_window: a power of two N: decoding keeps the newest tokens, up to every multiple of N, as they are, and
-            writes states only there (docs/math.md, section 11). Its kernel has not been timed on a GPU yet.
-            Default: states are written at every token.
+            writes states only there (docs/math.md, section 11). Its kernel has not been timed on a GPU yet. Default:
+            states are written at every token.
         bos_token_id, eos_token_id, pad_token_id: special tokens.
 
     Raises:
