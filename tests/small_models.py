@@ -13,7 +13,11 @@ VOCABULARY = 43
 
 
 def small_config(mixer: str, **overrides) -> LogLinearConfig:
-    """A configuration of two blocks; "hybrid" is a Gated DeltaNet whose second block is softmax attention."""
+    """A configuration of two blocks; "hybrid" is a Gated DeltaNet whose second block is softmax attention. With
+    "windowed" before the mixer, decoding keeps a window of four tokens.
+    """
+    if mixer.startswith("windowed "):
+        return small_config(mixer.removeprefix("windowed "), decoding_window=4, **overrides)
     if mixer == "hybrid":
         attention = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_head_dim": 6}
         sizes = {**SIZES, "mixer": "gated_deltanet", "attention_layers": [1], **attention}

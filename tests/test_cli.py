@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import json
+import re
 import subprocess
 import sys
 
@@ -142,6 +143,18 @@ def test_generate_from_argument_file_and_pipe(capsys, trained, tmp_path, monkeyp
     drawn = ["--temperature", 0.9, "--top-k", 50, "--top-p", 0.9, "--seed", 3, "-n", 12, "--precision", "fp32"]
     first = run(capsys, "generate", trained, "x", *drawn)[1]
     assert first == run(capsys, "generate", trained, "x", *drawn)[1]
+
+
+def test_states_are_kept_as_asked_for(capsys, trained):
+    sizes = []
+    for dtype in ("float32", "bfloat16"):
+        flags = ["--greedy", "-n", 12, "--device", "cpu", "--state-dtype", dtype]
+        code, _, told = run(capsys, "generate", trained, "line 7", *flags)
+        assert code == 0
+        sizes.append(int(re.search(r"state ([\d,]+) bytes", told)[1].replace(",", "")))
+    assert 0.5 <= sizes[1] / sizes[0] < 0.6
+    code, _, told = run(capsys, "generate", trained, "line 7", "--device", "cpu", "--state-dtype", "float16")
+    assert code == 2 and "state_dtype must be 'float32' or 'bfloat16', got 'float16'" in told
 
 
 @pytest.mark.parametrize(

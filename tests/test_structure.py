@@ -19,6 +19,7 @@ BOOKKEEPING = PACKAGE / "fenwick.py"
 # (`__init__`, `__main__`), which may import everything.
 STAGES = [
     {"fenwick"},
+    {"window"},
     {"state"},
     {"ops"},
     {"layers"},

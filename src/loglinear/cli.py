@@ -294,6 +294,12 @@ def generate(
     precision: str = typer.Option(
         "auto", metavar="auto|bf16|fp32", help="Type of the weights; auto takes bf16 on GPUs that have it."
     ),
+    state_dtype: str | None = typer.Option(
+        None,
+        metavar="float32|bfloat16",
+        help="Type in which the model's states are kept: bfloat16 takes half the memory and is less exact. "
+        "(default: what the checkpoint's configuration says, or float32)",
+    ),
 ) -> None:
     """Continue a text with a trained model.
 
@@ -318,7 +324,7 @@ def generate(
         sys.stdin.reconfigure(errors="strict")
     text = prompt if interactive or prompt is not None else _read_standard_input()
     place, dtype = choose_device(device, precision)
-    model, tokenizer = load_checkpoint(checkpoint, device=place, dtype=dtype)
+    model, tokenizer = load_checkpoint(checkpoint, device=place, dtype=dtype, state_dtype=state_dtype)
 
     def show(text: str) -> None:
         sys.stdout.write(text)
@@ -368,6 +374,12 @@ def serve(
     precision: str = typer.Option(
         "auto", metavar="auto|bf16|fp32", help="Type of the weights; auto takes bf16 on GPUs that have it."
     ),
+    state_dtype: str | None = typer.Option(
+        None,
+        metavar="float32|bfloat16",
+        help="Type in which the model's states are kept: bfloat16 takes half the memory and is less exact. "
+        "(default: what the checkpoint's configuration says, or float32)",
+    ),
 ) -> None:
     """Answer OpenAI-compatible requests with a trained model.
 
@@ -378,7 +390,7 @@ def serve(
     """
     from loglinear.serve import serve as run
 
-    run(checkpoint, host=host, port=port, device=device, precision=precision)
+    run(checkpoint, host=host, port=port, device=device, precision=precision, state_dtype=state_dtype)
 
 
 def _converse(model: Any, tokenizer: Any, first: str | None, seed: int | None, **sampling: Any) -> None:
@@ -743,6 +755,20 @@ def bench(
         False, "--decode", help="Measure decoding: tokens per second and memory of whole models by context."
     ),
     step: bool = typer.Option(False, "--step", help="Measure the operator's decoding step alone, by position."),
+    drift: bool = typer.Option(
+        False,
+        "--drift",
+        help="Measure how far decoding steps are from float64 after 1,000, 10,000 and 100,000 tokens (or --lengths), "
+        "by how states are kept: on a processor, about half an hour.",
+    ),
+    window: int | None = typer.Option(
+        None,
+        help="With --decode and --step: keep this many tokens (a power of two) beside the states, which are then "
+        "written once in so many. Default: states are written at every token.",
+    ),
+    state_dtype: str | None = typer.Option(
+        None, help="With --decode and --step: keep states in float32 or bfloat16. Default: float32."
+    ),
     compile_blocks: bool = typer.Option(False, "--compile", help="With --model: compile the blocks of the models."),
     budget: float | None = typer.Option(None, help="Seconds spent on repeating one call. Default: 1 (CPU), 0.2 (GPU)."),
     cap: float | None = typer.Option(
@@ -766,9 +792,33 @@ def bench(
     from rich.console import Console
 
     from loglinear.bench import command
+    from loglinear.bench.decoding import Kept
 
     if list_choices:
         Console().print(command.describe())
+        return
+    if drift:
+        useless = {
+            "--decode": decode,
+            "--step": step,
+            "--model": model,
+            "--operator": operator,
+            "--shape": shape,
+            "--batch": batches,
+            "--forward-only": forward_only,
+            "--dtype": dtype,
+            "--tokens": tokens,
+            "--window": window,
+            "--state-dtype": state_dtype,
+            "--compile": compile_blocks,
+            "--budget": budget,
+            "--cap": cap,
+        }
+        wrong = command.given_options(useless)
+        if wrong:
+            raise ValueError(f"got {', '.join(wrong)} with --drift, wanted none of these")
+        at = command.parse_lengths(lengths) if lengths else None
+        command.run(command.only_drift(command.choose_suite(cpu=True), at), output, name or "drift")
         return
     if decode or step:
         _bench_decoding(
@@ -784,11 +834,14 @@ def bench(
             },
             cpu,
             {"dtype": dtype, "budget_s": budget, "cap_s": cap},
-            {"models": model if decode else None, "shapes": shape if step else None},
+            {"models": model if decode else None, "shapes": shape if step else None, "kept": Kept(state_dtype, window)},
             (lengths, batches),
             (output, name),
         )
         return
+    kept = command.given_options({"--window": window, "--state-dtype": state_dtype})
+    if kept:
+        raise ValueError(f"got {', '.join(kept)}, wanted --decode or --step with it: nothing else steps from states")
     if model:
         command.refuse_operator_options(
             {

@@ -105,10 +105,23 @@ def bucket_start(position, bucket):
     return ((position >> (bucket - 1)) - 1) << (bucket - 1)
 
 
-def chunk_height(chunk: int) -> int:
-    """log2 of a chunk length, refusing anything that is not a power of two."""
+def block_start(position, height):
+    """First position of the aligned block of 2^height tokens that `position` lies in (operators only)."""
+    return (position >> height) << height
+
+
+def seen_level(t, position, bucket, num_levels: int):
+    """Level on which a later token `t` ≥ `position` sees bucket `bucket` of a state at `position` (integer tensors).
+
+    All tokens of a bucket are on one level: that of the bucket, until `t` leaves the block that `position` is in.
+    """
+    return level(t, position, num_levels).maximum(bucket)
+
+
+def chunk_height(chunk: int, name: str = "a chunk length") -> int:
+    """log2 of a chunk length (or of what `name` says), refusing anything that is not a power of two."""
     if chunk < 1 or chunk & (chunk - 1):
-        raise ValueError(f"a chunk length must be a power of two, got {chunk}")
+        raise ValueError(f"{name} must be a power of two, got {chunk}")
     return chunk.bit_length() - 1
 
 

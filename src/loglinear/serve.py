@@ -441,6 +441,7 @@ def serve(
     port: int = 8000,
     device: str = "auto",
     precision: str = "auto",
+    state_dtype: str | None = None,
 ) -> None:
     """Serve a checkpoint until SIGINT or SIGTERM.
 
@@ -449,16 +450,18 @@ def serve(
             path, as it is given here.
         port: 0 takes a free one; the address is printed to standard error.
         device, precision: as `choose_device`.
+        state_dtype: as `load_checkpoint`.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
+        ValueError: a `state_dtype` that is wrong for the model.
         OSError: the address cannot be listened on.
     """
     place, dtype = choose_device(device, precision)
     resolve_checkpoint(checkpoint)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listener:
-        model, tokenizer = load_checkpoint(checkpoint, device=place, dtype=dtype)
+        model, tokenizer = load_checkpoint(checkpoint, device=place, dtype=dtype, state_dtype=state_dtype)
         name, stopping = str(Path(checkpoint)), threading.Event()
         app = build_app(model, tokenizer, name, stopping)
         config = uvicorn.Config(app, log_level="info", timeout_graceful_shutdown=SHUTDOWN_SECONDS)

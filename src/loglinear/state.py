@@ -6,12 +6,13 @@ Legend: B rows (sequences), L levels, H heads, K key width, V value width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from loglinear import fenwick
+from loglinear.window import Window
 
 
 class FenwickState(NamedTuple):
@@ -25,11 +26,16 @@ class FenwickState(NamedTuple):
     multiplying the bucket, and writes only what merges. In such a state empty buckets hold anything that is finite.
     `settled` gives the plain state that it stands for, `with_pending` begins one.
 
+    Or a state has a window: its newest tokens are kept as they are, and its buckets are those of the position where the
+    window starts (see `loglinear.window`). A step then writes buckets only where a window ends. Empty buckets hold
+    anything here, too, and `settled` gives the plain state; `with_window` begins one.
+
     Attributes:
         buckets: [B, L, H, K, V], float32 (float64 for float64 inputs) unless the caller chose otherwise.
         positions: [B] int64, tokens seen so far.
         log_decays: [B, L, H] float32, natural log of what each bucket is still to be multiplied by, zero for empty
             buckets; or None: nothing is pending.
+        window: the newest tokens, or None. Not together with `log_decays`.
 
     Example:
         >>> state = FenwickState.zeros(batch=2, num_levels=5, num_heads=4, key_dim=16, value_dim=32)
@@ -40,6 +46,7 @@ class FenwickState(NamedTuple):
     buckets: Tensor
     positions: Tensor
     log_decays: Tensor | None = None
+    window: Window | None = None
 
     @classmethod
     def zeros(
@@ -75,14 +82,25 @@ class FenwickState(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors as they are allocated (empty buckets included)."""
-        return sum(x.nbytes for x in self if x is not None)
+        return sum(x.nbytes for _, x in self.named_tensors())
+
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        """All tensors that there are, by name, those of a window as "window.keys"."""
+        own = {name: x for name, x in self._asdict().items() if name != "window" and x is not None}
+        kept = {} if self.window is None else {f"window.{name}": x for name, x in self.window.named_tensors()}
+        return list({**own, **kept}.items())
+
+    def base(self) -> Tensor:
+        """Positions of which the buckets are, [B]: those of the rows, or where their windows start."""
+        return self.positions if self.window is None else self.window.base(self.positions)
 
     def occupied(self) -> Tensor:
         """Which buckets hold tokens: bool [B, L]."""
-        return fenwick.occupied(self.positions, self.num_levels)
+        return fenwick.occupied(self.base(), self.num_levels)
 
     def settled(self) -> FenwickState:
-        """The plain state, a copy: pending decays applied, empty buckets zero. Itself if it is plain.
+        """The plain state, a copy: pending decays applied, the tokens of a window in buckets, empty buckets zero.
+        Itself if it is plain.
 
         Example:
             >>> owed = torch.tensor([0, -0.6931472, 0]).view(1, 3, 1)
@@ -90,6 +108,9 @@ class FenwickState(NamedTuple):
             >>> state.settled().buckets.flatten().tolist()
             [0.0, 0.5, 1.0]
         """
+        if self.window is not None:
+            buckets = self.window.into(self.buckets, self.base(), self.positions)
+            return FenwickState(buckets.to(self.buckets.dtype), self.positions.clone())
         if self.log_decays is None:
             return self
         owed = self.log_decays.to(torch.promote_types(self.buckets.dtype, torch.float32)).exp()
@@ -101,16 +122,56 @@ class FenwickState(NamedTuple):
         """The same state, memory and all, with room for decays to be owed: `log_decays` of zeros.
 
         Itself if it has them, or one level only: that bucket takes in every token and is written at every step anyway.
+        A window comes to its end first.
         """
+        if self.window is not None:
+            return self.settled().with_pending()
         if self.log_decays is not None or self.num_levels == 1:
             return self
         owed = torch.zeros(self.buckets.shape[:3], dtype=torch.float32, device=self.buckets.device)
         return self._replace(log_decays=owed)
 
+    def with_window(
+        self, length: int, *, num_groups: int, decay: Literal["head", "channel"] | None = None, delta: bool = False
+    ) -> FenwickState:
+        """The same state, memory and all, with room for its next tokens, up to every multiple of `length`.
+
+        What is pending is applied first, and a window that there is comes to its end. The room is for the tokens of one
+        kind of mixer:
+
+        Args:
+            length: tokens of a window, a power of two (the kernel has 16, 32 and 64).
+            num_groups: groups G of keys.
+            decay: whether a token has a decay per "head", per "channel", or None.
+            delta: whether it has a `beta`.
+
+        Raises:
+            ValueError: a length that is no power of two, or groups that do not divide the heads.
+
+        Example:
+            >>> state = FenwickState.zeros(batch=2, num_levels=5, num_heads=4, key_dim=16, value_dim=32)
+            >>> state.with_window(16, num_groups=4, decay="head", delta=True).window.keys.shape
+            torch.Size([2, 4, 16, 16])
+        """
+        plain = self.settled()
+        return plain._replace(window=Window.at(plain.positions, plain.buckets, length, num_groups, decay, delta))
+
+    def like(self, other: FenwickState) -> FenwickState:
+        """This state in the form of `other`, which may have other rows: with a window of the same kind, with pending
+        decays, or plain. Itself where it has that form.
+        """
+        if other.window is not None:
+            if self.window is not None and self.window.kind == other.window.kind:
+                return self
+            plain = self.settled()
+            return plain._replace(window=other.window.emptied(plain.positions))
+        return self.settled() if other.log_decays is None or self.num_levels == 1 else self.with_pending()
+
     def map(self, function: Callable[[Tensor], Tensor]) -> FenwickState:
         """A state of what `function` makes of each tensor."""
         owed = None if self.log_decays is None else function(self.log_decays)
-        return FenwickState(function(self.buckets), function(self.positions), owed)
+        window = None if self.window is None else self.window.map(function)
+        return FenwickState(function(self.buckets), function(self.positions), owed, window)
 
     def select(self, indices: Tensor) -> FenwickState:
         """The rows `indices` [M] int64 as a new state (for example the beams that survive)."""
@@ -138,13 +199,17 @@ class FenwickState(NamedTuple):
                     "states to be joined must have the same levels, heads, widths, dtype and device: got "
                     f"{', '.join(map(str, kinds[0]))} and, at index {row}, {', '.join(map(str, kind))}"
                 )
-        if any(state.log_decays is not None for state in states):
-            states = [state.settled() if state.num_levels == 1 else state.with_pending() for state in states]
+        keeping = [state for state in states if state.window is not None]
+        keeping = keeping or [state for state in states if state.log_decays is not None]
+        if keeping:
+            states = [state.like(keeping[0]) for state in states]
         owed = [state.log_decays for state in states if state.log_decays is not None]
+        windows = [state.window for state in states if state.window is not None]
         return cls(
             torch.cat([state.buckets for state in states]),
             torch.cat([state.positions for state in states]),
             torch.cat(owed) if owed else None,
+            Window.cat(windows) if windows else None,
         )
 
     def clone(self) -> FenwickState:
@@ -155,6 +220,7 @@ class FenwickState(NamedTuple):
         return self.map(torch.Tensor.detach)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FenwickState:
-        """Moved to `device`, buckets converted to `dtype`; positions stay int64, pending decays float32."""
+        """Moved to `device`, buckets converted to `dtype`; positions stay int64, pending decays float32, windows what
+        they are."""
         moved = self.map(lambda x: x.to(device=device))
         return moved._replace(buckets=moved.buckets.to(dtype=dtype))

@@ -10,8 +10,10 @@ from loglinear import fenwick
 from loglinear.bench import decoding, read_rows
 from loglinear.bench.command import only_decoding, parse_rows
 from loglinear.bench.decoding import (
+    PLAIN,
     STEPS,
     DecodeCase,
+    Kept,
     StepCase,
     build_model,
     cache_bytes,
@@ -47,9 +49,12 @@ def test_a_pass_has_the_average_number_of_occupied_buckets(context):
     assert mean_occupied(start_of(context), levels) == pytest.approx(everywhere, abs=0.51)
 
 
+@pytest.mark.parametrize("kept", [PLAIN, Kept("bfloat16", 8)], ids=["plain", "kept"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_caches_stand_at_their_context(preset):
-    model = build_model(preset, 64, torch.float32, CPU)
+def test_caches_stand_at_their_context(preset, kept):
+    if preset == "tiny-attention":
+        kept = PLAIN
+    model = build_model(preset, 64, torch.float32, CPU, kept)
     cache = filled_cache(model, 40, 3)
     assert cache_nbytes(cache) == cache_bytes(model, 40, 3)[0]
     for _ in range(2):
@@ -165,9 +170,51 @@ def test_moved_bytes_are_what_the_recurrence_touches():
     assert moved_bytes(delta, start, 2, levels, torch.bfloat16) == pytest.approx(2 * (read + written) * one, rel=0.01)
 
 
+def test_moved_bytes_of_a_window_are_what_the_recurrence_touches():
+    """It reads the buckets of the window's start and writes them at its end: the changed ones, or the merged one."""
+    scalar, delta, levels, start, window = SHAPES["mamba2"], SHAPES["gated-deltanet"], 13, start_of(4096), 16
+    bases = [position - position % window for position in range(start, start + STEPS)]
+    read = sum(sum(fenwick.occupied(base, levels)) for base in bases) / STEPS
+    changed = sum(
+        sum(fenwick.occupied(base, levels)[fenwick.carry_level(base + window, levels) + 1 :]) for base in bases
+    ) / STEPS  # fmt: skip
+    for kept, itemsize in ((Kept(None, window), 4), (Kept("bfloat16", window), 2)):
+        bucket = 48 * 128 * 64 * itemsize
+        assert moved_bytes(scalar, start, 2, levels, torch.bfloat16, kept) == pytest.approx(
+            2 * (read + 1 / window) * bucket, rel=0.09 / itemsize * 4
+        )
+        bucket = 6 * 192 * 384 * itemsize
+        assert moved_bytes(delta, start, 2, levels, torch.bfloat16, kept) == pytest.approx(
+            2 * (read + (1 + changed) / window) * bucket, rel=0.02 / itemsize * 4
+        )
+    plain, half = (moved_bytes(delta, start, 2, levels, torch.bfloat16, kept) for kept in (PLAIN, Kept("bfloat16")))
+    assert half == pytest.approx(plain / 2, rel=0.01)
+
+
 def test_states_are_those_of_the_mixers():
     state = zero_state(SHAPES["gated-deltanet-128"], 3, 5, torch.bfloat16, torch.device("meta"))
     assert tuple(state.buckets.shape) == (3, 5, 32, 128, 128) and state.buckets.dtype == torch.float32
+    kept = Kept("bfloat16", 32)
+    state = zero_state(SHAPES["gated-deltanet-128"], 3, 5, torch.bfloat16, torch.device("meta"), kept)
+    assert state.buckets.dtype == torch.bfloat16 and state.window.length == 32
+    assert kept.labelled("log-linear") == "log-linear, window 32, bfloat16 states"
+    assert PLAIN.labelled("log-linear") == "log-linear"
+
+
+@pytest.mark.parametrize("kept", [Kept(None, 4), Kept("bfloat16"), Kept("bfloat16", 4)], ids=lambda k: k.labelled("x"))
+def test_the_step_alone_with_other_states(kept):
+    for shape in ("mamba2-2-heads", "gated-deltanet-2-heads"):
+        case = StepCase(shape, (64,), (1,), "cpu", "float32", 0.01, **kept._asdict())
+        (result,) = run_step_case(case)
+        assert result.status == "ok" and 0 < result.error < result.tolerance
+        assert result.tolerance == (2e-6 if kept.state_dtype is None else 2e-2)
+
+
+def test_defaults_leave_models_without_states_out():
+    suite = cpu_suite()
+    chosen = {"models": [], "shapes": None, "contexts": (64,), "rows": (1,)}
+    assert "tiny-attention" in only_decoding(suite, **chosen).decoded
+    assert only_decoding(suite, **chosen, kept=Kept(None, 16)).decoded == ("tiny-mamba2", "tiny-gated-deltanet")
 
 
 def test_a_wrong_step_is_not_timed(monkeypatch):
@@ -180,18 +227,28 @@ def test_a_wrong_step_is_not_timed(monkeypatch):
 def test_the_commands_measure_and_draw(tmp_path, capsys):
     """Both in worker processes, into one CSV."""
     common = ["--cpu", "--lengths", "40,64", "--batch", "1,2", "--budget", "0.01", "--output", str(tmp_path)]
-    for flags in (["--decode", "--model", "tiny-mamba2"], ["--step", "--shape", "mamba2-2-heads"]):
+    kept = ["--window", "4", "--state-dtype", "bfloat16"]
+    for flags in (
+        ["--decode", "--model", "tiny-mamba2"],
+        ["--step", "--shape", "mamba2-2-heads"],
+        ["--decode", "--model", "tiny-mamba2", *kept],
+        ["--step", "--shape", "mamba2-2-heads", *kept],
+    ):
         with pytest.raises(SystemExit) as ended:
             main(["bench", *flags, *common])
         assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert "decoding, batch 2" in shown and "step of the operator" in shown
     rows = read_rows(tmp_path / "cpu.csv")
-    assert {row.suite for row in rows} == {"decode", "steps"} and len(rows) == 8
+    assert {row.suite for row in rows} == {"decode", "steps"} and len(rows) == 16
+    suffix = ", window 4, bfloat16 states"
+    assert {row.operator for row in rows} == {f"{name}{end}" for name in ("tiny-mamba2", "log-linear")
+                                              for end in ("", suffix)}  # fmt: skip
     assert all(row.status == "ok" for row in rows)
     for row in rows:
         assert row.tokens_per_second == pytest.approx(row.batch / row.time_ms * 1000, rel=1e-3)
     report = (tmp_path / "cpu.md").read_text()
+    assert f"| tiny-mamba2{suffix} |" in report and f"| mamba2-2-heads{suffix} |" in report
     assert "### Decoding" in report and "### The step of the operator" in report and "per sequence" not in report
     assert (tmp_path / "cpu-decode-speed.png").is_file() and (tmp_path / "cpu-decode-cache.png").is_file()
 
@@ -206,6 +263,11 @@ def test_the_commands_measure_and_draw(tmp_path, capsys):
         (["--decode", "--batch", "one"], "--batch: got 'one', wanted a number of sequences"),
         (["--decode", "--model", "tiny-mamba3"], "tiny-mamba2"),
         (["--step", "--shape", "mamba3"], "unknown shape mamba3"),
+        (["--step", "--window", "12"], "decoding_window must be a power of two, got 12"),
+        (["--step", "--state-dtype", "float16"], "state_dtype must be 'float32' or 'bfloat16', got 'float16'"),
+        (["--decode", "--model", "tiny-attention", "--window", "16"], "decoding_window is of recurrent states"),
+        (["--window", "16", "--state-dtype", "float32"], "got --window, --state-dtype, wanted --decode or --step with"),
+        (["--drift", "--window", "16", "--step"], "got --step, --window with --drift, wanted none of these"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -265,5 +327,9 @@ def test_decoding_and_steps_on_a_gpu():
         results = list(run_decode_case(replace(case, preset=preset)))
         assert [result.status for result in results] == ["ok"] * 4 and results[0].error == 0.0
     for shape in ("mamba2", "gated-deltanet"):
-        results = list(run_step_case(StepCase(shape, (64, 4096), (1, 2), "cuda", "bfloat16", 0.01)))
+        for kept in (PLAIN, Kept(None, 16), Kept("bfloat16", 32)):
+            step_case = StepCase(shape, (64, 4096), (1, 2), "cuda", "bfloat16", 0.01, **kept._asdict())
+            assert [result.status for result in run_step_case(step_case)] == ["ok"] * 4
+    for preset in PRESETS[:2]:
+        results = list(run_decode_case(replace(case, preset=preset, state_dtype="bfloat16", decoding_window=16)))
         assert [result.status for result in results] == ["ok"] * 4

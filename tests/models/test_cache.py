@@ -25,7 +25,8 @@ from loglinear.models import (
 )
 from small_models import TOLERANCE, relative_error, small_model, tokens
 
-KINDS = ["gated_deltanet", "mamba2", "gla", "hybrid", "attention"]
+WINDOWED = ["windowed mamba2", "windowed gated_deltanet"]
+KINDS = ["gated_deltanet", "mamba2", "gla", "hybrid", "attention", *WINDOWED]
 ROOM = 64
 
 
@@ -99,7 +100,7 @@ def test_rows_go_on_as_they_would_have(started):
     assert relative_error(read(model, more, stacked), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["gated_deltanet", "mamba2", "hybrid"])
+@pytest.mark.parametrize("kind", ["gated_deltanet", "mamba2", "hybrid", *WINDOWED])
 def test_sequences_read_one_by_one_are_answered_as_a_batch(kind):
     """Of different lengths; `generate` takes the stack with the sequences padded on the left."""
     model, rows = small_model(kind), [tokens(1, length) for length in (3, 17, 8)]
@@ -187,6 +188,46 @@ def test_pending_decays_are_in_the_file_and_files_without_are_read(tmp_path, sta
         assert relative_error(found, wanted[:, :1].repeat(2, 1, 1)) < 1e-6
 
 
+@pytest.mark.parametrize("kind", [*WINDOWED, "windowed kda", "windowed delta_net"])
+def test_windows_are_in_the_file(kind, tmp_path, static):
+    """In the middle of one; models that keep none, or another, go on from it too."""
+    model, ids = small_model(kind), tokens(2, 13)
+    cache = cache_for(model, static)
+    for part in (ids[:, :5], ids[:, 5:6], ids[:, 6:7]):
+        read(model, part, cache)
+    assert cache.layers[0].state.fenwick.base().tolist() == [5, 5]
+    save_cache(cache, model, tmp_path / "state")
+    wanted = model(ids, use_cache=False).logits[:, 7:]
+    for window in (4, None, 2):
+        other = small_model(kind.removeprefix("windowed "), decoding_window=window)
+        other.load_state_dict(model.state_dict())
+        loaded = load_cache(tmp_path / "state", other)
+        assert torch.equal(loaded.layers[1].state.fenwick.window.keys, cache.layers[1].state.fenwick.window.keys)
+        for one in (loaded, stack_caches([select_rows(loaded, [0]), select_rows(cache, [1])])):
+            found = [read(other, ids[:, t : t + 1], one) for t in range(7, 13)]
+            assert relative_error(torch.cat(found, dim=1), wanted) < TOLERANCE
+
+
+def test_damaged_windows_are_refused(tmp_path):
+    model = small_model("windowed gated_deltanet")
+    cache = new_cache(model.config)
+    read(model, tokens(1, 5), cache)
+    save_cache(cache, model, tmp_path / "state")
+    parts = load_file(tmp_path / "state")
+    with safe_open(tmp_path / "state", "pt") as file:
+        metadata = file.metadata()
+    for spoil in (
+        lambda parts: parts.pop("0.window.keys"),
+        lambda parts: parts.update({"1.window.mixing": parts["1.window.mixing"][:, :1].contiguous()}),
+        lambda parts: parts.update({"1.window.begun": parts["1.window.begun"].int()}),
+    ):
+        spoilt = dict(parts)
+        spoil(spoilt)
+        save_file(spoilt, tmp_path / "spoilt", metadata=metadata)
+        with pytest.raises(ValueError, match="is damaged.*(window|keys)"):
+            load_cache(tmp_path / "spoilt", model)
+
+
 @pytest.mark.parametrize("levels", [1, 3])
 def test_few_levels_are_saved_too(levels, tmp_path):
     model = small_model("mamba2", num_levels=levels)
@@ -208,6 +249,26 @@ def test_an_empty_cache_is_saved_and_copied_and_has_no_rows(tmp_path, static):
     for operation in (lambda: select_rows(cache, [0]), lambda: stack_caches([cache]), lambda: repeat_rows(cache, 2)):
         with pytest.raises(ValueError, match="got an empty cache"):
             operation()
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "hybrid", "windowed gated_deltanet"])
+def test_states_in_sixteen_bits(kind, tmp_path, static):
+    """From the first token on, after a prompt that goes on from one, and in files: half the bytes."""
+    model, ids = small_model(kind, state_dtype="bfloat16").float(), tokens(2, 40)
+    wide = small_model(kind).float()
+    wide.load_state_dict(model.state_dict())
+    cache, exact = cache_for(model, static), cache_for(wide, static)
+    found, wanted = [], []
+    for part in (ids[:, :9], *ids[:, 9:20].split(1, 1), ids[:, 20:31], *ids[:, 31:].split(1, 1)):
+        found.append(read(model, part, cache))
+        wanted.append(read(wide, part, exact))
+        buckets = cache.layers[0].state.fenwick.buckets
+        assert buckets.dtype == torch.bfloat16 and 2 * buckets.nbytes == exact.layers[0].state.fenwick.buckets.nbytes
+    error = relative_error(torch.cat(found, dim=1), torch.cat(wanted, dim=1))
+    assert 1e-5 < error < 2e-2, "rounded to 8 bits, not more"
+    save_cache(cache, model, tmp_path / "state")
+    assert_equal(load_cache(tmp_path / "state", model), cache)
+    assert load_cache(tmp_path / "state", wide).layers[0].state.fenwick.buckets.dtype == torch.bfloat16
 
 
 def test_a_cache_in_sixteen_bits_is_kept_exactly(tmp_path):

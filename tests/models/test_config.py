@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from loglinear import LogLinearConfig
@@ -57,6 +58,10 @@ def test_hybrids_derive_their_attention():
         ({"mixer": "attention", "num_key_value_heads": 3}, "num_key_value_heads 3 does not divide"),
         ({"mixer": "attention", "attention_head_dim": 5}, "attention_head_dim must be even"),
         ({"num_attention_heads": 2}, "num_attention_heads is a size of .*, but attention_layers is empty"),
+        ({"state_dtype": "float16"}, "state_dtype must be 'float32' or 'bfloat16', got 'float16'"),
+        ({"decoding_window": 12}, "decoding_window must be a power of two, got 12"),
+        ({"mixer": "attention", "state_dtype": "bfloat16"}, "state_dtype is of recurrent states"),
+        ({"mixer": "attention", "decoding_window": 16}, "decoding_window is of recurrent states"),
         ({"pad_token_id": 32_000}, "pad_token_id must be in .0, vocab_size = 32000., got 32000"),
         ({"num_heads": 5}, "num_heads 5 does not divide the 48 key channels of mixer"),
         ({"state_size": 3, "expand_v": 1.5}, "expand_v x state_size = 4.5 must be a whole number"),
@@ -89,6 +94,21 @@ def test_saved_and_loaded(mixer, tmp_path):
     for name in set(LogLinearConfig.field_names()) - {"transformers_version"}:
         assert getattr(loaded, name) == getattr(config, name), name
     assert "layer_types" not in saved
+
+
+def test_options_of_states_are_checked_where_they_are_changed(tmp_path):
+    """`from_pretrained` sets fields of a configuration that was checked before."""
+    from loglinear import LogLinearForCausalLM
+
+    LogLinearForCausalLM(LogLinearConfig.preset("tiny-mamba2", state_dtype="bfloat16")).save_pretrained(tmp_path)
+    model = LogLinearForCausalLM.from_pretrained(tmp_path, decoding_window=8)
+    state = model.model.layers[0].mixer.zero_state(2).fenwick
+    assert state.buckets.dtype == torch.bfloat16 and state.window.length == 8
+    assert model.config.state_dtype == "bfloat16" and model.config.decoding_window == 8
+    with pytest.raises(ValueError, match="state_dtype must be 'float32' or 'bfloat16', got 'float16'"):
+        LogLinearForCausalLM.from_pretrained(tmp_path, state_dtype="float16")
+    with pytest.raises(ValueError, match="decoding_window must be a power of two, got 0"):
+        LogLinearForCausalLM.from_pretrained(tmp_path, decoding_window=0)
 
 
 def test_presets_take_overrides_and_refuse_unknown_names():

@@ -39,6 +39,8 @@ def test_paper_states_are_as_large_as_published():
     sizes = {name: LogLinearConfig.preset(name).cost(16_384).state_bytes / 1e6 for name in PAPER}
     assert round(sizes["log-linear-gated-deltanet-796m"]) == 557 and round(sizes["gated-deltanet-793m"]) == 37
     assert round(sizes["log-linear-mamba2-825m"]) == 495 and round(sizes["mamba2-802m"]) == 33
+    half = LogLinearConfig.preset("log-linear-mamba2-825m", state_dtype="bfloat16").cost(16_384).state_bytes
+    assert round(half / 1e6) == 248
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -17,7 +17,7 @@ from loglinear.models import GraphedStep, LogLinearForCausalLM, MixerCacheLayer,
 from loglinear.models.decoding import decode_call
 from small_models import small_model, tokens
 
-KINDS = ["mamba2", "gated_deltanet", "hybrid"]
+KINDS = ["mamba2", "gated_deltanet", "hybrid", "windowed mamba2", "windowed hybrid"]
 NEW = 12  # tokens that are generated
 
 

@@ -8,7 +8,7 @@ from transformers.generation import stopping_criteria
 from loglinear.layers import MIXERS
 from small_models import relative_error, small_model, tokens
 
-KINDS = [*MIXERS, "hybrid"]
+KINDS = [*MIXERS, "hybrid", "windowed mamba2", "windowed hybrid"]
 NEW = 9
 STATIC = {"cache_implementation": "static"}
 CHUNKED = {"prefill_chunk_size": 4}

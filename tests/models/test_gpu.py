@@ -9,7 +9,7 @@ from loglinear.layers import MIXERS
 from small_models import small_model, tokens
 
 pytestmark = pytest.mark.gpu
-KINDS = [*MIXERS, "hybrid"]
+KINDS = [*MIXERS, "hybrid", "windowed mamba2", "windowed gated_deltanet"]
 
 
 def padded_batch() -> tuple[torch.Tensor, torch.Tensor]:

@@ -380,7 +380,7 @@ def test_kernel_is_an_operator(mixer, pending, device):
         make_inputs(mixer, shape, torch.float32, device),
         start(shape, [3, 4], pending, torch.float32, device),
     )
-    arguments = (*inputs.step(0).values(), *state, 0.7)
+    arguments = (*inputs.step(0).values(), state.buckets, state.positions, state.log_decays, 0.7)
     torch.library.opcheck(_step_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

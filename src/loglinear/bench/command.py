@@ -14,11 +14,14 @@ from rich.table import Table
 
 from loglinear import plots
 from loglinear.bench import report
+from loglinear.bench.decoding import PLAIN, Kept
+from loglinear.bench.drift import DRIFT, run_drift
 from loglinear.bench.inputs import SHAPES
 from loglinear.bench.operators import OPERATORS
 from loglinear.bench.rows import Row, merge_rows, read_rows, write_rows
 from loglinear.bench.runner import Suite, cpu_suite, gpu_suite, run_decoding, run_models, run_operators
 from loglinear.folders import check_output_folder
+from loglinear.models import LogLinearConfig
 
 # Training lengths of `--model`, where none are given.
 MODEL_LENGTHS = tuple(1024 * scale for scale in (2, 4, 8, 16, 32, 64))
@@ -54,6 +57,9 @@ STEPPING = {
         (1, 8),
     ),
 }
+
+# Tokens of `--drift`, where none are given.
+DRIFT_LENGTHS = (1_000, 10_000, 100_000)
 
 _LENGTH = re.compile(r"(\d+)([kKmM]?)")
 _SCALES = {"": 1, "k": 1024, "m": 1024**2}
@@ -101,7 +107,7 @@ def run(suite: Suite, output: str | Path, name: str | None = None, console: Cons
 
     Args:
         suite: what to run; its operators part if it has lengths, its model part if it has presets, its decoding part
-            if it has contexts.
+            if it has contexts, errors of steps if it has lengths for these.
         output: folder for the CSV, the Markdown report and the plots.
         name: of the files; default "cpu" or "cuda".
         console: where progress and tables go.
@@ -137,6 +143,8 @@ def run(suite: Suite, output: str | Path, name: str | None = None, console: Cons
             run_models(suite, on_row, on_case)
         if suite.contexts:
             run_decoding(suite, on_row, on_case)
+        if suite.drifted:
+            run_drift(suite.drifted, on_row, on_case)
         done = progress.tasks[0].total or 0
         progress.update(task, completed=done, total=done, description="done")
     if not rows:
@@ -178,6 +186,9 @@ def show(rows: Sequence[Row], console: Console) -> None:
     steps = [row for row in rows if row.suite == "steps"]
     if steps:
         _print_table(console, "step of the operator: time (share of the rate of copying)", *report.step_table(steps))
+    drifted = [row for row in rows if row.suite == DRIFT]
+    if drifted:
+        _print_table(console, "error of steps after so many tokens", *report.drift_table(drifted))
     if not groups:
         return
     console.print(
@@ -221,6 +232,11 @@ def only_models(suite: Suite, presets: Sequence[str], lengths: Sequence[int], co
     return replace(suite, lengths=(), presets=tuple(presets), model_lengths=tuple(lengths), compile=compile)
 
 
+def only_drift(suite: Suite, lengths: Sequence[int] | None) -> Suite:
+    """The same suite with errors of steps in place of operators, after `lengths` tokens."""
+    return replace(suite, device="cpu", lengths=(), drifted=tuple(lengths or DRIFT_LENGTHS))
+
+
 def parse_rows(texts: Sequence[str]) -> tuple[int, ...]:
     """Numbers of sequences, as `--batch` gives them with `--decode` and `--step`: "1,32", or one by one.
 
@@ -242,12 +258,18 @@ def only_decoding(
     shapes: Sequence[str] | None,
     contexts: Sequence[int] | None,
     rows: Sequence[int] | None,
+    kept: Kept = PLAIN,
 ) -> Suite:
     """The same suite with decoding in place of operators: of `models` (None: not of models), or the step of the
     operator on `shapes` (None: not that). What is empty or None besides is chosen for the device.
+
+    Raises:
+        ValueError: states that cannot be kept as `kept` says, or a model that has none.
     """
     kind = suite.device.split(":")[0]
     names, default_contexts, default_rows = (DECODING if shapes is None else STEPPING)[kind]
+    if shapes is None and kept != PLAIN:
+        names = tuple(name for name in names if LogLinearConfig.preset(name).mixer != "attention")
     return replace(
         suite,
         lengths=(),
@@ -255,4 +277,5 @@ def only_decoding(
         stepped=() if shapes is None else tuple(shapes or names),
         contexts=tuple(contexts or default_contexts),
         rows=tuple(rows or default_rows),
+        kept=kept,
     )

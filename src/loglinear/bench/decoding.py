@@ -16,7 +16,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -37,7 +37,9 @@ STEPS = 32  # of a pass
 _MOST_PASSES, _FEWEST_PASSES = 10, 3
 _CHECKED_STEPS = 4
 _SLACK = 1024**3  # bytes of a GPU that are left to kernels and libraries
+ROUNDED_STATES = 2e-2  # error of a few dozen steps that round all buckets to 8 bits, each by up to 4e-3
 DECODING, STEP = "decoding step", "step"
+STEPPED = "log-linear"  # the operator, in rows of steps
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class DecodeCase:
     device: str
     dtype: str
     budget_s: float
+    state_dtype: str | None = None
+    decoding_window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,24 @@ class StepCase:
     device: str
     dtype: str
     budget_s: float
+    state_dtype: str | None = None
+    decoding_window: int | None = None
+
+
+class Kept(NamedTuple):
+    """How states are kept: two fields of `LogLinearConfig`."""
+
+    state_dtype: str | None = None
+    decoding_window: int | None = None
+
+    def labelled(self, name: str) -> str:
+        """`name`, with what is not the default: "log-linear, window 16, bfloat16 states"."""
+        window = None if self.decoding_window is None else f"window {self.decoding_window}"
+        states = None if self.state_dtype is None else f"{self.state_dtype} states"
+        return ", ".join(part for part in (name, window, states) if part is not None)
+
+
+PLAIN = Kept()
 
 
 def start_of(context: int) -> int:
@@ -82,7 +104,8 @@ def run_decode_case(case: DecodeCase) -> Iterator["Result"]:
     from loglinear.bench.worker import DTYPES, Result, tolerance_of
 
     device, first = torch.device(case.device), (min(case.contexts), min(case.batches))
-    model = build_model(case.preset, max(case.contexts), DTYPES[case.dtype], device)
+    kept = Kept(case.state_dtype, case.decoding_window)
+    model = build_model(case.preset, max(case.contexts), DTYPES[case.dtype], device, kept)
     for context in sorted(case.contexts):
         for batch in sorted(case.batches):
             place = {"length": context, "batch": batch}
@@ -107,15 +130,17 @@ def run_decode_case(case: DecodeCase) -> Iterator["Result"]:
                 torch.cuda.empty_cache()
 
 
-def build_model(preset: str, longest: int, dtype: torch.dtype, device: torch.device) -> LogLinearForCausalLM:
+def build_model(
+    preset: str, longest: int, dtype: torch.dtype, device: torch.device, kept: Kept = PLAIN
+) -> LogLinearForCausalLM:
     """A preset with random weights, made where it will be, for sequences of `longest` tokens."""
     torch.manual_seed(0)
-    config = LogLinearConfig.preset(preset, max_position_embeddings=longest)
+    config = LogLinearConfig.preset(preset, max_position_embeddings=longest, **kept._asdict())
     with torch.device(device):
         model = LogLinearForCausalLM(config).eval()
-    kept = model._keep_in_fp32_modules_strict or ()
+    wide = model._keep_in_fp32_modules_strict or ()
     for name, parameter in model.named_parameters():
-        if not any(part in name for part in kept):
+        if not any(part in name for part in wide):
             parameter.data = parameter.data.to(dtype)
     return model.requires_grad_(False)
 
@@ -138,13 +163,21 @@ def occupied_bytes(model: LogLinearForCausalLM, context: int, batch: int) -> int
         return None
     meta = torch.device("meta")
     states = [s for s in _zero_states(model, context, batch, meta) if isinstance(s, RecurrentState)]
-    return round(sum(s.fenwick.buckets.nbytes for s in states) / levels * mean_occupied(start_of(context), levels))
+    used = mean_occupied(start_of(context), levels, window=model.config.decoding_window)
+    return round(sum(s.fenwick.buckets.nbytes for s in states) / levels * used)
 
 
-def mean_occupied(start: int, levels: int, after: int = 0) -> float:
-    """Occupied buckets of a state before each step of a pass from `start` on (`after=1`: after each), on average."""
-    positions = torch.arange(start + after, start + after + STEPS)
+def mean_occupied(start: int, levels: int, after: int = 0, window: int | None = None) -> float:
+    """Occupied buckets of a state before each step of a pass from `start` on (`after=1`: after each), on average; of
+    one with a `window`, where that starts.
+    """
+    positions = _bases(start + after, window)
     return float(fenwick.occupied(positions, levels).sum(-1).double().mean())
+
+
+def _bases(start: int, window: int | None) -> Tensor:
+    """[STEPS] the positions of which buckets are, in a pass from `start` on."""
+    return fenwick.block_start(torch.arange(start, start + STEPS), fenwick.chunk_height(window or 1))
 
 
 def filled_cache(model: LogLinearForCausalLM, context: int, batch: int) -> StaticCache:
@@ -177,12 +210,13 @@ def refill(cache: StaticCache, context: int) -> None:
 
 
 def _fill(state: FenwickState, position: int) -> None:
-    """Sets a state to a position: random numbers in occupied buckets, zeros in the others, no decay pending."""
-    for tensor in state:
-        if tensor is not None:
-            tensor.zero_()
+    """Sets a state to a position: random numbers in occupied buckets, zeros in the others, no decay pending. The tokens
+    of a window are zeros.
+    """
+    for _, tensor in state.named_tensors():
+        tensor.zero_()
     state.positions.fill_(position)
-    for bucket, used in enumerate(fenwick.occupied(position, state.num_levels)):
+    for bucket, used in enumerate(state.occupied()[0].tolist()):
         if used:
             state.buckets[:, bucket].normal_()
 
@@ -310,8 +344,11 @@ def run_step_case(case: StepCase) -> Iterator["Result"]:
     from loglinear.bench.worker import DTYPES, Result, tolerance_of
 
     device, shape, dtype = torch.device(case.device), SHAPES[case.shape], DTYPES[case.dtype]
+    kept = Kept(case.state_dtype, case.decoding_window)
     levels = fenwick.full_num_levels(max(case.positions))
-    error, limit = step_error(shape, dtype, device), tolerance_of(case.dtype)
+    error, limit = step_error(shape, dtype, device, kept), tolerance_of(case.dtype)
+    if kept.state_dtype == "bfloat16":
+        limit = max(limit, ROUNDED_STATES)
     for position in sorted(case.positions):
         for batch in sorted(case.batches):
             place: dict[str, Any] = {"length": position, "batch": batch, "levels": levels, "error": error}
@@ -319,16 +356,16 @@ def run_step_case(case: StepCase) -> Iterator["Result"]:
             if not error <= limit:
                 yield Result(STEP, f"wrong: error {error:.2g} > {limit:g}", **place)
                 continue
-            moved = moved_bytes(shape, start_of(position), batch, levels, dtype)
-            copies = _copies(shape, position, batch, levels, device)
-            size = zero_state(shape, batch, levels, dtype, torch.device("meta")).nbytes
+            moved = moved_bytes(shape, start_of(position), batch, levels, dtype, kept)
+            copies = _copies(moved, device)
+            size = zero_state(shape, batch, levels, dtype, torch.device("meta"), kept).nbytes
             free = available_memory(device)
             if copies * size + _SLACK * (device.type == "cuda") > free:
                 why = f"skipped: states need {format_bytes(copies * size)}, free are {format_bytes(free)}"
                 yield Result(STEP, why, **place)
                 continue
             try:
-                timing, peak = _timed_steps(shape, position, batch, levels, copies, dtype, device, case.budget_s)
+                timing, peak = _timed_steps(shape, position, batch, levels, copies, dtype, device, kept, case.budget_s)
             except (MemoryError, torch.OutOfMemoryError):
                 yield Result(STEP, "out of memory", **place)
                 continue
@@ -351,7 +388,9 @@ def run_step_case(case: StepCase) -> Iterator["Result"]:
                 torch.cuda.empty_cache()
 
 
-def zero_state(shape: Shape, batch: int, levels: int, dtype: torch.dtype, device: torch.device) -> FenwickState:
+def zero_state(
+    shape: Shape, batch: int, levels: int, dtype: torch.dtype, device: torch.device, kept: Kept = PLAIN
+) -> FenwickState:
     """The state that the mixer of a shape steps from."""
     config = LogLinearConfig(
         mixer={"scalar": "mamba2", "delta": "gated_deltanet"}[shape.family],
@@ -364,31 +403,46 @@ def zero_state(shape: Shape, batch: int, levels: int, dtype: torch.dtype, device
         state_size=shape.key_dim,
         head_dim=shape.value_dim,
         num_levels=levels,
+        **kept._asdict(),
     )
     with torch.device("meta"):
         mixer = cast(Any, MIXERS[config.mixers[0]](config, 0))
     return mixer.zero_state(batch, dtype, device).fenwick
 
 
-def moved_bytes(shape: Shape, start: int, batch: int, levels: int, dtype: torch.dtype) -> int:
+def moved_bytes(shape: Shape, start: int, batch: int, levels: int, dtype: torch.dtype, kept: Kept = PLAIN) -> int:
     """Fewest bytes that a step must move, averaged over a pass from `start` on: it reads every occupied bucket and
     writes them all (delta rule) or the one that takes in others (a decay per head); and its inputs and output.
+
+    With a window it reads the window and the buckets that are older, writes a token, and writes those buckets only in
+    the step that ends a window.
     """
-    bucket = shape.num_heads * shape.key_dim * shape.value_dim * 4
-    written = 1.0 if shape.family == "scalar" else mean_occupied(start, levels, after=1)
-    buckets = mean_occupied(start, levels) + written
-    keys, values = shape.num_groups * shape.key_dim, shape.num_heads * shape.value_dim
-    controls = shape.num_heads * (levels + 1 + (shape.family == "delta")) * 4
-    return round(batch * (buckets * bucket + 2 * (keys + values) * dtype.itemsize + controls))
+    heads, window, delta = shape.num_heads, kept.decoding_window, shape.family == "delta"
+    itemsize = 4 if kept.state_dtype is None else getattr(torch, kept.state_dtype).itemsize
+    keys, values = shape.num_groups * shape.key_dim, heads * shape.value_dim
+    controls = heads * (levels + 1 + delta) * 4
+    tokens = 0.0
+    read, written = mean_occupied(start, levels, window=window), 1.0
+    if window is not None:
+        bases = _bases(start, window)
+        places = float((torch.arange(start, start + STEPS) - bases).double().mean())
+        tokens = (places + 1) * (keys + values + heads * (1 + delta * window)) * 4
+        above = torch.arange(levels) > fenwick.carry_level(bases + window, levels)[:, None]
+        changed = torch.logical_and(above, fenwick.occupied(bases, levels)).sum(-1).double().mean()
+        written = (1 + delta * float(changed)) / window
+    elif delta:
+        written = mean_occupied(start, levels, after=1)
+    bucket = heads * shape.key_dim * shape.value_dim * itemsize
+    return round(batch * ((read + written) * bucket + 2 * (keys + values) * dtype.itemsize + controls + tokens))
 
 
-def step_error(shape: Shape, dtype: torch.dtype, device: torch.device, tokens: int = 41) -> float:
+def step_error(shape: Shape, dtype: torch.dtype, device: torch.device, kept: Kept = PLAIN, tokens: int = 41) -> float:
     """Error of the step, token by token, against the fp64 recurrence on few tokens: of the outputs."""
     from loglinear.bench.worker import relative_error
 
     inputs = make_inputs(shape, "log-linear", 2, tokens, dtype, device)
     assert inputs.q is not None and inputs.k is not None and inputs.v is not None and inputs.level_scales is not None
-    state = zero_state(shape, 2, inputs.level_scales.shape[-1], dtype, device)
+    state = zero_state(shape, 2, inputs.level_scales.shape[-1], dtype, device, kept)
     names = ("q", "k", "v", "level_scales", "log_decay", "beta")
     outputs = []
     with torch.no_grad():
@@ -409,17 +463,18 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / (timing.median_ms / 1000)
 
 
-def _copies(shape: Shape, position: int, batch: int, levels: int, device: torch.device) -> int:
-    """So many states that what a step leaves in the L2 cache is gone when their turn comes again."""
+def _copies(moved: int, device: torch.device) -> int:
+    """So many states that what a step leaves in the L2 cache, of the `moved` bytes, is gone when their turn comes
+    again.
+    """
     if device.type != "cuda":
         return 1
-    used = moved_bytes(shape, start_of(position), batch, levels, torch.float32)
-    return max(1, -(-2 * torch.cuda.get_device_properties(device).L2_cache_size // used))
+    return max(1, -(-2 * torch.cuda.get_device_properties(device).L2_cache_size // moved))
 
 
 def _timed_steps(
     shape: Shape, position: int, batch: int, levels: int, copies: int, dtype: torch.dtype, device: torch.device,
-    budget_s: float,
+    kept: Kept, budget_s: float,
 ):  # fmt: skip
     """Timing of a step, and the peak of memory with one state."""
     drawn = make_inputs(shape, "linear", batch, 1, dtype, device)
@@ -428,7 +483,7 @@ def _timed_steps(
     log_decay, beta = (None if x is None else x[:, 0] for x in (drawn.log_decay, drawn.beta))
     q, k, v = (x[:, 0] for x in (drawn.q, drawn.k, drawn.v))
     with PeakMemory(device) as peak:
-        states = [zero_state(shape, batch, levels, dtype, device) for _ in range(copies)]
+        states = [zero_state(shape, batch, levels, dtype, device, kept) for _ in range(copies)]
 
         def reset() -> None:
             for state in states:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from loglinear import plots
+from loglinear.bench.decoding import STEPPED
+from loglinear.bench.drift import DRIFT, NEWEST
 from loglinear.bench.models import COMPILED, RECOMPUTED
 from loglinear.bench.operators import MECHANISMS, OPERATORS
 from loglinear.bench.rows import OK, Growth, Row, fit_growth, t_log_t_exponent
@@ -223,6 +225,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
         parts.append(markdown(*model_table(models)))
     parts.extend(_decoding_parts(rows))
     parts.extend(_step_parts(rows))
+    parts.extend(_drift_parts(rows))
     return "\n\n".join(parts) + "\n"
 
 
@@ -288,11 +291,36 @@ def _step_parts(rows: Sequence[Row]) -> list[str]:
     parts = [
         "### The step of the operator",
         "Time of `log_linear_attention_step` alone, and which share of the rate of copying it reaches with the fewest "
-        "bytes that it must move (occupied buckets read; written the merged one, by the delta rule all).",
+        "bytes that it must move (occupied buckets read; written the merged one, by the delta rule all, with a window "
+        "all once in a window).",
         markdown(*step_table(found)),
     ]
     shapes = dict.fromkeys(row.shape for row in found)
     return parts + _not_measured({shape: [row for row in found if row.shape == shape] for shape in shapes})
+
+
+def _drift_parts(rows: Sequence[Row]) -> list[str]:
+    """The table of errors over many steps."""
+    found = [row for row in rows if row.suite == DRIFT]
+    if not found:
+        return []
+    return [
+        "### Errors of many steps",
+        f"Relative error of the outputs of the newest {NEWEST:,} tokens against float64 steps on the same numbers, by "
+        "how states are kept and how far the log-decays of a token go.",
+        markdown(*drift_table(found)),
+    ]
+
+
+def drift_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: error after so many tokens, by how states are kept and by decays."""
+    lengths = sorted({row.length for row in rows})
+    lines = []
+    for place in dict.fromkeys((row.operator, row.direction) for row in rows):
+        found = {row.length: row.error for row in rows if (row.operator, row.direction) == place}
+        errors = (found.get(length) for length in lengths)
+        lines.append([*place, *("–" if error is None else f"{error:.1e}" for error in errors)])
+    return ["states", "tokens", *(f"{length:,}" for length in lengths)], lines
 
 
 def _names(rows: Iterable[Row]) -> list[str]:
@@ -342,9 +370,13 @@ def step_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         return plots.format_milliseconds(row.time_ms) + share
 
     batches = sorted({row.batch for row in rows})
-    found = {(row.shape, row.length, row.batch): row for row in rows}
+
+    def name(row: Row) -> str:
+        return row.shape + row.operator.removeprefix(STEPPED)
+
+    found = {(name(row), row.length, row.batch): row for row in rows}
     lines = []
-    for shape, length in sorted({(row.shape, row.length) for row in rows}):
+    for shape, length in sorted({(name(row), row.length) for row in rows}):
         cells = [found.get((shape, length, batch)) for batch in batches]
         texts = ["–" if row is None else _measured(row, text) for row in cells]
         lines.append([shape, plots.format_tokens(length), *texts])

@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from loglinear import fenwick
 from loglinear.bench import rows as rows_module
-from loglinear.bench.decoding import DECODING, DecodeCase, StepCase
+from loglinear.bench.decoding import DECODING, PLAIN, STEPPED, DecodeCase, Kept, StepCase
 from loglinear.bench.decoding import STEP as OPERATOR_STEP
 from loglinear.bench.inputs import SHAPES, Shape
 from loglinear.bench.models import COMPILED, STEP, ModelCase
@@ -35,8 +36,8 @@ class Suite:
 
     `batches` are "one" (a batch of one sequence) and "tokens" (as many sequences as make `tokens_per_call`).
     `decoded` presets and the step of `stepped` shapes are measured at `contexts`, for each number of `rows`.
-    `budget_s` is the time spent on repeating one call, `cap_s` the longest that one case (compiling
-    included) may take before it is given up.
+    Their states are kept as `kept` says. `budget_s` is the time spent on repeating one call, `cap_s` the longest that
+    one case (compiling included) may take before it is given up.
     """
 
     device: str
@@ -56,11 +57,16 @@ class Suite:
     stepped: tuple[str, ...] = ()  # shapes
     contexts: tuple[int, ...] = ()
     rows: tuple[int, ...] = (1,)
+    kept: Kept = PLAIN  # of decoded and stepped
+    drifted: tuple[int, ...] = ()  # tokens after which errors of steps are taken
 
     def __post_init__(self) -> None:
         select(list(self.operators))
-        for preset in (*self.presets, *self.decoded):
+        for preset in self.presets:
             LogLinearConfig.preset(preset)  # refuses an unknown one, with the nearest
+        for preset in self.decoded:
+            LogLinearConfig.preset(preset, **self.kept._asdict())
+        LogLinearConfig(**self.kept._asdict())
         unknown = [name for name in (*self.shapes, *self.stepped) if name not in SHAPES]
         if unknown:
             raise ValueError(f"unknown shape {', '.join(unknown)}; known are {', '.join(SHAPES)}")
@@ -72,7 +78,7 @@ class Suite:
             wrong = [value for value in values if value not in allowed]
             if wrong:
                 raise ValueError(f"{name} must be among {', '.join(allowed)}, got {', '.join(wrong)}")
-        if any(length < 1 for length in (*self.lengths, *self.model_lengths, *self.contexts)):
+        if any(length < 1 for length in (*self.lengths, *self.model_lengths, *self.contexts, *self.drifted)):
             raise ValueError(
                 f"lengths must be at least 1, got {self.lengths}, {self.model_lengths} and {self.contexts}"
             )
@@ -445,7 +451,8 @@ def run_decoding(
     """
     environment = rows_module.environment(suite.device)
     contexts, batches = tuple(sorted(suite.contexts)), tuple(sorted(suite.rows))
-    common = {"batches": batches, "device": suite.device, "dtype": suite.dtype, "budget_s": suite.budget_s}
+    common: dict[str, Any] = {"batches": batches, "device": suite.device, "dtype": suite.dtype}
+    common |= {"budget_s": suite.budget_s, **suite.kept._asdict()}
     cases: list[DecodeCase | StepCase] = [DecodeCase(preset, contexts, **common) for preset in suite.decoded]
     cases += [StepCase(shape, contexts, **common) for shape in suite.stepped]
     places = [(context, batch) for context in contexts for batch in batches]
@@ -479,9 +486,10 @@ def _decoding_row(
     case: DecodeCase | StepCase, result: Result, context: int, batch: int, direction: str, environment: Environment
 ) -> Row:
     shape = SHAPES[case.shape] if isinstance(case, StepCase) else None
+    kept = Kept(case.state_dtype, case.decoding_window)
     return Row(
         suite="decode" if shape is None else "steps",
-        operator=case.preset if isinstance(case, DecodeCase) else "log-linear",
+        operator=kept.labelled(case.preset if isinstance(case, DecodeCase) else STEPPED),
         mechanism="model" if shape is None else "log-linear",
         shape="model" if shape is None else shape.name,
         direction=direction,

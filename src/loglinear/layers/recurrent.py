@@ -195,6 +195,8 @@ class RecurrentMixer(nn.Module):
         self.num_heads, self.num_groups = config.num_heads, config.num_groups
         self.key_width, self.value_width = config.state_size, config.head_dim
         self.num_levels = config.num_levels
+        self.state_dtype = None if config.state_dtype is None else getattr(torch, config.state_dtype)
+        self.decoding_window = config.decoding_window
         keys, values = self.num_groups * self.key_width, self.num_heads * self.value_width
         self.splits = (keys, keys, values)
         self.scale = self.key_width**-0.5
@@ -235,7 +237,8 @@ class RecurrentMixer(nn.Module):
     def zero_state(
         self, batch: int, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> RecurrentState:
-        """The state before the first token of `batch` rows. Buckets are fp32 (fp64 for a fp64 model)."""
+        """The state before the first token of `batch` rows. Buckets are fp32 (fp64 for a fp64 model), unless the
+        configuration has a `state_dtype`."""
         dtype = self.qkv_proj.weight.dtype if dtype is None else dtype
         device = self.qkv_proj.weight.device if device is None else device
         buckets = torch.float64 if dtype == torch.float64 else torch.float32
@@ -246,9 +249,17 @@ class RecurrentMixer(nn.Module):
         )
 
     def _for_steps(self, state: FenwickState) -> FenwickState:
-        """With room for pending decays, where steps make use of it. A state that steps start from has it from the
-        beginning: a captured step needs it at one address."""
-        return state if {"beta", "channel_decay"}.intersection(self.uses) else state.with_pending()
+        """In the dtype that it is kept in, and with what steps make use of: a window if the configuration has one, else
+        room for pending decays where they pay. A state that steps start from has it from the beginning: a captured
+        step needs it at one address."""
+        if self.state_dtype is not None:
+            state = state.to(dtype=self.state_dtype)
+        decays = {"decay", "channel_decay"}.intersection(self.uses)
+        decay = "channel" if "channel_decay" in decays else "head" if decays else None
+        delta = "beta" in self.uses
+        if self.decoding_window is not None:
+            return state.with_window(self.decoding_window, num_groups=self.num_groups, decay=decay, delta=delta)
+        return state if delta or decay == "channel" else state.with_pending()
 
     def forward(
         self,

@@ -114,21 +114,16 @@ class RecurrentState(MixerState):
 
     Attributes:
         convolution: `[B, W-1, C]` last inputs of the short convolution, or None for a mixer without one.
-        fenwick: the operator's state, buckets `[B, L, H, K, V]`, positions `[B]` and, in a state that steps with one
-            decay per head have to do with, the buckets' pending decays.
+        fenwick: the operator's state, buckets `[B, L, H, K, V]`, positions `[B]` and what steps keep beside them: the
+            buckets' pending decays, or a window of the newest tokens.
     """
 
     convolution: Tensor | None
     fenwick: FenwickState
 
     def copy_(self, other: Self) -> Self:
-        """As every state's, also where only one of the two has pending decays."""
-        mine, theirs = self.fenwick.log_decays, other.fenwick.log_decays
-        if mine is None and theirs is not None:
-            other = replace(other, fenwick=other.fenwick.settled())
-        elif mine is not None and theirs is None:
-            other = replace(other, fenwick=other.fenwick.with_pending())
-        return super().copy_(other)
+        """As every state's, also where the two keep different things beside their buckets."""
+        return super().copy_(replace(other, fenwick=other.fenwick.like(self.fenwick)))
 
     @property
     def positions(self) -> Tensor:

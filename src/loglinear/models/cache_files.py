@@ -1,8 +1,9 @@
 """Caches in files: what a model has read, kept for another day or another machine.
 
 A file is a safetensors file. Of every block it holds the convolution's inputs, the *occupied* buckets (a state has
-none at about half of its levels) and the decays pending for them if any are, or the keys and values up to the longest
-row, and the positions; its header says which model wrote it, because a state means nothing to another.
+none at about half of its levels) and what steps keep beside them (pending decays, or a window of tokens), or the keys
+and values up to the longest row, and the positions; its header says which model wrote it, because a state means nothing
+to another.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from transformers.cache_utils import Cache, StaticCache
 from loglinear.layers.state import AttentionState, MixerState, RecurrentState
 from loglinear.models.cache import cache_layers, new_cache
 from loglinear.state import FenwickState
+from loglinear.window import Window
 
 if TYPE_CHECKING:
     from loglinear.models.config import LogLinearConfig
@@ -31,7 +33,14 @@ FORMAT = "loglinear-cache-1"
 # Weights of every parameter that are compared to tell one model from another.
 SAMPLED_WEIGHTS = 64
 # What a configuration says beside the model itself.
-NOT_OF_THE_MODEL = ("initializer_range", "rescale_residual_init", "use_cache", "max_position_embeddings")
+NOT_OF_THE_MODEL = (
+    "initializer_range",
+    "rescale_residual_init",
+    "use_cache",
+    "max_position_embeddings",
+    "state_dtype",
+    "decoding_window",
+)
 
 
 class SavedCache(NamedTuple):
@@ -186,10 +195,8 @@ def _state_tensors(state: MixerState) -> dict[str, Tensor]:
         longest = int(state.seen.max()) if state.batch_size else 0
         return {"keys": state.keys[:, :longest], "values": state.values[:, :longest], "positions": state.seen}
     assert isinstance(state, RecurrentState)
-    buckets = state.fenwick.buckets[state.fenwick.occupied()]
-    parts = {"buckets": buckets, "positions": state.fenwick.positions}
-    if state.fenwick.log_decays is not None:
-        parts["log_decays"] = state.fenwick.log_decays
+    parts = dict(state.fenwick.named_tensors())
+    parts["buckets"] = state.fenwick.buckets[state.fenwick.occupied()]
     return parts if state.convolution is None else {**parts, "convolution": state.convolution}
 
 
@@ -212,15 +219,32 @@ def _recurrent_state(parts: dict[str, Tensor], config: LogLinearConfig) -> Recur
     sizes = config.num_levels, config.num_heads, config.state_size, config.head_dim
     assert None not in sizes
     zeros = FenwickState.zeros(positions.shape[0], *sizes, dtype=packed.dtype)  # type: ignore[arg-type]
-    state = FenwickState(zeros.buckets, positions)
+    state = FenwickState(zeros.buckets, positions, parts.get("log_decays"), _window(parts, zeros, config))
     occupied = state.occupied()
     if packed.shape != (int(occupied.sum()), *state.buckets.shape[2:]):
         raise RuntimeError(f"buckets {tuple(packed.shape)}, wanted {int(occupied.sum())} of {state.buckets.shape[2:]}")
     state.buckets[occupied] = packed
-    log_decays = parts.get("log_decays")
-    if log_decays is not None and log_decays.shape != state.buckets.shape[:3]:
-        raise RuntimeError(f"log_decays {tuple(log_decays.shape)}, wanted {tuple(state.buckets.shape[:3])}")
-    return RecurrentState(parts.get("convolution"), state._replace(log_decays=log_decays))
+    if state.log_decays is not None and state.log_decays.shape != state.buckets.shape[:3]:
+        raise RuntimeError(f"log_decays {tuple(state.log_decays.shape)}, wanted {tuple(state.buckets.shape[:3])}")
+    return RecurrentState(parts.get("convolution"), state)
+
+
+def _window(parts: dict[str, Tensor], state: FenwickState, config: LogLinearConfig) -> Window | None:
+    """The window that `_state_tensors` took apart, of a state of this shape; None where there was none."""
+    kept = {name.removeprefix("window."): x for name, x in parts.items() if name.startswith("window.")}
+    if not kept:
+        return None
+    optional = (kept.get(name) for name in ("log_decays", "mixing", "owed"))
+    window = Window(kept["begun"], kept["keys"], kept["values"], *optional)
+    assert config.num_groups is not None
+    decay = None if window.log_decays is None else "channel" if window.log_decays.ndim == 4 else "head"
+    wanted = state.with_window(
+        window.keys.shape[2], num_groups=config.num_groups, decay=decay, delta=window.mixing is not None
+    ).window
+    assert wanted is not None
+    if window.kind != wanted.kind:
+        raise RuntimeError(f"window {window.kind}, wanted {wanted.kind}")
+    return window
 
 
 def _model_fields(config: LogLinearConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from loglinear.fenwick import full_num_levels
+from loglinear.fenwick import chunk_height, full_num_levels
 from loglinear.layers import MIXERS, Attention
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loglinear.models.cost import Cost
 
 CACHE_LAYER_TYPE = "loglinear_mixer"
+STATE_DTYPES = ("float32", "bfloat16")
 
 # Keys that transformers itself passes to every configuration, in code or from a saved config.json.
 _FRAMEWORK_KEYS = frozenset(
@@ -99,6 +100,12 @@ class LogLinearConfig(PreTrainedConfig):
         rescale_residual_init: divide it by sqrt(2 num_hidden_layers) for the projections that write into the
             residual stream.
         use_cache: whether a forward pass outside training returns its state.
+        state_dtype: "float32" or "bfloat16", in which recurrent states are kept between calls. Half the bytes, and
+            rounded whenever they are written: docs/math.md, section 12, has the error and its exceptions. Default:
+            float32 (float64 for a float64 model). Models that differ in this, or in the next, take each other's states.
+        decoding_window: a power of two N: decoding keeps the newest tokens, up to every multiple of N, as they are, and
+            writes states only there (docs/math.md, section 11). Its kernel has not been timed on a GPU yet. Default:
+            states are written at every token.
         bos_token_id, eos_token_id, pad_token_id: special tokens.
 
     Raises:
@@ -137,6 +144,8 @@ class LogLinearConfig(PreTrainedConfig):
     initializer_range: int | float = 0.02
     rescale_residual_init: bool = False
     use_cache: bool = True
+    state_dtype: str | None = None
+    decoding_window: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -152,6 +161,7 @@ class LogLinearConfig(PreTrainedConfig):
         self.attention_layers = sorted(self.attention_layers)
         self._derive_attention()
         self._derive_mixer()
+        self.check_state_options()
         if self.intermediate_size is None:
             self.intermediate_size = 64 * math.ceil(self.hidden_size * 8 / 3 / 64)
         super().__post_init__(**kwargs)
@@ -249,6 +259,23 @@ class LogLinearConfig(PreTrainedConfig):
             setattr(self, name, value)
         if self.num_levels is None:
             self.num_levels = full_num_levels(self.max_position_embeddings)
+
+    def check_state_options(self) -> None:
+        """Refuses what the states of this model cannot be kept in. For models too: `from_pretrained` changes fields of
+        a configuration after it was checked.
+
+        Raises:
+            ValueError: a `state_dtype` that is not one of two, a `decoding_window` that is no power of two, or one of
+                them for a model without recurrent states.
+        """
+        if self.state_dtype not in (None, *STATE_DTYPES):
+            wanted = " or ".join(map(repr, STATE_DTYPES))
+            raise ValueError(f"state_dtype must be {wanted}, got {self.state_dtype!r}")
+        if self.decoding_window is not None:
+            chunk_height(self.decoding_window, "decoding_window")
+        for name in ("state_dtype", "decoding_window"):
+            if self.mixer == "attention" and getattr(self, name) is not None:
+                raise ValueError(f"{name} is of recurrent states, but mixer 'attention' has none: leave it out")
 
     def validate_layer_type(self) -> None:
         """Nothing to check: `layer_types` is derived."""

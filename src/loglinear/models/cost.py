@@ -36,7 +36,7 @@ class Cost:
         training_flops_per_token: forward and backward, averaged over a sequence of T tokens.
         decoding_flops_per_token: one token, averaged over the positions from 0 to T - 1.
         state_bytes: bytes of recurrent state per sequence as allocated, buckets of all levels; fp32 whatever
-            the dtype, fp64 for fp64.
+            the dtype, fp64 for fp64, unless the configuration has a `state_dtype`.
         occupied_state_bytes: bytes of those buckets that hold tokens, averaged over the positions from 0 to
             T - 1; what a decoding step has to read.
         kv_cache_bytes: bytes of keys and values per sequence at T: those of this model's attention layers, if
@@ -141,7 +141,10 @@ def cost(config: LogLinearConfig, length: int | None = None, dtype: torch.dtype 
             continue
         forward += _operator_training_flops(mixer, config, length)
         decoding += _operator_decoding_flops(mixer, config, length)
-        bucket = config.num_heads * config.state_size * config.head_dim * (8 if dtype == torch.float64 else 4)
+        itemsize = 8 if dtype == torch.float64 else 4
+        if config.state_dtype is not None:
+            itemsize = getattr(torch, config.state_dtype).itemsize
+        bucket = config.num_heads * config.state_size * config.head_dim * itemsize
         state += config.num_levels * bucket
         filled += round(mean_occupied(length, config.num_levels) * bucket)
         channels = 2 * config.num_groups * config.state_size + config.num_heads * config.head_dim

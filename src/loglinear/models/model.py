@@ -121,6 +121,7 @@ class LogLinearModel(LogLinearPreTrainedModel):
 
     def __init__(self, config: LogLinearConfig) -> None:
         super().__init__(config)
+        config.check_state_options()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LogLinearBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)

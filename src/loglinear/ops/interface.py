@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from types import NoneType
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from loglinear.fenwick import chunk_height
 from loglinear.ops import chunked, reference, step
 from loglinear.ops.packing import check_packing
 from loglinear.state import FenwickState
+from loglinear.window import Window
 
 try:
     from loglinear.ops.triton import delta, scalar
     from loglinear.ops.triton import step as kernel_step
+    from loglinear.ops.triton import window_step as kernel_window_step
 except ModuleNotFoundError as missing:
     if missing.name is None or missing.name.split(".")[0] != "triton":
         raise
-    delta = scalar = kernel_step = None  # Triton is not installed
+    delta = scalar = kernel_step = kernel_window_step = None  # Triton is not installed
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +85,7 @@ def log_linear_attention(
             own (then B == 1). Sequences may be empty.
         initial_state: what the first token of each sequence finds (`FenwickState` of S rows); gradients flow into its
             buckets. Buckets that are not occupied at the row's position are not read. Pending decays are applied
-            first.
+            first, and windows come to their end.
         return_state: whether to return the state after the last token.
         backend: "reference" (recurrence over tokens, a specification), "torch" (the tree algorithm in O(T log T) time
             and O(T) memory, on any device), "triton" (kernels for CUDA devices), or "auto" (the fastest that is
@@ -120,7 +124,7 @@ def log_linear_attention(
     _check_packing(q, cu_seqlens)
     num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _check_state(q, v, level_scales, initial_state, num_sequences)
-    if initial_state is not None and initial_state.log_decays is not None:
+    if initial_state is not None and (initial_state.log_decays is not None or initial_state.window is not None):
         widest = torch.promote_types(initial_state.buckets.dtype, torch.float32)
         initial_state = initial_state.to(dtype=widest).settled()
     carried = initial_state is not None or return_state
@@ -154,24 +158,27 @@ def log_linear_attention_step(
 
     The kernel reads the occupied buckets only. With one decay per head (or none, and no beta) it writes only the one
     that takes in others, if the state has room for pending decays (`state.with_pending()`); else, and for the other
-    mixers, it writes all that it reads.
+    mixers, it writes all that it reads. If the state has a window (`state.with_window(...)`), it writes buckets only at
+    the window's end, whatever the mixer; that kernel has not been timed on a GPU yet.
 
     Args:
         q, k: [B, G, K]. v: [B, H, V]. level_scales: [B, H, L] or None. log_decay: [B, H] or [B, H, K]. beta: [B, H].
         state: what this token finds; afterwards, what the next one finds. Its L is that of `level_scales` (1 for None).
             Its positions are at least 0 (and below 2^48 in the kernel). Buckets that are not occupied are zero, or, if
-            the state has pending decays, finite with none pending for them. So it is with every state that this
-            library makes; it is not checked, for the host would have to wait for the device.
+            the state has pending decays, finite with none pending for them; beside a window they may be anything. So it
+            is with every state that this library makes; it is not checked, for the host would have to wait for the
+            device.
         scale: multiplies q.
         backend: "torch" (any device), "triton" (one kernel, for CUDA devices) or "auto" (the kernel on CUDA devices,
             torch elsewhere). What the kernel does not cover (float64, more than 63 levels, keys wider than 512, a
-            state that is not contiguous) goes to torch by itself; the log says so at debug level.
+            state that is not contiguous, windows of more than 64 tokens) goes to torch by itself; the log says so at
+            debug level.
 
     Returns:
         o [B, H, V] in v's dtype.
 
     Raises:
-        TypeError, ValueError: as `log_linear_attention`.
+        TypeError, ValueError: as `log_linear_attention`; also for a window that was begun for another kind of mixer.
         RuntimeError: gradients are enabled and an argument requires them, or backend="triton" where no kernel can run.
 
     Example:
@@ -187,6 +194,7 @@ def log_linear_attention_step(
     _check_tensors(q, k, v, level_scales, log_decay, beta, tokens="B, ")
     _check_scale(scale)
     _check_state(q, v, level_scales, state, q.shape[0], required=True)
+    _check_window(q, log_decay, beta, state)
     _check_writable(state)
     if torch.is_grad_enabled():
         arguments = (q, k, v, level_scales, log_decay, beta, state.buckets)
@@ -231,16 +239,18 @@ def _choose(backend: str, q, v, level_scales, log_decay, beta, cu_seqlens, carri
 def _choose_step(backend: str, q, v, level_scales, log_decay, beta, state: FenwickState):
     if backend not in STEP_BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, STEP_BACKENDS))}, got {backend!r}")
+    plain = step.step if state.window is None else step.window_step
     if backend == "torch" or (backend == "auto" and q.device.type != "cuda"):
-        return step.step
+        return plain
     if not _has_kernels(backend, q):
-        return step.step
-    assert kernel_step is not None
-    missing = kernel_step.unsupported(q, v, level_scales, log_decay, beta, state)
+        return plain
+    assert kernel_step is not None and kernel_window_step is not None
+    kernel = kernel_step if state.window is None else kernel_window_step
+    missing = kernel.unsupported(q, v, level_scales, log_decay, beta, state)
     if missing is not None:
         logger.debug("no Triton kernel for %s: torch takes this step", missing)
-        return step.step
-    return kernel_step.step
+        return plain
+    return kernel.step
 
 
 def _has_kernels(backend: str, q: Tensor) -> bool:
@@ -335,14 +345,9 @@ def _check_packing(q: Tensor, cu_seqlens: Tensor | None) -> None:
         raise ValueError(f"packed sequences (cu_seqlens) need a batch of 1, got {q.shape[0]}")
 
 
-def _present(state: FenwickState) -> list[tuple[str, Any]]:
-    """The tensors of a state, by name; its pending decays if it has any."""
-    return [(name, x) for name, x in state._asdict().items() if x is not None or name != "log_decays"]
-
-
 def _check_writable(state: FenwickState) -> None:
     """A step writes into its state."""
-    for name, x in _present(state):
+    for name, x in state.named_tensors():
         if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
             raise ValueError(f"the state's {name} are updated in place, but several entries share memory (strides "
                              f"{x.stride()} for shape {_shape(x)}): clone the state")  # fmt: skip
@@ -358,7 +363,9 @@ def _check_state(q, v, level_scales, state, rows: int, required: bool = False) -
         return
     if not isinstance(state, FenwickState):
         raise TypeError(f"the state must be a FenwickState, got {type(state).__name__}")
-    for name, x in _present(state):
+    if not isinstance(state.window, (Window, NoneType)):
+        raise TypeError(f"the state's window must be a Window or None, got {type(state.window).__name__}")
+    for name, x in [("buckets", state.buckets), ("positions", state.positions), *state.named_tensors()]:
         if not isinstance(x, Tensor):
             raise TypeError(f"the state's {name} must be a tensor, got {type(x).__name__}")
         if x.layout != torch.strided:
@@ -382,6 +389,54 @@ def _check_state(q, v, level_scales, state, rows: int, required: bool = False) -
             raise ValueError(
                 f"the state's log_decays must be [rows, L, H] = {list(wanted[:3])}, got {_shape(state.log_decays)}"
             )
-    for name, x in _present(state):
+        if state.window is not None:
+            raise ValueError("the state has pending decays and a window, wanted one of them at most")
+    if state.window is not None:
+        _check_window_tensors(state, state.window)
+    for name, x in state.named_tensors():
         if x.device != q.device:
             raise ValueError(f"the state's {name} are on {x.device}, q on {q.device}: all must be on one device")
+
+
+def _check_window_tensors(state: FenwickState, window: Window) -> None:
+    """Shapes and dtypes of a window, among themselves and with the state that it is in."""
+    rows, num_levels, heads, key_dim, value_dim = state.buckets.shape
+    if window.keys.ndim != 4 or heads % max(1, window.keys.shape[1]):
+        raise ValueError(f"the window's keys must be [rows, G, N, K], got {_shape(window.keys)}")
+    groups, length = window.keys.shape[1:3]
+    chunk_height(length, "a window")
+    by_channel = window.log_decays is not None and window.log_decays.ndim == 4
+    wanted = {
+        "begun": (rows,),
+        "keys": (rows, groups, length, key_dim),
+        "values": (rows, heads, length, value_dim),
+        "log_decays": (rows, heads, length, key_dim) if by_channel else (rows, heads, length),
+        "mixing": (rows, heads, length, length),
+        "owed": (rows, 2, heads, num_levels),
+    }
+    if (window.owed is None) != (window.log_decays is None or by_channel):
+        raise ValueError("the window must say what buckets are owed if it has a decay per head, and only then")
+    for name, x in window.named_tensors():
+        if x.shape != wanted[name]:
+            raise ValueError(f"the window's {name} must be {list(wanted[name])}, got {_shape(x)}")
+        if x.dtype not in ((torch.int64,) if name == "begun" else (torch.float32, torch.float64)):
+            raise TypeError(f"the window's {name} must be {'int64' if name == 'begun' else 'float32 or float64'}, got "
+                            f"{x.dtype}")  # fmt: skip
+
+
+def _check_window(q: Tensor, log_decay: Tensor | None, beta: Tensor | None, state: FenwickState) -> None:
+    """A step adds its token to the window, which has room for tokens of one kind."""
+    window = state.window
+    if window is None:
+        return
+    if window.keys.shape[1] != q.shape[1]:
+        raise ValueError(f"the state's window is for {window.keys.shape[1]} groups of keys, but q and k have "
+                         f"{q.shape[1]}")  # fmt: skip
+    kinds = {None: "no decay", 2: "a decay per head", 3: "a decay per channel"}
+    mine = kinds[None if window.log_decays is None else window.log_decays.ndim - 1]
+    given = kinds[None if log_decay is None else log_decay.ndim]
+    if mine != given:
+        raise ValueError(f"the state's window is for tokens with {mine}, got {given}")
+    if (window.mixing is None) != (beta is None):
+        kept, got = ("without" if x is None else "with" for x in (window.mixing, beta))
+        raise ValueError(f"the state's window is for tokens {kept} a beta, got one {got}")

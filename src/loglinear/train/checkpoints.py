@@ -59,19 +59,26 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def load_checkpoint(
-    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    state_dtype: str | None = None,
 ) -> tuple["LogLinearForCausalLM", PreTrainedTokenizerBase]:
     """Load the model, in evaluation mode, and the tokenizer of a checkpoint.
 
     Args:
         path: a checkpoint's folder, or a run's (its newest checkpoint is taken).
+        state_dtype: in which the model keeps its states, "float32" or "bfloat16" (None: what its configuration says).
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: it is of another kind of model, or its weights are damaged or not those of its configuration.
+        ValueError: it is of another kind of model, or its weights are damaged or not those of its configuration; or
+            another `state_dtype`, or any for a model without recurrent states.
     """
     checkpoint = resolve_checkpoint(path)
-    model = load_model(checkpoint, dtype=dtype)
+    changes: dict[str, Any] = {} if state_dtype is None else {"state_dtype": state_dtype}
+    model = load_model(checkpoint, dtype=dtype, **changes)
     torch.nn.Module.to(model, device)
     return model.eval(), load_tokenizer(checkpoint)
 

@@ -23,6 +23,7 @@ def _on_device(function):
 
 # The bookkeeping has one home.
 in_same_block = _on_device(fenwick.in_same_block)
+block_start = _on_device(fenwick.block_start)
 block_end = _on_device(fenwick.block_end)
 is_right_half = _on_device(fenwick.is_right_half)
 lowest_bit = _on_device(fenwick.lowest_bit)
@@ -129,10 +130,16 @@ def holds_tokens(position, level, L):
 
 
 @triton.jit
+def level_between(t, s, level, L, AXIS: tl.constexpr):
+    """`fenwick.level`, from `level`, 0, 1, … up to L at least, along that axis."""
+    apart = in_same_block(t, s, level) == 0
+    return tl.sum(((level < L - 1) & apart).to(tl.int32), AXIS)
+
+
+@triton.jit
 def carry_level(position, level, L):
     """`fenwick.carry_level` at `position`, from `level`, 0, 1, … up to L at least."""
-    apart = in_same_block(position, position - 1, level) == 0
-    return tl.sum(((level < L - 1) & apart).to(tl.int32), 0)
+    return level_between(position, position - 1, level, L, 0)
 
 
 @triton.jit

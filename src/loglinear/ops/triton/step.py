@@ -61,7 +61,7 @@ def unsupported(
         return f"a state of more than {MOST_LEVELS} levels"
     if state.num_levels == 1 and state.log_decays is not None:
         return "a pending decay of the only level"
-    if not all(x is None or x.is_contiguous() for x in state):
+    if not all(x.is_contiguous() for _, x in state.named_tensors()):
         return "a state that is not contiguous"
     if v.shape[1] * (v.shape[2] // COLUMNS + 1) > MOST_ARRIVALS:
         return f"more than {MOST_ARRIVALS} programs for a row"
@@ -194,7 +194,7 @@ class Tiling(NamedTuple):
     registers: int
 
 
-def _tiling(key_dim: int, value_dim: int, num_levels: int, deferring: bool) -> Tiling:
+def tiling(key_dim: int, value_dim: int, num_levels: int, deferring: bool) -> Tiling:
     """`deferring`: buckets are read and not written, which leaves a thread room for twice as many numbers."""
     keys = max(16, triton.next_power_of_2(key_dim))  # Triton 3.6 fails to compile tiles of fewer
     columns = min(COLUMNS, triton.next_power_of_2(value_dim))
@@ -216,7 +216,7 @@ def _launch(
     assert q is not None and k is not None and v is not None
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     by_channel = log_decay is not None and log_decay.ndim == 3
-    tiles = _tiling(key_dim, value_dim, num_levels, log_decays is not None and beta is None and not by_channel)
+    tiles = tiling(key_dim, value_dim, num_levels, log_decays is not None and beta is None and not by_channel)
     with torch.cuda.device_of(v):  # kernels are launched on the current device
         _step_kernel[programs(heads * tiles.count, rows)](
             q, k, v, level_scales, log_decay, beta, buckets, positions, log_decays, o, rows, heads, groups, num_levels,
@@ -244,8 +244,8 @@ def step(
 ) -> Tensor:  # fmt: skip
     """See `log_linear_attention_step`."""
     if torch.compiler.is_compiling():
-        return _step_op(q, k, v, level_scales, log_decay, beta, *state, scale)
+        return _step_op(q, k, v, level_scales, log_decay, beta, *state[:3], scale)
     # the way through torch's dispatcher takes the host twice as long as all that is done here
-    o = _launch(q, k, v, level_scales, log_decay, beta, *state, scale)
-    torch.autograd.graph.increment_version([x for x in state if x is not None and not x.is_inference()])
+    o = _launch(q, k, v, level_scales, log_decay, beta, *state[:3], scale)
+    torch.autograd.graph.increment_version([x for _, x in state.named_tensors() if not x.is_inference()])
     return o
