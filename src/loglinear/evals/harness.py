@@ -111,7 +111,8 @@ def evaluate_model(
                 f"tasks: the harness knows no {', '.join(unknown)}; own task files are found with an include path"
             )
         model, tokenizer = load_any(path, device, dtype)
-        wrapped = HFLM(
+        wrap: Any = HFLM  # a decorator hides its signature from type checkers
+        wrapped = wrap(
             pretrained=model,
             tokenizer=tokenizer,
             backend="causal",
