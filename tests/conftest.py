@@ -8,7 +8,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
 import zlib
+from collections.abc import Iterator
 
 import numpy
 import pytest
@@ -60,3 +62,12 @@ def seed(request: pytest.FixtureRequest) -> None:
     number = zlib.crc32(request.node.nodeid.encode())
     torch.manual_seed(number)
     numpy.random.seed(number)
+
+
+@pytest.fixture(autouse=True)
+def give_memory_back() -> Iterator[None]:
+    """Processes that test side by side share a GPU: what a large test has taken is given back, not kept for later."""
+    yield
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > 2**30:
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -15,7 +15,6 @@ most of what a step does is to move elementwise results through memory, and the 
 a warning says so and the pass is launched as it is.
 """
 
-import contextlib
 import logging
 from collections.abc import Sequence
 
@@ -139,7 +138,11 @@ class RunsTogether:
         torch._foreach_zero_([weights.grad for weights in self.weights.values() if weights.grad is not None])
         inputs = torch.stack([questions.inputs for questions in self._questions])
         body = {name.removeprefix(_BODY): weights for name, weights in self.weights.items() if name.startswith(_BODY)}
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32), _attention(self.device):
+        with (
+            torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
+            # fused attention is called for one model after the other (CPU), or refuses its own backward (CUDA)
+            sdpa_kernel(SDPBackend.MATH),
+        ):
             hidden = self._hidden(body, inputs)
         losses = [
             answer_loss(one.flatten(0, 1).index_select(0, questions.places), head, questions.answers, self.dtype)
@@ -153,11 +156,6 @@ class RunsTogether:
         """`[R, T, M]` of one model's weights and sequences `[R, T]`."""
         arguments = {"input_ids": inputs, "use_cache": False}
         return functional_call(self.runs[0].model.model, weights, kwargs=arguments).last_hidden_state
-
-
-def _attention(device: torch.device) -> contextlib.AbstractContextManager:
-    """The fused attention of the CPU cannot be mapped over, and would be called for one model after the other."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
 def _check(runs: Sequence[RecallRun]) -> None:

@@ -1,20 +1,21 @@
-"""One token in one kernel, of states with a window: every family of mixers, buckets read and not written.
+"""One token in two kernels, of states with a window: every family of mixers.
 
-A program has some columns of the states of one row and head. It reads the occupied buckets, weighted by their level
-scales, as the window's start knows them, and multiplies by what the query has become on its way there: the tokens of
-the window say what that is (`loglinear.window`). They give their own part of the output, too.
+Most tokens only read. A program of the first kernel has some columns of the states of one row and head. It reads the
+occupied buckets, weighted by their level scales, as the window's start knows them, and multiplies by what the query has
+become on its way there: the tokens of the window say what that is (`loglinear.window`). They give their own part of the
+output, too. The token that arrives goes to a place that nobody reads in the same launch, so nothing has to be waited
+for: its key and decay are written by the first program of its group or head, its values by each program for its own
+columns. Only the position is read by all and changed by one, as in `step`.
 
-The token that arrives goes to a place that nobody reads in the same launch, so nothing has to be waited for: its key
-and decay are written by the first program of its group or head, its values by each program for its own columns. Only
-the position is read by all and changed by one, as in `step`. Where the window ends, each program writes its own columns
-of the bucket that takes in others, and of every occupied one that the delta rule has changed; what buckets are owed
-from then on has a place of its own.
+The second kernel does something for rows whose window ends with this token: the bucket that takes in others is written,
+and so is every occupied one that the delta rule has changed. Alone it can have wide tiles and products of them, and
+the registers that it takes do not keep the first one from having many loads in flight.
 
-The state is computed with in float32, whatever it is kept in.
+The state is computed with in float32 (products in three tf32 parts), whatever it is kept in.
 
 Legend
     B rows, G groups, H heads, K key width, V value width, L levels
-    N tokens of a window, M levels that are loaded together
+    N tokens of a window, P places that are computed with (N, at least 16), M levels that are loaded together
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from loglinear.window import MOST_OWED as MOST
 
 MOST_OWED = tl.constexpr(MOST)
 LONGEST = 64  # window: what registers hold
+END_TILE = 64  # keys, and columns, of buckets that are written
+FEW_PROGRAMS = 256  # keep a GPU busy
 
 
 def unsupported(
@@ -63,45 +66,14 @@ def unsupported(
 # ----------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _through(states, keys, key, values, value, log_decays, log, mixing, strength, count, channel,
-             column, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, ENTER: tl.constexpr,
-             BY_CHANNEL: tl.constexpr):  # fmt: skip
-    """`states` [BK, M, BV] after the window's `count` tokens and the one at hand, which may not be in memory yet: one
-    by one, because products of whole tiles spill ten times the registers. ENTER: the tokens enter, too.
-    """
-    for token in range(0, count + 1):
-        kept = token < count
-        of_token = tl.load(keys + token * K + channel, mask=channel < tl.where(kept, K, 0), other=0.0)
-        of_token = tl.where(kept, of_token, key)
-        if log_decays is not None:
-            if BY_CHANNEL:
-                decay = tl.load(log_decays + token * K + channel, mask=channel < tl.where(kept, K, 0), other=0.0)
-                states *= tl.exp(tl.where(kept, decay, log))[:, None, None]
-            else:
-                states *= tl.exp(tl.where(kept, tl.load(log_decays + tl.where(kept, token, 0)), log))
-        written = of_token
-        if mixing is not None:
-            own = tl.load(mixing + tl.where(kept, token * (N + 1), 0))  # on the diagonal: beta
-            written *= tl.where(kept, own, strength)
-            seen = tl.sum(states * of_token[:, None, None], 0)
-            states -= written[:, None, None] * seen[None, :, :]
-        if ENTER:
-            entering = tl.load(values + token * V + column, mask=column < tl.where(kept, V, 0), other=0.0)
-            entering = tl.where(kept, entering, value)
-            states += written[:, None, None] * entering[None, None, :]
-    return states
-
-
 @triton.jit(do_not_specialize=["B", "L", "stride_s", "stride_sh"])
 def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, begun, keys, values, log_decays, mixing,
                         owed, o, B, H, G, L, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh,
                         stride_s, stride_sh, stride_g, stride_gh, stride_b, K: tl.constexpr, V: tl.constexpr,
                         BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr, N: tl.constexpr, HEIGHT: tl.constexpr,
-                        M: tl.constexpr, LEVELS: tl.constexpr, BY_CHANNEL: tl.constexpr,
-                        WRITES: tl.constexpr):  # fmt: skip
-    """M · BK · BV numbers of the state at a time; 2^HEIGHT is N; LEVELS: L or more, a power of two. WRITES: tokens
-    change buckets by more than a decay that these are owed.
+                        M: tl.constexpr, LEVELS: tl.constexpr, BY_CHANNEL: tl.constexpr):  # fmt: skip
+    """What one token reads. M · BK · BV numbers of the state at a time; 2^HEIGHT is N; LEVELS: L or more, a power of
+    two.
     """
     place, row = program_place()
     if row >= B:
@@ -114,7 +86,6 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
     if arrived // ARRIVAL == programs_of_row - 1:
         tl.atomic_add(positions + row, 1 - programs_of_row * ARRIVAL, sem="relaxed")
     base = tl.maximum(block_start(position, HEIGHT), tl.load(begun + row))
-    ends = block_start(position + 1, HEIGHT) > position
     slot = tl.arange(0, N)
     count = (position - base).to(tl.int32)
     earlier, here, there = slot < count, slot == count, slot <= count
@@ -179,22 +150,17 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
             after = slot[None, :] > slot[:, None]
             since = tl.sum(tl.where(after, own[None, :], 0.0), 1)[:, None]
             until = tl.sum(tl.where(after, 0.0, own[None, :]), 1)[:, None]
-            logs_of_all = tl.sum(own, 0)
-            total = tl.exp(logs_of_all)
+            total = tl.exp(tl.sum(own, 0))
 
     # what the buckets are owed
     occupied = holds_tokens(base, level, L)
     if owed is not None:
-        right = is_right_half(position, HEIGHT).to(tl.int32)
-        owed += row * 2 * H * L + head * L
-        next_owed = owed + (1 - right) * H * L
-        owed += right * H * L
+        owed += ((row * 2 + is_right_half(position, HEIGHT).to(tl.int32)) * H + head) * L
 
     # the buckets: all that is read has been asked for before anything is multiplied
     seen = tl.maximum(level, level_between(position, base, level, L, 0))
     number_of_buckets = tl.sum(occupied.to(tl.int32), 0)
     rank = tl.cumsum(occupied.to(tl.int32), 0)
-    target = carry_level(position + 1, level, L)
     first = buckets + (row * L * H + head) * K * V
     inside = (channel < K)[:, None] & (column < V)[None, :]
     offsets = channel[:, None] * V + column[None, :]
@@ -219,16 +185,6 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
             far_levels = tl.sum(tl.where(found, seen[:, None], 0), 0)
             factor = tl.load(scales + far_levels, mask=exists, other=0.0).to(tl.float32)
             reads += tl.sum(states * factor[None, :, None], 1)
-        if WRITES:
-            if ends:
-                states = _through(states, keys, key, values, value, log_decays, log, mixing, strength, count, channel,
-                                  column, K, V, N, False, BY_CHANNEL)  # fmt: skip
-                if owed is not None:
-                    owes = owes + logs_of_all
-                    states *= tl.exp(tl.where(owes < -MOST_OWED, 0.0, -owes))[None, :, None]
-                tl.debug_barrier()  # small tiles are loaded by several warps and stored by one
-                stored = exist & (levels > target)[None, :, None]
-                tl.store(at, states.to(buckets.dtype.element_ty), mask=stored)
 
     # what the window does to the query
     reading = kept
@@ -246,31 +202,134 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
         weights = tl.sum(weights[:, None] * mixed, 0)
         older -= tl.sum(weights[:, None] * reading, 0)
 
-    if ends:  # the buckets up to the target, and the window's values
-        merging = tl.sum((occupied & (level <= target)).to(tl.int32), 0)
-        merged = tl.zeros((BK, BV), tl.float32)
-        for start in range(0, merging):
-            bucket = tl.sum(tl.where((rank == start + 1) & occupied, level, 0), 0)
-            one = tl.load(first + bucket.to(tl.int64) * H * K * V + offsets, mask=inside, other=0.0).to(tl.float32)
-            if owed is not None:
-                one *= tl.exp(tl.load(owed + bucket))
-            merged += one
-        merged = _through(merged[:, None, :], keys, key, values, value, log_decays, log, mixing, strength, count,
-                          channel, column, K, V, N, True, BY_CHANNEL)  # fmt: skip
-        merged = tl.sum(merged, 1)
-        tl.debug_barrier()  # small tiles are loaded by several warps and stored by one
-        into = first + target.to(tl.int64) * H * K * V + offsets
-        tl.store(into, merged.to(buckets.dtype.element_ty), mask=inside)
-        if owed is not None:
-            if tile == 0:
-                of_each = tl.load(owed + level, mask=occupied, other=0.0) + logs_of_all
-                stays = occupied & (level > target)
-                if WRITES:
-                    stays = stays & (of_each >= -MOST_OWED)
-                tl.store(next_owed + level, tl.where(stays, of_each, 0.0), mask=level < L)
-
     read = tl.sum(older[:, None] * reads, 0) + tl.sum((weights * near)[:, None] * written, 0)
     tl.store(o + by_head * V + column, read.to(o.dtype.element_ty), mask=column < V)
+
+
+@triton.jit
+def _sum_of(buckets, first, last, rank, occupied, level, owed, size, offsets, inside):
+    """A tile of the occupied buckets from number `first` to `last` - 1, added up."""
+    total = tl.zeros(offsets.shape, tl.float32)
+    for number in range(first, last):
+        bucket = tl.sum(tl.where((rank == number + 1) & occupied, level, 0), 0)
+        states = tl.load(buckets + bucket * size + offsets, mask=inside, other=0.0).to(tl.float32)
+        if owed is not None:
+            states *= tl.exp(tl.load(owed + bucket))
+        total += states
+    return total
+
+
+@triton.jit(do_not_specialize=["B", "L", "shares"])
+def _window_end_kernel(buckets, positions, begun, keys, values, log_decays, mixing, owed, B, H, G, L, shares,
+                       K: tl.constexpr, V: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                       TILES: tl.constexpr, N: tl.constexpr, P: tl.constexpr, HEIGHT: tl.constexpr,
+                       LEVELS: tl.constexpr, BY_CHANNEL: tl.constexpr, WRITES: tl.constexpr,
+                       PRECISION: tl.constexpr):  # fmt: skip
+    """BV columns of one of so many `shares` of the buckets of a row and head, if the row's window has just ended.
+    WRITES: tokens change buckets by more than a decay that these are owed.
+
+    Each bucket is gone through twice, in KT tiles of BK keys: for what the tokens read of it, and to be written.
+    """
+    place, row = program_place()
+    if row >= B:
+        return
+    position = tl.load(positions + row)
+    if block_start(position, HEIGHT) < position:
+        return
+    head, tile, share = place // (TILES * shares), place // shares % TILES, place % shares
+    row = row.to(tl.int64)
+    base = tl.maximum(position - N, tl.load(begun + row))
+    count = (position - base).to(tl.int32)
+    by_head = row * H + head
+    keys += (row * G + head // (H // G)) * N * K
+    slot, column = tl.arange(0, P), tile * BV + tl.arange(0, BV)
+    there, of_value = slot < count, column < V
+    entering = tl.load(values + by_head * N * V + (slot[:, None] * V + column[None, :]),
+                       mask=there[:, None] & of_value[None, :], other=0.0)  # fmt: skip
+    mixed = None
+    if mixing is not None:
+        mixed = tl.load(mixing + by_head * N * N + (slot[:, None] * N + slot[None, :]),
+                        mask=there[:, None] & (slot < N)[None, :], other=0.0)  # fmt: skip
+    owing = 0.0
+    if log_decays is not None:  # sums, not differences, for a decay of -inf is a reset
+        if BY_CHANNEL:
+            log_decays += by_head * N * K
+        else:
+            logs = log_decays + by_head * N + slot
+            own = tl.load(logs, mask=there, other=0.0)
+            until = tl.exp(tl.cumsum(own, 0))
+            since = tl.exp(tl.cumsum(tl.load(logs + 1, mask=slot + 1 < count, other=0.0), 0, reverse=True))
+            owing = tl.sum(own, 0)
+
+    level = tl.arange(0, LEVELS)
+    occupied = holds_tokens(base, level, L)
+    rank = tl.cumsum(occupied.to(tl.int32), 0)
+    target = carry_level(position, level, L)
+    merging = tl.sum((occupied & (level <= target)).to(tl.int32), 0)
+    staying = 0
+    if WRITES:
+        staying = tl.sum(occupied.to(tl.int32), 0) - merging
+    if owed is not None:
+        owed += row * 2 * H * L + head * L
+        right = is_right_half(base, HEIGHT).to(tl.int32)
+        next_owed = owed + (1 - right) * H * L
+        owed += right * H * L
+    buckets += (row * L * H + head) * K * V
+    size = tl.full((), H, tl.int64) * K * V
+    for result in range(share, 1 + staying, shares):  # what merges, and then each bucket that stays
+        first = tl.where(result == 0, 0, merging + result - 1)
+        last = tl.where(result == 0, merging, first + 1)
+        into = tl.where(result == 0, target, tl.sum(tl.where((rank == first + 1) & occupied, level, 0), 0))
+        added = tl.where(result == 0, entering, 0.0)
+        if mixing is not None:
+            for key in range(KT):
+                channel = key * BK + tl.arange(0, BK)
+                inside = (channel < K)[:, None] & of_value[None, :]
+                states = _sum_of(buckets, first, last, rank, occupied, level, owed, size,
+                                 channel[:, None] * V + column[None, :], inside)  # fmt: skip
+                at, exist = slot[:, None] * K + channel[None, :], there[:, None] & (channel < K)[None, :]
+                reading = tl.load(keys + at, mask=exist, other=0.0)
+                if log_decays is not None:
+                    if BY_CHANNEL:
+                        reading *= tl.exp(tl.cumsum(tl.load(log_decays + at, mask=exist, other=0.0), 0))
+                    else:
+                        reading *= until[:, None]
+                added -= tl.dot(reading, states, input_precision=PRECISION)
+            tl.debug_barrier()  # all of it has been read
+        paid = 1.0
+        if WRITES:
+            if owed is not None:
+                owes = tl.load(owed + into, mask=result > 0, other=0.0) + owing
+                paid = tl.exp(tl.where((result == 0) | (owes < -MOST_OWED), 0.0, -owes))
+        for key in range(KT):
+            channel = key * BK + tl.arange(0, BK)
+            inside = (channel < K)[:, None] & of_value[None, :]
+            offsets = channel[:, None] * V + column[None, :]
+            states = _sum_of(buckets, first, last, rank, occupied, level, owed, size, offsets, inside)
+            at = slot[None, :] * K + channel[:, None]
+            of_key = (channel < K)[:, None]
+            writing = tl.load(keys + at, mask=of_key & there[None, :], other=0.0)
+            if log_decays is not None:
+                if BY_CHANNEL:
+                    later = tl.load(log_decays + at + K, mask=of_key & (slot + 1 < count)[None, :], other=0.0)
+                    writing *= tl.exp(tl.cumsum(later, 1, reverse=True))
+                    own = tl.load(log_decays + at, mask=of_key & there[None, :], other=0.0)
+                    states *= tl.exp(tl.sum(own, 1))[:, None]
+                else:
+                    writing *= since[None, :]
+                    states *= tl.exp(owing)
+            if mixing is not None:
+                writing = tl.dot(writing, mixed, input_precision=PRECISION)
+            states = tl.dot(writing, added, states, input_precision=PRECISION) * paid
+            tl.debug_barrier()  # small tiles are loaded by several warps and stored by one
+            tl.store(buckets + into * size + offsets, states.to(buckets.dtype.element_ty), mask=inside)
+    if owed is not None:
+        if (tile == 0) & (share == 0):
+            of_each = tl.load(owed + level, mask=occupied, other=0.0) + owing
+            stays = occupied & (level > target)
+            if WRITES:
+                stays = stays & (of_each >= -MOST_OWED)
+            tl.store(next_owed + level, tl.where(stays, of_each, 0.0), mask=level < L)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -290,19 +349,30 @@ def _launch(
     )  # fmt: skip
     assert q is not None and k is not None and v is not None
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    by_channel = log_decay is not None and log_decay.ndim == 3
-    # the tokens of the window take the room that reading without writing leaves to `step`
-    tiles, length = plain_step.tiling(key_dim, value_dim, num_levels, deferring=False), keys.shape[2]
+    by_channel, length = log_decay is not None and log_decay.ndim == 3, keys.shape[2]
+    tiles = plain_step.tiling(key_dim, value_dim, num_levels, deferring=True)
+    shared = {
+        "N": length, "HEIGHT": chunk_height(length), "LEVELS": max(2, triton.next_power_of_2(num_levels)),
+        "BY_CHANNEL": by_channel,
+    }  # fmt: skip
+    end_keys, end_columns = (max(16, min(END_TILE, triton.next_power_of_2(width))) for width in (key_dim, value_dim))
+    end_tiles, writes = triton.cdiv(value_dim, end_columns), by_channel or beta is not None
+    # buckets are independent of each other: few programs would go through them one by one
+    shares = min(num_levels, max(1, FEW_PROGRAMS // (rows * heads * end_tiles))) if writes else 1
     with torch.cuda.device_of(v):  # kernels are launched on the current device
         _window_step_kernel[programs(heads * tiles.count, rows)](
             q, k, v, level_scales, log_decay, beta, buckets, positions, begun, keys, values, log_decays, mixing, owed,
             o, rows, heads, groups, num_levels, scale, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
             v.stride(1), *((0, 0) if level_scales is None else level_scales.stride()[:2]),
             *((0, 0) if log_decay is None else log_decay.stride()[:2]), 0 if beta is None else beta.stride(0),
-            key_dim, value_dim, BK=tiles.keys, BV=tiles.columns, TILES=tiles.count, N=length,
-            HEIGHT=chunk_height(length), M=tiles.levels, LEVELS=max(2, triton.next_power_of_2(num_levels)),
-            BY_CHANNEL=by_channel, WRITES=by_channel or beta is not None, num_warps=tiles.warps, num_stages=1,
-            maxnreg=tiles.registers,
+            key_dim, value_dim, BK=tiles.keys, BV=tiles.columns, TILES=tiles.count, M=tiles.levels,
+            num_warps=tiles.warps, num_stages=1, maxnreg=tiles.registers, **shared,
+        )  # fmt: skip
+        _window_end_kernel[programs(heads * end_tiles * shares, rows)](
+            buckets, positions, begun, keys, values, log_decays, mixing, owed, rows, heads, groups, num_levels, shares,
+            key_dim, value_dim, KT=triton.cdiv(key_dim, end_keys), BK=end_keys, BV=end_columns, TILES=end_tiles,
+            P=max(16, length), WRITES=writes, PRECISION="tf32x3", num_warps=4, num_stages=1,
+            **shared,
         )  # fmt: skip
     return o
 
