@@ -764,7 +764,7 @@ def bench(
     window: int | None = typer.Option(
         None,
         help="With --decode and --step: keep this many tokens (a power of two) beside the states, which are then "
-        "written once in so many. Default: states are written at every token.",
+        "written once in so many. 0: states are written at every token. Default: 16 (GPU), 0 (CPU).",
     ),
     state_dtype: str | None = typer.Option(
         None, help="With --decode and --step: keep states in float32 or bfloat16. Default: float32."

@@ -28,6 +28,15 @@ from loglinear import fenwick
 
 # Natural log. More is paid where the delta rule writes a bucket anyway: what it is stored as would grow without bound.
 MOST_OWED = 1.0
+# Tokens of a window on a GPU, where nothing else is said.
+DEFAULT_LENGTH = 16
+
+
+def length_for(chosen: int | None, device: torch.device) -> int:
+    """N for states on `device`, 0 for no window: what was chosen, if anything was. Else on a GPU, where a step takes as
+    long as its bytes, there is a window; elsewhere it costs more operations than it saves.
+    """
+    return chosen if chosen is not None else DEFAULT_LENGTH if device.type == "cuda" else 0
 
 
 class Window(NamedTuple):

@@ -6,6 +6,7 @@ from transformers import AutoConfig
 
 from loglinear import LogLinearConfig
 from loglinear.layers import MIXERS
+from loglinear.window import length_for
 from small_models import small_config
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_heads": 4}
@@ -107,8 +108,17 @@ def test_options_of_states_are_checked_where_they_are_changed(tmp_path):
     assert model.config.state_dtype == "bfloat16" and model.config.decoding_window == 8
     with pytest.raises(ValueError, match="state_dtype must be 'float32' or 'bfloat16', got 'float16'"):
         LogLinearForCausalLM.from_pretrained(tmp_path, state_dtype="float16")
-    with pytest.raises(ValueError, match="decoding_window must be a power of two, got 0"):
-        LogLinearForCausalLM.from_pretrained(tmp_path, decoding_window=0)
+    with pytest.raises(ValueError, match="decoding_window must be a power of two, got -1"):
+        LogLinearForCausalLM.from_pretrained(tmp_path, decoding_window=-1)
+    model = LogLinearForCausalLM.from_pretrained(tmp_path, decoding_window=0)
+    assert model.model.layers[0].mixer.zero_state(2).fenwick.window is None
+
+
+def test_windows_that_nobody_chose_are_those_of_the_device():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
+    assert [length_for(None, device) for device in (cpu, gpu)] == [0, 16]
+    assert [length_for(chosen, gpu) for chosen in (0, 4)] == [0, 4] == [length_for(chosen, cpu) for chosen in (0, 4)]
+    LogLinearConfig(mixer="attention", decoding_window=0)
 
 
 def test_presets_take_overrides_and_refuse_unknown_names():

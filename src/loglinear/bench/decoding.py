@@ -29,6 +29,7 @@ from loglinear.layers import MIXERS, Attention, AttentionState, RecurrentState
 from loglinear.models import GraphedStep, LogLinearConfig, LogLinearForCausalLM, MixerCacheLayer, copy_cache
 from loglinear.plots import format_bytes
 from loglinear.state import FenwickState
+from loglinear.window import length_for
 
 if TYPE_CHECKING:
     from loglinear.bench.worker import Result
@@ -77,10 +78,16 @@ class Kept(NamedTuple):
     decoding_window: int | None = None
 
     def labelled(self, name: str) -> str:
-        """`name`, with what is not the default: "log-linear, window 16, bfloat16 states"."""
+        """`name`, with what is not the default: "log-linear, window 32, bfloat16 states"."""
         window = None if self.decoding_window is None else f"window {self.decoding_window}"
+        if self.decoding_window == 0:
+            window = "no window"
         states = None if self.state_dtype is None else f"{self.state_dtype} states"
         return ", ".join(part for part in (name, window, states) if part is not None)
+
+    def on(self, device: torch.device) -> "Kept":
+        """With the window that states on `device` have."""
+        return self._replace(decoding_window=length_for(self.decoding_window, device))
 
 
 PLAIN = Kept()
@@ -105,6 +112,8 @@ def run_decode_case(case: DecodeCase) -> Iterator["Result"]:
 
     device, first = torch.device(case.device), (min(case.contexts), min(case.batches))
     kept = Kept(case.state_dtype, case.decoding_window)
+    if LogLinearConfig.preset(case.preset).mixer != "attention":
+        kept = kept.on(device)
     model = build_model(case.preset, max(case.contexts), DTYPES[case.dtype], device, kept)
     for context in sorted(case.contexts):
         for batch in sorted(case.batches):
@@ -344,7 +353,7 @@ def run_step_case(case: StepCase) -> Iterator["Result"]:
     from loglinear.bench.worker import DTYPES, Result, tolerance_of
 
     device, shape, dtype = torch.device(case.device), SHAPES[case.shape], DTYPES[case.dtype]
-    kept = Kept(case.state_dtype, case.decoding_window)
+    kept = Kept(case.state_dtype, case.decoding_window).on(device)
     levels = fenwick.full_num_levels(max(case.positions))
     error, limit = step_error(shape, dtype, device, kept), tolerance_of(case.dtype)
     if kept.state_dtype == "bfloat16":
@@ -423,7 +432,7 @@ def moved_bytes(shape: Shape, start: int, batch: int, levels: int, dtype: torch.
     controls = heads * (levels + 1 + delta) * 4
     tokens = 0.0
     read, written = mean_occupied(start, levels, window=window), 1.0
-    if window is not None:
+    if window:
         bases = _bases(start, window)
         places = float((torch.arange(start, start + STEPS) - bases).double().mean())
         tokens = (places + 1) * (keys + values + heads * (1 + delta * window)) * 4

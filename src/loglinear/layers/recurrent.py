@@ -28,6 +28,7 @@ from loglinear.layers.precision import initialize, widen
 from loglinear.layers.state import RecurrentState
 from loglinear.ops.interface import log_linear_attention, log_linear_attention_step
 from loglinear.state import FenwickState
+from loglinear.window import length_for
 
 if TYPE_CHECKING:
     from loglinear.models.config import LogLinearConfig
@@ -249,16 +250,17 @@ class RecurrentMixer(nn.Module):
         )
 
     def _for_steps(self, state: FenwickState) -> FenwickState:
-        """In the dtype that it is kept in, and with what steps make use of: a window if the configuration has one, else
-        room for pending decays where they pay. A state that steps start from has it from the beginning: a captured
-        step needs it at one address."""
+        """In the dtype that it is kept in, and with what steps make use of: a window (see `decoding_window` of the
+        configuration), or room for pending decays where they pay. A state that steps start from has it from the
+        beginning: a captured step needs it at one address."""
         if self.state_dtype is not None:
             state = state.to(dtype=self.state_dtype)
         decays = {"decay", "channel_decay"}.intersection(self.uses)
         decay = "channel" if "channel_decay" in decays else "head" if decays else None
         delta = "beta" in self.uses
-        if self.decoding_window is not None:
-            return state.with_window(self.decoding_window, num_groups=self.num_groups, decay=decay, delta=delta)
+        length = length_for(self.decoding_window, state.buckets.device)
+        if length > 0:
+            return state.with_window(length, num_groups=self.num_groups, decay=decay, delta=delta)
         return state if delta or decay == "channel" else state.with_pending()
 
     def forward(

@@ -104,8 +104,8 @@ class LogLinearConfig(PreTrainedConfig):
             rounded whenever they are written: docs/math.md, section 12, has the error and its exceptions. Default:
             float32 (float64 for a float64 model). Models that differ in this, or in the next, take each other's states.
         decoding_window: a power of two N: decoding keeps the newest tokens, up to every multiple of N, as they are, and
-            writes states only there (docs/math.md, section 11). Its kernel has not been timed on a GPU yet. Default:
-            states are written at every token.
+            writes states only there (docs/math.md, section 11). 0: states are written at every token. Default: 16 for
+            states on a GPU, 0 elsewhere.
         bos_token_id, eos_token_id, pad_token_id: special tokens.
 
     Raises:
@@ -265,16 +265,16 @@ class LogLinearConfig(PreTrainedConfig):
         a configuration after it was checked.
 
         Raises:
-            ValueError: a `state_dtype` that is not one of two, a `decoding_window` that is no power of two, or one of
-                them for a model without recurrent states.
+            ValueError: a `state_dtype` that is not one of two, a `decoding_window` that is neither 0 nor a power of
+                two, or one of them for a model without recurrent states.
         """
         if self.state_dtype not in (None, *STATE_DTYPES):
             wanted = " or ".join(map(repr, STATE_DTYPES))
             raise ValueError(f"state_dtype must be {wanted}, got {self.state_dtype!r}")
-        if self.decoding_window is not None:
+        if self.decoding_window not in (None, 0):
             chunk_height(self.decoding_window, "decoding_window")
         for name in ("state_dtype", "decoding_window"):
-            if self.mixer == "attention" and getattr(self, name) is not None:
+            if self.mixer == "attention" and getattr(self, name) not in (None, 0):
                 raise ValueError(f"{name} is of recurrent states, but mixer 'attention' has none: leave it out")
 
     def validate_layer_type(self) -> None:

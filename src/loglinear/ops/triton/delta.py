@@ -28,8 +28,7 @@ from loglinear.ops.triton.delta_read import descend, read
 from loglinear.ops.triton.scalar import CHUNK, INTERPRETED, MOST_LEVELS, MOST_PROGRAMS, as_rows, slots_of
 
 WIDEST_KEY = 256
-# Half a chunk's rows a program. No GPU has compared that with float64 yet: there, a program has all of them.
-HALVES = INTERPRETED
+HALVES = True  # a program has half of a chunk's rows
 LONG_CHUNK = 16 if INTERPRETED else 128  # of bfloat16: half as many nodes, each of which moves more than its chunk
 # No GPU has run the kernels with a state yet: there the torch backend takes such calls. Set by the tests that are to
 # change this.

@@ -1,21 +1,22 @@
-"""One token in two kernels, of states with a window: every family of mixers.
+"""One token in three kernels, of states with a window: every family of mixers.
 
-Most tokens only read. A program of the first kernel has some columns of the states of one row and head. It reads the
-occupied buckets, weighted by their level scales, as the window's start knows them, and multiplies by what the query has
-become on its way there: the tokens of the window say what that is (`loglinear.window`). They give their own part of the
-output, too. The token that arrives goes to a place that nobody reads in the same launch, so nothing has to be waited
-for: its key and decay are written by the first program of its group or head, its values by each program for its own
-columns. Only the position is read by all and changed by one, as in `step`.
+1. A program has a row and head. It puts the token into the window, which it alone reads, and finds what the window does
+   to the query on its way to older tokens (`loglinear.window`), and what is read of each value.
+2. A program has some columns of the states of a row and head. It reads the occupied buckets, weighted by their level
+   scales, as the window's start knows them, multiplies by what the query has become, and adds the window's own part.
+   Nothing else keeps its registers from having many loads in flight.
+3. Where the window ends with this token, the bucket that takes in others is written, and so is every occupied one that
+   the delta rule has changed. For all other rows there is nothing to do.
 
-The second kernel does something for rows whose window ends with this token: the bucket that takes in others is written,
-and so is every occupied one that the delta rule has changed. Alone it can have wide tiles and products of them, and
-the registers that it takes do not keep the first one from having many loads in flight.
+The first kernel advances the position: programs of a row are counted as they arrive, as in `step`.
 
 The state is computed with in float32 (products in three tf32 parts), whatever it is kept in.
 
 Legend
     B rows, G groups, H heads, K key width, V value width, L levels
     N tokens of a window, P places that are computed with (N, at least 16), M levels that are loaded together
+    passed [B, H, K + N]: what the first kernel tells the second one, for a row and head: the query as older tokens see
+        it, and what the value in each place of the window is multiplied by
 """
 
 from __future__ import annotations
@@ -67,18 +68,17 @@ def unsupported(
 
 
 @triton.jit(do_not_specialize=["B", "L", "stride_s", "stride_sh"])
-def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, begun, keys, values, log_decays, mixing,
-                        owed, o, B, H, G, L, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh,
-                        stride_s, stride_sh, stride_g, stride_gh, stride_b, K: tl.constexpr, V: tl.constexpr,
-                        BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr, N: tl.constexpr, HEIGHT: tl.constexpr,
-                        M: tl.constexpr, LEVELS: tl.constexpr, BY_CHANNEL: tl.constexpr):  # fmt: skip
-    """What one token reads. M · BK · BV numbers of the state at a time; 2^HEIGHT is N; LEVELS: L or more, a power of
-    two.
+def _window_token_kernel(q, k, v, scales, log_decay, beta, positions, begun, keys, values, log_decays, mixing, passed,
+                         B, H, G, L, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s,
+                         stride_sh, stride_g, stride_gh, stride_b, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+                         BV: tl.constexpr, N: tl.constexpr, HEIGHT: tl.constexpr, LEVELS: tl.constexpr,
+                         BY_CHANNEL: tl.constexpr):  # fmt: skip
+    """Puts a token into the window. All keys and values of a head, in BK and BV places; 2^HEIGHT is N; LEVELS: L or
+    more, a power of two.
     """
-    place, row = program_place()
+    head, row = program_place()
     if row >= B:
         return
-    head, tile = place // TILES, place % TILES
     row = row.to(tl.int64)
     programs_of_row = tl.num_programs(0).to(tl.int64)
     arrived = tl.atomic_add(positions + row, ARRIVAL, sem="relaxed")
@@ -90,8 +90,8 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
     count = (position - base).to(tl.int32)
     earlier, here, there = slot < count, slot == count, slot <= count
 
-    # the token
-    channel, column = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    # the token; nobody reads the place that it goes to in this kernel
+    channel, column = tl.arange(0, BK), tl.arange(0, BV)
     group = head // (H // G)
     query = tl.load(q + row * stride_q + group * stride_qg + channel, mask=channel < K, other=0.0).to(tl.float32)
     query *= scale
@@ -99,40 +99,26 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
     value = tl.load(v + row * stride_v + head * stride_vh + column, mask=column < V, other=0.0).to(tl.float32)
     by_head = row * H + head
     keys += (row * G + group) * N * K
-    values += by_head * N * V
-    if tile == 0:
-        if head == group * (H // G):
-            tl.store(keys + count * K + channel, key, mask=channel < K)
-    tl.store(values + count * V + column, value, mask=column < V)
-
-    # the tokens before it
+    if head == group * (H // G):
+        tl.store(keys + count * K + channel, key, mask=channel < K)
+    tl.store(values + (by_head * N + count) * V + column, value, mask=column < V)
     kept = tl.load(keys + (slot[:, None] * K + channel[None, :]), mask=earlier[:, None] & (channel < K)[None, :],
                    other=0.0)  # fmt: skip
     kept = tl.where(here[:, None], key[None, :], kept)
-    written = tl.load(values + (slot[:, None] * V + column[None, :]), mask=earlier[:, None] & (column < V)[None, :],
-                      other=0.0)  # fmt: skip
-    written = tl.where(here[:, None], value[None, :], written)
-    strength = 1.0
-    if mixing is not None:
-        strength = tl.load(beta + row * stride_b + head).to(tl.float32)
-        mixing += by_head * N * N
-        mixed = tl.load(mixing + (slot[:, None] * N + slot[None, :]), mask=earlier[:, None], other=0.0)
     near = tl.where(there, 1.0, 0.0)
-    level = tl.arange(0, LEVELS)
     if scales is not None:
-        scales += row * stride_s + head * stride_sh
+        level = tl.arange(0, LEVELS)
         near_levels = level_between(position, base + slot[:, None], level[None, :], L, 1)
-        near = tl.load(scales + near_levels, mask=there, other=0.0).to(tl.float32)
+        near = tl.load(scales + row * stride_s + head * stride_sh + near_levels, mask=there, other=0.0).to(tl.float32)
 
     # sums of decays: of the tokens after each one, and up to it; not differences, for a decay of -inf is a reset
-    log, total = 0.0, 1.0
+    total, reading = 1.0, kept
     if log_decays is not None:
         own_log = log_decay + row * stride_g + head * stride_gh
         if BY_CHANNEL:
             log = tl.load(own_log + channel, mask=channel < K, other=0.0).to(tl.float32)
             log_decays += by_head * N * K
-            if tile == 0:
-                tl.store(log_decays + count * K + channel, log, mask=channel < K)
+            tl.store(log_decays + count * K + channel, log, mask=channel < K)
             logs = log_decays + (slot[:, None] * K + channel[None, :])
             following = tl.load(logs + K, mask=(slot + 1 < count)[:, None] & (channel < K)[None, :], other=0.0)
             following = tl.where((slot + 1 == count)[:, None], log[None, :], following)
@@ -144,23 +130,63 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
         else:
             log = tl.load(own_log).to(tl.float32)
             log_decays += by_head * N
-            if tile == 0:
-                tl.store(log_decays + count, log)
+            tl.store(log_decays + count, log)
             own = tl.where(here, log, tl.load(log_decays + slot, mask=earlier, other=0.0))
             after = slot[None, :] > slot[:, None]
             since = tl.sum(tl.where(after, own[None, :], 0.0), 1)[:, None]
             until = tl.sum(tl.where(after, 0.0, own[None, :]), 1)[:, None]
             total = tl.exp(tl.sum(own, 0))
+        reading = kept * tl.exp(until)
+        kept *= tl.exp(since)
 
-    # what the buckets are owed
+    # what the window does to the query
+    weights = tl.sum(kept * query[None, :], 1)
+    older = query * total
+    if mixing is not None:
+        strength = tl.load(beta + row * stride_b + head).to(tl.float32)
+        mixing += by_head * N * N
+        mixed = tl.load(mixing + (slot[:, None] * N + slot[None, :]), mask=earlier[:, None], other=0.0)
+        overlap = tl.sum(kept * key[None, :], 1)  # with itself, too: that row is zero yet
+        own_row = strength * (tl.where(here, 1.0, 0.0) - tl.sum(overlap[:, None] * mixed, 0))
+        mixed = tl.where(here[:, None], own_row[None, :], mixed)
+        tl.store(mixing + count * N + slot, own_row)
+        weights = tl.sum(weights[:, None] * mixed, 0)
+        older -= tl.sum(weights[:, None] * reading, 0)
+    passed += by_head * (K + N)
+    tl.store(passed + channel, older, mask=channel < K)
+    tl.store(passed + K + slot, weights * near)
+
+
+@triton.jit(do_not_specialize=["B", "L", "stride_s", "stride_sh"])
+def _window_read_kernel(scales, buckets, positions, begun, values, owed, passed, o, B, H, L, stride_s, stride_sh,
+                        K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
+                        N: tl.constexpr, HEIGHT: tl.constexpr, M: tl.constexpr, LEVELS: tl.constexpr):  # fmt: skip
+    """BV columns of what the newest token reads. M · BK · BV numbers of the state at a time."""
+    place, row = program_place()
+    if row >= B:
+        return
+    head, tile = place // TILES, place % TILES
+    row = row.to(tl.int64)
+    position = tl.load(positions + row) - 1
+    base = tl.maximum(block_start(position, HEIGHT), tl.load(begun + row))
+    slot, channel, column = tl.arange(0, N), tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    by_head = row * H + head
+    level = tl.arange(0, LEVELS)
     occupied = holds_tokens(base, level, L)
-    if owed is not None:
-        owed += ((row * 2 + is_right_half(position, HEIGHT).to(tl.int32)) * H + head) * L
-
-    # the buckets: all that is read has been asked for before anything is multiplied
-    seen = tl.maximum(level, level_between(position, base, level, L, 0))
     number_of_buckets = tl.sum(occupied.to(tl.int32), 0)
     rank = tl.cumsum(occupied.to(tl.int32), 0)
+    if owed is not None:
+        owed += ((row * 2 + is_right_half(base, HEIGHT).to(tl.int32)) * H + head) * L
+    if scales is not None:
+        scales += row * stride_s + head * stride_sh
+        seen = tl.maximum(level, level_between(position, base, level, L, 0))
+    passed += by_head * (K + N)
+    older = tl.load(passed + channel, mask=channel < K, other=0.0)
+    weights = tl.load(passed + K + slot)
+    written = tl.load(values + by_head * N * V + (slot[:, None] * V + column[None, :]),
+                      mask=(slot <= position - base)[:, None] & (column < V)[None, :], other=0.0)  # fmt: skip
+
+    # the buckets: all that is read at a time has been asked for before anything is multiplied
     first = buckets + (row * L * H + head) * K * V
     inside = (channel < K)[:, None] & (column < V)[None, :]
     offsets = channel[:, None] * V + column[None, :]
@@ -176,33 +202,14 @@ def _window_step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, be
         else:
             exist = (number <= number_of_buckets)[None, :, None] & inside[:, None, :]
         states = tl.load(at, mask=exist, other=0.0).to(tl.float32)
+        factor = tl.full((M,), 1.0, tl.float32)
         if owed is not None:
-            owes = tl.load(owed + levels, mask=exists, other=0.0)
-            states *= tl.exp(owes)[None, :, None]
-        if scales is None:
-            reads += tl.sum(states, 1)
-        else:
+            factor *= tl.exp(tl.load(owed + levels, mask=exists, other=0.0))
+        if scales is not None:
             far_levels = tl.sum(tl.where(found, seen[:, None], 0), 0)
-            factor = tl.load(scales + far_levels, mask=exists, other=0.0).to(tl.float32)
-            reads += tl.sum(states * factor[None, :, None], 1)
-
-    # what the window does to the query
-    reading = kept
-    if log_decays is not None:
-        reading = kept * tl.exp(until)
-        kept *= tl.exp(since)
-    weights = tl.sum(kept * query[None, :], 1)
-    older = query * total
-    if mixing is not None:
-        overlap = tl.sum(kept * key[None, :], 1)  # with itself, too: that row is zero yet
-        own_row = strength * (tl.where(here, 1.0, 0.0) - tl.sum(overlap[:, None] * mixed, 0))
-        mixed = tl.where(here[:, None], own_row[None, :], mixed)
-        if tile == 0:
-            tl.store(mixing + count * N + slot, own_row)
-        weights = tl.sum(weights[:, None] * mixed, 0)
-        older -= tl.sum(weights[:, None] * reading, 0)
-
-    read = tl.sum(older[:, None] * reads, 0) + tl.sum((weights * near)[:, None] * written, 0)
+            factor *= tl.load(scales + far_levels, mask=exists, other=0.0).to(tl.float32)
+        reads += tl.sum(states * factor[None, :, None], 1)
+    read = tl.sum(older[:, None] * reads, 0) + tl.sum(weights[:, None] * written, 0)
     tl.store(o + by_head * V + column, read.to(o.dtype.element_ty), mask=column < V)
 
 
@@ -352,27 +359,33 @@ def _launch(
     by_channel, length = log_decay is not None and log_decay.ndim == 3, keys.shape[2]
     tiles = plain_step.tiling(key_dim, value_dim, num_levels, deferring=True)
     shared = {
-        "N": length, "HEIGHT": chunk_height(length), "LEVELS": max(2, triton.next_power_of_2(num_levels)),
-        "BY_CHANNEL": by_channel,
+        "K": key_dim, "V": value_dim, "N": length, "HEIGHT": chunk_height(length),
+        "LEVELS": max(2, triton.next_power_of_2(num_levels)),
     }  # fmt: skip
+    passed = q.new_empty(rows, heads, key_dim + length, dtype=torch.float32)
+    of_scales = (0, 0) if level_scales is None else level_scales.stride()[:2]
+    numbers = tiles.keys * length
     end_keys, end_columns = (max(16, min(END_TILE, triton.next_power_of_2(width))) for width in (key_dim, value_dim))
     end_tiles, writes = triton.cdiv(value_dim, end_columns), by_channel or beta is not None
     # buckets are independent of each other: few programs would go through them one by one
     shares = min(num_levels, max(1, FEW_PROGRAMS // (rows * heads * end_tiles))) if writes else 1
     with torch.cuda.device_of(v):  # kernels are launched on the current device
-        _window_step_kernel[programs(heads * tiles.count, rows)](
-            q, k, v, level_scales, log_decay, beta, buckets, positions, begun, keys, values, log_decays, mixing, owed,
-            o, rows, heads, groups, num_levels, scale, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
-            v.stride(1), *((0, 0) if level_scales is None else level_scales.stride()[:2]),
-            *((0, 0) if log_decay is None else log_decay.stride()[:2]), 0 if beta is None else beta.stride(0),
-            key_dim, value_dim, BK=tiles.keys, BV=tiles.columns, TILES=tiles.count, M=tiles.levels,
-            num_warps=tiles.warps, num_stages=1, maxnreg=tiles.registers, **shared,
+        _window_token_kernel[programs(heads, rows)](
+            q, k, v, level_scales, log_decay, beta, positions, begun, keys, values, log_decays, mixing, passed, rows,
+            heads, groups, num_levels, scale, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
+            v.stride(1), *of_scales, *((0, 0) if log_decay is None else log_decay.stride()[:2]),
+            0 if beta is None else beta.stride(0), BK=tiles.keys, BV=max(16, triton.next_power_of_2(value_dim)),
+            BY_CHANNEL=by_channel, num_warps=max(4, min(16, numbers // 1024)), num_stages=1, **shared,
+        )  # fmt: skip
+        _window_read_kernel[programs(heads * tiles.count, rows)](
+            level_scales, buckets, positions, begun, values, owed, passed, o, rows, heads, num_levels, *of_scales,
+            BK=tiles.keys, BV=tiles.columns, TILES=tiles.count, M=tiles.levels, num_warps=tiles.warps, num_stages=1,
+            maxnreg=tiles.registers, **shared,
         )  # fmt: skip
         _window_end_kernel[programs(heads * end_tiles * shares, rows)](
             buckets, positions, begun, keys, values, log_decays, mixing, owed, rows, heads, groups, num_levels, shares,
-            key_dim, value_dim, KT=triton.cdiv(key_dim, end_keys), BK=end_keys, BV=end_columns, TILES=end_tiles,
-            P=max(16, length), WRITES=writes, PRECISION="tf32x3", num_warps=4, num_stages=1,
-            **shared,
+            KT=triton.cdiv(key_dim, end_keys), BK=end_keys, BV=end_columns, TILES=end_tiles, P=max(16, length),
+            BY_CHANNEL=by_channel, WRITES=writes, PRECISION="tf32x3", num_warps=4, num_stages=1, **shared,
         )  # fmt: skip
     return o
 
