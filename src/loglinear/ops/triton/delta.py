@@ -28,7 +28,9 @@ from loglinear.ops.triton.delta_read import descend, read
 from loglinear.ops.triton.scalar import CHUNK, INTERPRETED, MOST_LEVELS, MOST_PROGRAMS, as_rows, slots_of
 
 WIDEST_KEY = 256
-HALVES = True  # a program has half of a chunk's rows
+# Half a chunk's rows a program. Faster by a fifth to a third on GPUs, but a gradient of bfloat16 inputs is off by 3e-2
+# there, which it is not in the interpreter (docs/log.md): until that is found, a program has all rows.
+HALVES = INTERPRETED
 LONG_CHUNK = 16 if INTERPRETED else 128  # of bfloat16: half as many nodes, each of which moves more than its chunk
 # No GPU has run the kernels with a state yet: there the torch backend takes such calls. Set by the tests that are to
 # change this.
