@@ -431,6 +431,15 @@ def test_gpu_operators_run_and_are_right(name):
     assert [result.status for result in run_case(case)] == ["ok", "ok"]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", ["gated-deltanet", "gated-deltanet-128"])
+@pytest.mark.parametrize("name", ["log-linear", "linear"])
+def test_gpu_operators_of_the_delta_rule_are_right(name, shape):
+    """Gates in float32 beside keys and values in bfloat16, as models have them."""
+    check = check_operator(OPERATORS[name], worker_module.SHAPES[shape], "bfloat16", "cuda")
+    assert check.status == "ok"
+
+
 def test_a_preset_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="unknown preset.*did you mean 'small-mamba2'"):
         cpu_suite(presets=("small-mamba",))

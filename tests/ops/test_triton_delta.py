@@ -335,6 +335,7 @@ ON_GPU = [
     Shape(B=2, T=2048, G=1, H=3, K=128, V=64, L=5),
     Shape(B=1, T=300, G=2, H=2, K=256, V=512, L=10),
     Shape(B=1, T=20_001, G=2, H=2, K=128, V=128, L=16),
+    Shape(B=1, T=333, G=2, H=2, K=192, V=384, L=10),  # ends in the second half of a chunk
 ]
 
 
