@@ -177,6 +177,24 @@ def test_the_page_of_a_sweep(tmp_path):
         SweepConfig(**{**dataclasses.asdict(config), "paper": {"mamba3": {32: "1"}}})
 
 
+def test_runs_of_a_sweep_that_failed_are_named_until_they_are_done(tmp_path):
+    file = tmp_path / "experiments" / "recall.yaml"
+    file.parent.mkdir()
+    file.write_text((ROOT / "experiments" / "mqar-tiny.yaml").read_text())
+    rows = sweep_rows(SweepConfig.from_file(file), lambda model, seed, rate: 0.5)
+    broken = [dataclasses.replace(row, status=sweep.FAILED, message="no room") for row in rows if row.model == "mamba2"]
+    others = [row for row in rows if row.model != "mamba2"]
+    path = tmp_path / "benchmarks" / "recall" / sweep.ROWS_FILE
+
+    def page(more):
+        rowfile.RowFile(path, SweepRow).append(more)
+        return write_page(file.parent, tmp_path / "benchmarks", tmp_path / "results.md")[0].read_text()
+
+    first = page([*others, *broken, *broken])
+    assert f"{len(others)} of {len(rows)} runs are done" in first and first.count("mamba2, width 32: no room") == 1
+    assert "failed" not in page([row for row in rows if row.model == "mamba2"])
+
+
 def test_no_page_without_rows(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["results", "--experiments", str(ROOT / "experiments"), "--benchmarks", str(tmp_path), "--output",

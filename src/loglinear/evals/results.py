@@ -132,6 +132,7 @@ def recall_section(file: Path, config: SweepConfig, rows: Sequence[SweepRow], ou
     """A section on a sweep; its plot goes into `output`."""
     wanted = {run.key for run in config.runs()}
     rows = [row for row in rows if row.key in wanted]
+    done = {row.key for row in rows if row.status != sweep.FAILED}
     summaries = sweep.summarize(rows)
     task = config.runs()[0].task
     training = config.runs()[0].training
@@ -140,7 +141,7 @@ def recall_section(file: Path, config: SweepConfig, rows: Sequence[SweepRow], ou
         f"{task.length:,} tokens, {', '.join(map(str, task.pairs))} pairs, vocabulary of {task.vocabulary:,}; "
         f"{training.steps:,} steps of {training.rows} sequences; learning rates "
         f"{', '.join(f'{rate:g}' for rate in config.learning_rates)}; {len(config.seeds)} seeds; "
-        f"{config.test_sequences:,} test sequences of each number of pairs. {_done(len(rows), len(wanted))}"
+        f"{config.test_sequences:,} test sequences of each number of pairs. {_done(len(done), len(wanted))}"
     )
     if summaries:
         header, lines = sweep.summary_table(summaries)
@@ -153,6 +154,10 @@ def recall_section(file: Path, config: SweepConfig, rows: Sequence[SweepRow], ou
         parts += [*_recall_verdicts(config, rows, summaries)]
     parts += _diverged([(row.model, f"width {row.width}, rate {row.learning_rate:g}, seed {row.seed}", row.message)
                         for row in rows if row.status == sweep.DIVERGED])  # fmt: skip
+    failed = {(row.model, row.width, row.message): row.key for row in rows if row.status == sweep.FAILED}
+    lines = [f"{model}, width {width}: {what}" for (model, width, what), key in failed.items() if key not in done]
+    if lines:
+        parts += ["Runs that failed, which the same command tries again:", _bullets(lines)]
     if config.conclusion:
         parts.append(config.conclusion.strip())
     seconds = sum(row.seconds / row.together for row in rows)
