@@ -286,13 +286,13 @@ def test_a_case_that_takes_too_long_is_given_up_and_longer_ones_are_skipped(monk
 def test_a_wrong_gradient_leaves_the_forward_to_be_timed(monkeypatch):
     def answer(self, request, cap_s):
         if request["check"]:
-            return [Result(BOTH, "wrong: error 0.5 > 0.01 in a gradient", error=0.5)]
+            return [Result(BOTH, "wrong: error 0.5 > 0.01 in the gradient of q", error=0.5)]
         return [Result(FORWARD, "ok", 1.0, 1.0, 1.0, 3, 10), Result(BOTH, "ok", 1.0, 1.0, 1.0, 3, 10)]
 
     monkeypatch.setattr(Worker, "run", answer)
     forward, both = run_operators(tiny(operators=("softmax-flash",)))
     assert (forward.status, forward.time_ms) == ("ok", 1.0)
-    assert (both.status, both.time_ms) == ("wrong: error 0.5 > 0.01 in a gradient", None)
+    assert (both.status, both.time_ms) == ("wrong: error 0.5 > 0.01 in the gradient of q", None)
 
 
 def test_attention_of_the_same_heads_is_measured_once(monkeypatch):

@@ -113,7 +113,8 @@ def check_operator(operator: Operator, shape: Shape, dtype: str, device: str) ->
     towards = torch.randn_like(wanted)
     gradients = torch.autograd.grad(output, list(inputs.tensors().values()), towards.to(output.dtype))
     exact_gradients = torch.autograd.grad(wanted, list(exact.tensors().values()), towards.to(output.dtype).double())
-    backward_error = max(relative_error(a, b) for a, b in zip(gradients, exact_gradients, strict=True))
+    errors = map(relative_error, gradients, exact_gradients)
+    backward_error, which = max(zip(errors, inputs.tensors(), strict=True))
     forward_limit, backward_limit = tolerance(operator, dtype)
     worst = max(forward_error, backward_error)
     if forward_error > forward_limit:
@@ -121,7 +122,7 @@ def check_operator(operator: Operator, shape: Shape, dtype: str, device: str) ->
     if backward_error > backward_limit:
         return Result(
             BOTH,
-            f"wrong: error {backward_error:.2g} > {backward_limit:g} in a gradient",
+            f"wrong: error {backward_error:.2g} > {backward_limit:g} in the gradient of {which}",
             error=backward_error,
         )
     return Result("", "ok", error=worst)
