@@ -252,7 +252,7 @@ def _window_end_kernel(buckets, positions, begun, keys, values, log_decays, mixi
     slot, column = tl.arange(0, P), tile * BV + tl.arange(0, BV)
     there, of_value = slot < count, column < V
     entering = tl.load(values + by_head * N * V + (slot[:, None] * V + column[None, :]),
-                       mask=there[:, None] & of_value[None, :], other=0.0)  # fmt: skip
+                       mask=(slot < count)[:, None] & of_value[None, :], other=0.0)  # fmt: skip
     mixed = None
     if mixing is not None:
         mixed = tl.load(mixing + by_head * N * N + (slot[:, None] * N + slot[None, :]),
@@ -315,12 +315,12 @@ def _window_end_kernel(buckets, positions, begun, keys, values, log_decays, mixi
             states = _sum_of(buckets, first, last, rank, occupied, level, owed, size, offsets, inside)
             at = slot[None, :] * K + channel[:, None]
             of_key = (channel < K)[:, None]
-            writing = tl.load(keys + at, mask=of_key & there[None, :], other=0.0)
+            writing = tl.load(keys + at, mask=of_key & (slot < count)[None, :], other=0.0)
             if log_decays is not None:
                 if BY_CHANNEL:
                     later = tl.load(log_decays + at + K, mask=of_key & (slot + 1 < count)[None, :], other=0.0)
                     writing *= tl.exp(tl.cumsum(later, 1, reverse=True))
-                    own = tl.load(log_decays + at, mask=of_key & there[None, :], other=0.0)
+                    own = tl.load(log_decays + at, mask=of_key & (slot < count)[None, :], other=0.0)
                     states *= tl.exp(tl.sum(own, 1))[:, None]
                 else:
                     writing *= since[None, :]
