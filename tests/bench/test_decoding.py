@@ -199,6 +199,8 @@ def test_states_are_those_of_the_mixers():
     assert state.buckets.dtype == torch.bfloat16 and state.window.length == 32
     assert kept.labelled("log-linear") == "log-linear, window 32, bfloat16 states"
     assert PLAIN.labelled("log-linear") == "log-linear"
+    assert Kept(None, 0).labelled("log-linear") == "log-linear, no window"
+    assert [PLAIN.on(torch.device(kind)) for kind in ("cpu", "cuda")] == [Kept(None, 0), Kept(None, 16)]
 
 
 @pytest.mark.parametrize("kept", [Kept(None, 4), Kept("bfloat16"), Kept("bfloat16", 4)], ids=lambda k: k.labelled("x"))

@@ -366,6 +366,17 @@ def test_kernel_with_wide_states_and_several_tiles(device):
 
 
 @on_kernels
+@pytest.mark.parametrize("few", [1, 6])
+@pytest.mark.parametrize("mixer", ["gated_deltanet", "kda"])
+def test_kernel_where_a_program_writes_several_buckets(mixer, few, device, monkeypatch):
+    """All of a head's at a window's end, or every third; with enough programs each has one."""
+    monkeypatch.setattr("loglinear.ops.triton.window_step.FEW_PROGRAMS", few)
+    shape = Shape(B=1, T=9, G=1, H=2, K=8, V=4, L=10)
+    inputs = make_inputs(mixer, shape, torch.float32, device)
+    check(inputs, windowed(mixer, shape, [487], 4, torch.float32, device), 2e-6, "triton")
+
+
+@on_kernels
 @pytest.mark.parametrize("mixer", ["mamba2", "gated_deltanet", "gla"])
 def test_kernel_on_resets_and_numbers_that_are_not_finite(mixer, device):
     shape = Shape(B=2, T=5, G=1, H=1, K=4, V=4, L=5)
