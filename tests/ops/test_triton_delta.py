@@ -24,11 +24,6 @@ from loglinear.ops.triton import delta, scalar
 needs_interpreter = pytest.mark.skipif(not scalar.INTERPRETED, reason="kernels are not interpreted here")
 
 
-@pytest.fixture
-def states_in_kernels(monkeypatch):
-    monkeypatch.setattr(delta, "STATES_IN_KERNELS", True)
-
-
 def runner(backend, cu_seqlens=None, returns_state=False, pieces=None):
     """pieces: lengths of the calls that hand on the state to each other; None: one call."""
 
@@ -206,13 +201,6 @@ def test_states_of_too_many_levels_are_left_to_torch(caplog):
     assert torch.equal(buckets, wanted)
 
 
-def test_states_are_left_to_torch_until_the_constant_is_set(monkeypatch):
-    q = v = torch.empty(1, 20, 1, 16, device="meta")
-    monkeypatch.setattr(delta, "STATES_IN_KERNELS", False)
-    assert delta.unsupported(q, v, None, None, False) is None
-    assert delta.unsupported(q, v, None, None, True) == "a state of the delta rule carried in or out"
-
-
 @needs_interpreter
 @pytest.mark.parametrize("bounds", [[0, 5, 3, 20], [1, 7, 20], [0, 5, 50], [0, -3, 20]])
 def test_wrong_bounds_with_a_state(bounds):
@@ -369,14 +357,6 @@ def test_on_gpu(shape, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", ON_GPU)
-def test_halves_of_chunks_on_gpu(monkeypatch, shape, dtype):
-    monkeypatch.setattr(delta, "HALVES", True)
-    on_device(make_inputs("gated_deltanet", shape, dtype, "cuda", decay=0.1))
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("decay", [1e-6, 100 / 32])
 def test_extreme_decays_on_gpu(monkeypatch, decay, halves):
@@ -426,7 +406,7 @@ STATES = [
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", STATES)
-def test_state_on_gpu(shape, dtype, states_in_kernels):
+def test_state_on_gpu(shape, dtype):
     inputs = make_inputs("gated_deltanet", shape, dtype, "cuda", decay=0.05)
     on_device(inputs, None, random_state(shape, [0, 1000, 128, 70_001], torch.float32, "cuda"), returns_state=True)
 
@@ -434,14 +414,14 @@ def test_state_on_gpu(shape, dtype, states_in_kernels):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [1, 777, 2048])
-def test_state_out_on_gpu(tokens, dtype, states_in_kernels):
+def test_state_out_on_gpu(tokens, dtype):
     shape = Shape(B=2, T=tokens, G=2, H=2, K=128, V=128, L=13)
     on_device(make_inputs("delta_net", shape, dtype, "cuda"), returns_state=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_state_in_on_gpu(dtype, states_in_kernels):
+def test_state_in_on_gpu(dtype):
     shape = Shape(B=2, T=777, G=1, H=2, K=128, V=64, L=11)
     inputs = make_inputs("gated_deltanet", shape, dtype, "cuda", decay=0.05)
     on_device(inputs, None, random_state(shape, [99, 1_000_003], torch.float32, "cuda"))
@@ -450,7 +430,7 @@ def test_state_in_on_gpu(dtype, states_in_kernels):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("num_levels", [1, 13, 32])
-def test_packed_state_among_nan_on_gpu(num_levels, dtype, states_in_kernels):
+def test_packed_state_among_nan_on_gpu(num_levels, dtype):
     lengths = [0, 700, 1, 64, 0, 63, 129, 2048, 5, 128]
     bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0)
     shape = Shape(B=1, T=sum(lengths), G=1, H=2, K=192, V=64, L=num_levels)
@@ -462,7 +442,7 @@ def test_packed_state_among_nan_on_gpu(num_levels, dtype, states_in_kernels):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("pieces", [[1, 20_000], [8192, 11_809], [63, 65, 16_384, 3489]])
-def test_pieces_on_gpu(pieces, dtype, states_in_kernels):
+def test_pieces_on_gpu(pieces, dtype):
     """A sequence in pieces that hand on their state is the sequence, and has its gradients, whatever the pieces."""
     shape = Shape(B=1, T=sum(pieces), G=2, H=2, K=128, V=64, L=16)
     inputs = make_inputs("gated_deltanet", shape, dtype, "cuda", decay=0.01)
@@ -470,7 +450,7 @@ def test_pieces_on_gpu(pieces, dtype, states_in_kernels):
 
 
 @pytest.mark.gpu
-def test_same_bits_compiled_and_in_a_graph_with_a_state(states_in_kernels):
+def test_same_bits_compiled_and_in_a_graph_with_a_state():
     shape = Shape(B=2, T=1000, G=1, H=4, K=128, V=64, L=11)
     inputs = make_inputs("gated_deltanet", shape, torch.bfloat16, "cuda")
     given = random_state(shape, [77, 5000], torch.float32, "cuda")
@@ -502,7 +482,7 @@ def test_same_bits_compiled_and_in_a_graph_with_a_state(states_in_kernels):
 
 
 @pytest.mark.gpu
-def test_known_bounds_and_positions_cost_no_wait(states_in_kernels):
+def test_known_bounds_and_positions_cost_no_wait():
     """Once they were looked at, the host does not wait for the device any more, forward or backward."""
     shape = Shape(B=1, T=2000, G=1, H=4, K=128, V=64, L=12)
     inputs = make_inputs("gated_deltanet", shape, torch.bfloat16, "cuda").leaves()

@@ -28,13 +28,8 @@ from loglinear.ops.triton.delta_read import descend, read
 from loglinear.ops.triton.scalar import CHUNK, INTERPRETED, MOST_LEVELS, MOST_PROGRAMS, as_rows, slots_of
 
 WIDEST_KEY = 256
-# Half a chunk's rows a program. Faster by a fifth to a third on GPUs, but a gradient of bfloat16 inputs is off by 3e-2
-# there, which it is not in the interpreter (docs/log.md): until that is found, a program has all rows.
-HALVES = INTERPRETED
+HALVES = True  # a program has half of a chunk's rows, where these are enough for a product
 LONG_CHUNK = 16 if INTERPRETED else 128  # of bfloat16: half as many nodes, each of which moves more than its chunk
-# No GPU has run the kernels with a state yet: there the torch backend takes such calls. Set by the tests that are to
-# change this.
-STATES_IN_KERNELS = INTERPRETED
 
 
 def unsupported(
@@ -51,8 +46,6 @@ def unsupported(
         return f"the delta rule with keys wider than {WIDEST_KEY}"  # a program has all rows of a map
     if v.shape[0] * v.shape[1] > MOST_PROGRAMS:
         return f"more than {MOST_PROGRAMS} tokens in a call"
-    if carried and not STATES_IN_KERNELS:
-        return "a state of the delta rule carried in or out"
     if carried and level_scales is not None and level_scales.shape[-1] > MOST_LEVELS:
         return f"a state of more than {MOST_LEVELS} levels carried in or out"
     return None

@@ -504,11 +504,12 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
     d_mixed, d_pairs = torch.empty(square, **float32), v.new_empty(square)
     by_half = (2, *chunks.gamma.shape)
     d_scored = torch.zeros(by_half, **float32)
+    # pipelined, this kernel is silently wrong on Hopper (Triton 3.6): d_mixed by 4e-2 with K = 192, V = 384
     _scores_kernel[halves](
         q, k, v, lam, beta, grad_o, chunks.inverse, chunks.mixed, pulled, chunks.gamma, d_mixed, d_pairs, dscales,
         d_scored, *rows, slots.reads, places, num_slots, heads, groups, scale, *of_q[:2], *of_k[:2], *of_v[:2],
         *of_s[:2], of_b[0], *of_g[:2], key_dim, value_dim, lam.shape[-1] if scaled else 1, HEIGHT=height - 1,
-        SCALED=scaled, EXACT=precision, **values, **keys,
+        SCALED=scaled, EXACT=precision, **values, **{**keys, "num_stages": 1},
     )  # fmt: skip
     d_solved, d_erase = torch.empty(square, **float32), v.new_empty(num_slots, heads, chunk, key_dim)
     _solved_kernel[halves](
