@@ -455,14 +455,19 @@ def plot_models(rows: Sequence[Row]) -> Figure:
 
 def plot_decoding(rows: Sequence[Row], of_cache: bool) -> Figure:
     """Tokens per second, or bytes of state or cache, against context: a panel for each batch, a line for each preset.
-    Bytes of occupied buckets are dashed, in the colour of their preset."""
+    A preset keeps its colour however its states are kept: that is the marker. Bytes of occupied buckets are dashed."""
     batches = sorted({row.batch for row in rows})
     presets = _names(rows)
+    # "preset, how its states are kept"
+    colours = list(dict.fromkeys(preset.partition(", ")[0] for preset in presets))
+    markers = list(dict.fromkeys(preset.partition(", ")[2] for preset in sorted(presets, key=len)))
     with plots.style():
         figure, axes = plots.new_figure(1, len(batches), width=4.8, height=3.8)
         for axis, batch in zip(axes, batches, strict=True):
             lines = []
-            for index, preset in enumerate(presets):
+            for preset in presets:
+                model, _, kept = preset.partition(", ")
+                colour, marker = colours.index(model), markers.index(kept)
                 found = sorted(
                     (row for row in rows if row.operator == preset and row.batch == batch), key=lambda row: row.length
                 )
@@ -474,8 +479,7 @@ def plot_decoding(rows: Sequence[Row], of_cache: bool) -> Figure:
                     points = [(x, y) for x, y in pairs if y is not None]
                     x, y = [x for x, _ in points], [y for _, y in points]
                     if points:
-                        dashed = name != preset
-                        lines.append(plots.Series(name, x, y, dashed=dashed, colour=index, marker=index))
+                        lines.append(plots.Series(name, x, y, dashed=name != preset, colour=colour, marker=marker))
             plots.draw_series(axis, lines)
             plots.token_axis(axis, [x for line in lines for x in line.x], "context (tokens)")
             axis.set_yscale("log", base=2 if of_cache else 10)
