@@ -66,7 +66,7 @@ def log_linear_attention_delta(
         )  # fmt: skip
         return o, None, None
     if torch.compiler.is_compiling() and v.is_cuda and log_decay is not None and log_decay.requires_grad:
-        # what is plain torch below is compiled wrongly there, by 1e-1 (docs/log.md); better none than that
+        # that gradient is wrong by 1e-1 there, from what is plain torch below, it seems (docs/log.md)
         raise NotImplementedError(
             "gradients of log_decay with a state of the delta rule carried in or out are not available under "
             "torch.compile on CUDA; call it uncompiled"
