@@ -191,3 +191,20 @@ def test_the_report_and_its_plots_are_written(tmp_path: Path):
     assert [path.name for path in written] == ["gpu.md", "gpu-mamba2-forward-one.png", "gpu-models.png"]
     assert "Exact T log T growth over 4K to 64K, fitted in the same way: T^1.1" in written[0].read_text()
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written[1:])
+
+
+def test_a_model_keeps_its_colour_and_how_its_states_are_kept_its_marker():
+    names = ["a, no window", "b, no window", "a", "b", "a, bfloat16 states"]
+    rows = [
+        make_row(suite="decode", operator=name, shape="model", batch=32, length=length)
+        for name in names
+        for length in LENGTHS
+    ]
+    (axis,) = report.plot_decoding(rows, of_cache=False).axes
+    look = {line.get_label(): (line.get_color(), line.get_marker()) for line in axis.get_lines()}
+    assert set(look) == set(names)
+    colour, marker = ({name: pair[which] for name, pair in look.items()} for which in (0, 1))
+    assert colour["a"] == colour["a, no window"] == colour["a, bfloat16 states"]
+    assert colour["b"] == colour["b, no window"] != colour["a"]
+    assert marker["a"] == marker["b"] and marker["a, no window"] == marker["b, no window"]
+    assert len(set(marker.values())) == 3

@@ -458,9 +458,9 @@ def plot_decoding(rows: Sequence[Row], of_cache: bool) -> Figure:
     A preset keeps its colour however its states are kept: that is the marker. Bytes of occupied buckets are dashed."""
     batches = sorted({row.batch for row in rows})
     presets = _names(rows)
-    # "preset, how its states are kept"
+    # "preset, how its states are kept", or "preset" alone
     colours = list(dict.fromkeys(preset.partition(", ")[0] for preset in presets))
-    markers = list(dict.fromkeys(preset.partition(", ")[2] for preset in sorted(presets, key=len)))
+    markers = list(dict.fromkeys(["", *(preset.partition(", ")[2] for preset in presets)]))
     with plots.style():
         figure, axes = plots.new_figure(1, len(batches), width=4.8, height=3.8)
         for axis, batch in zip(axes, batches, strict=True):
