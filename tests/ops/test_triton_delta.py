@@ -484,7 +484,6 @@ def test_same_bits_and_in_a_graph_with_a_state():
 
 @pytest.mark.gpu
 def test_compiled_with_a_state():
-    """Fails as long as the gradient of log_decay is refused there: docs/log.md."""
     run, _, with_gradients = calls_with_a_state()
     first, compiled = with_gradients(run), with_gradients(torch.compile(run, fullgraph=True))
     # what is plain torch may be fused, and then rounds elsewhere

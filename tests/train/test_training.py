@@ -652,8 +652,10 @@ def test_missing_checkpoints_are_refused(tmp_path):
 
 def test_two_processes_equal_one(settings, tmp_path):
     """Under torchrun each process takes its share of the rows: the same losses and weights as one process."""
-    one = train(settings.replace(steps=3, output=str(tmp_path / "one")))
-    two = settings.replace(rows=1, steps=3, output=str(tmp_path / "two"))
+    # AdamW moves a weight by its rate however small the gradient is, and of one near zero rounding decides the sign
+    settings = settings.replace(steps=3, epsilon=1e-4)
+    one = train(settings.replace(output=str(tmp_path / "one")))
+    two = settings.replace(rows=1, output=str(tmp_path / "two"))
     two.save(tmp_path / "two.yaml")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(

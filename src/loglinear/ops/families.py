@@ -206,7 +206,8 @@ class _DecayMatrix(torch.autograd.Function):
         if dtype != total.dtype:
             low = (total - high).to(dtype)
             matrix.add_(low[..., :, None]).sub_(low[..., None, :])
-        matrix.clamp_(max=0).exp_().tril_()
+        # not in place to the end: compiled by torch 2.11, what is saved would be as it was before
+        matrix = matrix.clamp_(max=0).exp_().tril()
         ctx.save_for_backward(matrix)
         return matrix
 

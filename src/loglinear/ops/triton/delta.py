@@ -65,12 +65,6 @@ def log_linear_attention_delta(
             q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, None, None, None, return_state
         )  # fmt: skip
         return o, None, None
-    if torch.compiler.is_compiling() and v.is_cuda and log_decay is not None and log_decay.requires_grad:
-        # that gradient is wrong by 1e-1 there, from what is plain torch below, it seems (docs/log.md)
-        raise NotImplementedError(
-            "gradients of log_decay with a state of the delta rule carried in or out are not available under "
-            "torch.compile on CUDA; call it uncompiled"
-        )
     buckets, positions = (None, None) if initial_state is None else initial_state[:2]  # settled at the door
     bounds = torch.arange(v.shape[0] + 1, device=v.device) * v.shape[1] if cu_seqlens is None else cu_seqlens
     chunk, num_levels = _chunk_of(v), 1 if level_scales is None else level_scales.shape[-1]
