@@ -100,9 +100,14 @@ class LogLinearConfig(PreTrainedConfig):
         rescale_residual_init: divide it by sqrt(2 num_hidden_layers) for the projections that write into the
             residual stream.
         use_cache: whether a forward pass outside training returns its state.
-        state_dtype: "float32" or "bfloat16", in which recurrent states are kept between calls. Half the bytes, and
-            rounded whenever they are written: docs/math.md, section 12, has the error and its exceptions. Default:
-            float32 (float64 for a float64 model). Models that differ in this, or in the next, take each other's states.
+        state_dtype: "float32" or "bfloat16", in which recurrent states are kept between calls. Default: bfloat16 for
+            states of several levels that have a window (see `decoding_window`) in a bfloat16 model, unless decays are
+            per channel. A bucket is then written at most once in a window, is owed its decays, and merges with what is
+            about as large: after 100,000 steps it errs by as much as one rounding to bfloat16 (docs/math.md, section
+            12). float64 in a float64 model, float32 everywhere else: one level adds ever smaller things to an ever
+            larger sum. So does the last of several far beyond `2^(L-1)` tokens; float32 is to be asked for there.
+            Models that differ in this, or in the next, take each other's states, and give them their own form when they
+            next read several tokens (not in a static cache, which keeps the form of its first state).
         decoding_window: a power of two N: decoding keeps the newest tokens, up to every multiple of N, as they are, and
             writes states only there (docs/math.md, section 11). 0: states are written at every token. Default: 16 for
             states on a GPU, 0 elsewhere.
