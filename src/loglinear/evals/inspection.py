@@ -32,9 +32,9 @@ class CostRow:
     """Cost of a model at one length. The state is that of a full partition of `length` tokens, `levels` of
     them.
 
-    `state_bytes` is what is allocated, `occupied_state_bytes` what holds tokens on average, both float32;
-    `kv_cache_bytes` is the cache of the softmax model of the same shape (of the attention layers, where the
-    model has some), in bfloat16.
+    `state_bytes` is what is allocated, `occupied_state_bytes` what holds tokens on average, both as a model in bfloat16
+    keeps them on a GPU; `kv_cache_bytes` is the cache of the softmax model of the same shape (of the attention layers,
+    where the model has some), in bfloat16.
     """
 
     length: int

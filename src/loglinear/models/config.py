@@ -320,12 +320,17 @@ class LogLinearConfig(PreTrainedConfig):
 
         return list(PRESETS)
 
-    def cost(self, length: int | None = None, dtype: "torch.dtype | None" = None) -> "Cost":
-        """What a model of this configuration costs at a context of `length` tokens: see
-        `loglinear.models.cost.Cost`."""
+    def cost(
+        self,
+        length: int | None = None,
+        dtype: "torch.dtype | None" = None,
+        device: "torch.device | str | None" = None,
+    ) -> "Cost":
+        """What a model of this configuration costs at a context of `length` tokens, by default in bfloat16 on a GPU:
+        see `loglinear.models.cost.Cost`."""
         from loglinear.models.cost import cost
 
-        return cost(self, length, dtype)
+        return cost(self, length, dtype, device)
 
 
 def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:
