@@ -299,7 +299,7 @@ def generate(
         metavar="float32|bfloat16",
         help="Type in which the model's states are kept: bfloat16 takes half the memory and is less exact. "
         "(default: what the checkpoint's configuration says; else bfloat16 for a log-linear model in bf16 on a GPU, "
-        "if its decays are not per channel, and float32 for all others)",
+        "if it has all levels of the length that it is made for and no decay per channel, and float32 for all others)",
     ),
 ) -> None:
     """Continue a text with a trained model.
@@ -380,7 +380,7 @@ def serve(
         metavar="float32|bfloat16",
         help="Type in which the model's states are kept: bfloat16 takes half the memory and is less exact. "
         "(default: what the checkpoint's configuration says; else bfloat16 for a log-linear model in bf16 on a GPU, "
-        "if its decays are not per channel, and float32 for all others)",
+        "if it has all levels of the length that it is made for and no decay per channel, and float32 for all others)",
     ),
 ) -> None:
     """Answer OpenAI-compatible requests with a trained model.

@@ -36,7 +36,7 @@ def test_log_linear_adds_exactly_its_level_parameters():
 
 def test_paper_states_are_as_large_as_published():
     """Per sequence, fp32, 15 levels x 21 layers: 557 and 495 MB, against 37 and 33 MB for one level. Here those of
-    several levels take half of that, but for a processor.
+    full partitions take half of that, but for a processor.
     """
     configs = {name: LogLinearConfig.preset(name) for name in PAPER}
     sizes = {name: config.cost(16_384, device="cpu").state_bytes / 1e6 for name, config in configs.items()}
@@ -56,6 +56,8 @@ def test_paper_states_are_as_large_as_published():
         ("hybrid", {}),
         ("kda", {}),
         ("mamba2", {"num_levels": 1}),
+        ("mamba2", {"num_levels": 6}),  # one fewer than 64 tokens fill
+        ("mamba2", {"num_levels": 8}),
         ("mamba2", {"state_dtype": "float32"}),
         ("gla", {"state_dtype": "bfloat16"}),
     ],

@@ -48,12 +48,13 @@ class CostRow:
 
 
 def cost_rows(config: LogLinearConfig, lengths: Sequence[int] = COST_LENGTHS) -> list[CostRow]:
-    """The cost at each length, with as many levels as a full partition of that length has (one for a plain
-    linear mixer).
+    """The cost at each length of a model that is made for it, with as many levels as a full partition of that length
+    has (one for a plain linear mixer).
     """
     rows = []
     for length in lengths:
         at_length = copy.deepcopy(config)
+        at_length.max_position_embeddings = length
         if config.num_levels is not None and config.num_levels > 1:
             at_length.num_levels = fenwick.full_num_levels(length)
         found = cost(at_length, length, torch.bfloat16)

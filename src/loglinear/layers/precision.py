@@ -17,20 +17,21 @@ def widen(x: Tensor) -> Tensor:
 
 
 def state_dtype_for(
-    chosen: str | None, dtype: torch.dtype, *, window: int, num_levels: int, channel_decay: bool
+    chosen: str | None, dtype: torch.dtype, *, window: int, full: bool, channel_decay: bool
 ) -> torch.dtype:
     """What the states of a model in `dtype` are kept in: what was chosen, if anything was. Else bf16 in a bf16 model
     where they err by no more than its outputs are rounded (docs/math.md, section 12), fp64 in a fp64 model, and fp32.
 
     That takes a `window` (of so many tokens, 0 for none), in which a bucket is written once, and is owed its decays,
-    which a decay per channel never is; and more levels than one, which would add ever smaller things to an ever larger
-    sum, where levels of a partition merge what is about as large.
+    which a decay per channel never is; and a `full` partition of what the model is made for (see
+    `LogLinearConfig.full_partition`), whose levels merge what is about as large. One level, and the last of too few,
+    would add ever smaller things to an ever larger sum, until 8 bits swallow them.
     """
     if chosen is not None:
         return getattr(torch, chosen)
     if dtype == torch.float64:
         return dtype
-    narrow = dtype == torch.bfloat16 and window > 0 and num_levels > 1 and not channel_decay
+    narrow = dtype == torch.bfloat16 and window > 0 and full and not channel_decay
     return torch.bfloat16 if narrow else torch.float32
 
 

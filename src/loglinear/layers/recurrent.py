@@ -195,7 +195,7 @@ class RecurrentMixer(nn.Module):
         self.layer_idx = layer_idx
         self.num_heads, self.num_groups = config.num_heads, config.num_groups
         self.key_width, self.value_width = config.state_size, config.head_dim
-        self.num_levels = config.num_levels
+        self.num_levels, self.full_partition = config.num_levels, config.full_partition
         self.state_dtype = config.state_dtype
         self.decoding_window = config.decoding_window
         keys, values = self.num_groups * self.key_width, self.num_heads * self.value_width
@@ -251,9 +251,8 @@ class RecurrentMixer(nn.Module):
     def _kept_in(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """The dtype of buckets on `device` in a model in `dtype`."""
         window, channel = length_for(self.decoding_window, device), "channel_decay" in self.uses
-        return state_dtype_for(
-            self.state_dtype, dtype, window=window, num_levels=self.num_levels, channel_decay=channel
-        )
+        full = self.full_partition
+        return state_dtype_for(self.state_dtype, dtype, window=window, full=full, channel_decay=channel)
 
     def _for_steps(self, state: FenwickState, dtype: torch.dtype) -> FenwickState:
         """In what a model in `dtype` keeps it in, and with what steps make use of: a window (see `decoding_window` of

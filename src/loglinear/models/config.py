@@ -101,11 +101,12 @@ class LogLinearConfig(PreTrainedConfig):
             residual stream.
         use_cache: whether a forward pass outside training returns its state.
         state_dtype: "float32" or "bfloat16", in which recurrent states are kept between calls. Default: bfloat16 for
-            states of several levels that have a window (see `decoding_window`) in a bfloat16 model, unless decays are
-            per channel. A bucket is then written at most once in a window, is owed its decays, and merges with what is
-            about as large: after 100,000 steps it errs by as much as one rounding to bfloat16 (docs/math.md, section
-            12). float64 in a float64 model, float32 everywhere else: one level adds ever smaller things to an ever
-            larger sum. So does the last of several far beyond `2^(L-1)` tokens; float32 is to be asked for there.
+            states of a full partition (see `full_partition`) that have a window (see `decoding_window`) in a bfloat16
+            model, unless decays are per channel. A bucket is then written at most once in a window, is owed its decays,
+            and merges with what is about as large: after 100,000 steps it errs by as much as one rounding to bfloat16
+            (docs/math.md, section 12). float64 in a float64 model, float32 everywhere else: one level, and the last of
+            too few, add ever smaller things to an ever larger sum. So does the last of a full partition from 128 times
+            `max_position_embeddings` tokens on, if little decays; float32 is to be asked for there.
             Models that differ in this, or in the next, take each other's states, and give them their own form when they
             next read several tokens (not in a static cache, which keeps the form of its first state).
         decoding_window: a power of two N: decoding keeps the newest tokens, up to every multiple of N, as they are, and
@@ -295,6 +296,12 @@ class LogLinearConfig(PreTrainedConfig):
         """The mixer of every layer, attention layers of a hybrid included."""
         layers = range(self.num_hidden_layers)
         return ["attention" if layer in self.attention_layers else self.mixer for layer in layers]
+
+    @property
+    def full_partition(self) -> bool:
+        """Whether there are several levels, and all that a sequence of `max_position_embeddings` tokens fills."""
+        levels = self.num_levels or 1
+        return levels > 1 and levels >= full_num_levels(self.max_position_embeddings)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "LogLinearConfig":

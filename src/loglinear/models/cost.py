@@ -150,11 +150,11 @@ def cost(
             continue
         forward += _operator_training_flops(mixer, config, length)
         decoding += _operator_decoding_flops(mixer, config, length)
-        levels, channel = config.num_levels, "channel_decay" in mixer.uses
-        kept_in = state_dtype_for(config.state_dtype, dtype, window=window, num_levels=levels, channel_decay=channel)
+        full, channel = config.full_partition, "channel_decay" in mixer.uses
+        kept_in = state_dtype_for(config.state_dtype, dtype, window=window, full=full, channel_decay=channel)
         bucket = config.num_heads * config.state_size * config.head_dim * kept_in.itemsize
-        state += levels * bucket
-        filled += round(mean_occupied(length, levels) * bucket)
+        state += config.num_levels * bucket
+        filled += round(mean_occupied(length, config.num_levels) * bucket)
         channels = 2 * config.num_groups * config.state_size + config.num_heads * config.head_dim
         convolution += max(config.conv_size - 1, 0) * channels * dtype.itemsize
     if not attention_layers:
