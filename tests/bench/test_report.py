@@ -139,6 +139,12 @@ def test_the_reports_in_the_repository_are_those_of_their_rows(name):
     assert report.to_markdown(rows) == (folder / f"{name}.md").read_text()
 
 
+def test_versions_that_few_rows_have_are_named():
+    rows = [*rows_of("log-linear", "log-linear", 1.0), *rows_of("peer", "linear", 1.0, triton="3.7.1")[:1]]
+    usual = rows[0].triton
+    assert f"triton {usual} (3.7.1: peer), Python" in report.to_markdown(rows)
+
+
 def test_what_could_not_run_says_why_and_is_left_out_of_the_fit():
     rows = rows_of("softmax-math", "standard", 2.0)[:2]
     rows.append(

@@ -2,6 +2,7 @@
 any time.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -191,14 +192,24 @@ def _distinct(groups: Sequence[Group]) -> tuple[set[str], set[int]]:
     return {group.dtype for group in groups}, {group.tokens for group in groups if group.tokens is not None}
 
 
+def _versions(rows: Sequence[Row], package: str) -> str:
+    """The version that most rows have, and which operators have another one."""
+    counts = Counter(getattr(row, package) for row in rows)
+    (usual, _), *others = counts.most_common()
+    for version, _ in others:
+        names = dict.fromkeys(row.operator for row in rows if getattr(row, package) == version)
+        usual += f" ({version}: {', '.join(names)})"
+    return usual
+
+
 def to_markdown(rows: Sequence[Row]) -> str:
     """The whole result as Markdown: conditions, a table per group, ratios, and the model table."""
     if not rows:
         raise ValueError("there are no rows to report")
     newest, groups = max(rows, key=lambda row: row.date), groups_of(rows)
     where = (
-        f"Measured on {newest.device}, torch {newest.torch}, triton {newest.triton}, Python {newest.python}, "
-        f"loglinear {newest.loglinear}, {newest.date}. Times are medians"
+        f"Measured on {newest.device}, torch {_versions(rows, 'torch')}, triton {_versions(rows, 'triton')}, Python "
+        f"{newest.python}, loglinear {newest.loglinear}, {newest.date}. Times are medians"
     )
     how = (
         "; they and memory beyond the inputs are given per sequence. Growth is the fitted exponent ± its standard "

@@ -9,7 +9,6 @@ case that could not run is a row too: its `status` says why, and its numbers are
 import csv
 import dataclasses
 import datetime
-import importlib.metadata
 import math
 import platform
 import types
@@ -115,11 +114,13 @@ COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
 ADDED = ("cache_bytes", "occupied_bytes", "moved_bytes", "bandwidth_share")
 
 
-def _version(package: str) -> str:
+def _triton_version() -> str:
+    """Of what is imported, which need not be what is installed first."""
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        import triton
+    except ImportError:
         return "none"
+    return triton.__version__
 
 
 def _processor_name() -> str:
@@ -144,7 +145,7 @@ def environment(device: str | torch.device) -> Environment:
         device=name,
         threads=threads,
         torch=torch.__version__,
-        triton=_version("triton"),
+        triton=_triton_version(),
         python=platform.python_version(),
         loglinear=loglinear.__version__,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
