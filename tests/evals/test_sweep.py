@@ -137,25 +137,26 @@ def test_a_state_belongs_to_its_runs_and_a_failure_ends_it(tmp_path, monkeypatch
     assert {row.status for row in run_sweep(config, tmp_path, "cpu")} == {"finished"}
 
 
-def test_workers_are_spread_over_the_devices(tmp_path, monkeypatch):
-    """Three devices, and threads in place of processes."""
-    places, config = [], SweepConfig(**small(seeds=[0, 1, 2, 3], workers=2))
+def test_runs_are_spread_over_the_devices(tmp_path, monkeypatch):
+    """Three devices, and threads in place of processes: each device has two runs, and what is left comes where one
+    ends."""
+    config, places, held = SweepConfig(**small(seeds=[0, 1, 2], workers=2)), [], threading.Event()
     monkeypatch.setattr(sweep, "choose_device", lambda *_: (torch.device("cuda"), torch.float32))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", places.append)
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    everyone = threading.Barrier(6, timeout=60)  # each worker has one run
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
 
     def train(group, *_):
-        everyone.wait()
+        number = config.runs().index(group[0])
+        if number not in (1, 6):  # the second run ends first, and then the one that comes in its place
+            assert held.wait(timeout=60)
+        if number == 6:
+            held.set()
         return []
 
     monkeypatch.setattr(sweep, "train_together", train)
-    monkeypatch.setattr(
-        sweep, "ProcessPoolExecutor", lambda workers, mp_context, **begin: ThreadPoolExecutor(workers, **begin)
-    )
     assert run_sweep(config, tmp_path, "auto") == []
-    assert sorted(places) == [0, 0, 1, 1, 2, 2]
+    assert places[:7] == [0, 1, 2, 0, 1, 2, 1] and len(places) == 9
 
 
 def test_runs_that_are_computed_together_give_the_same_rows(tmp_path):

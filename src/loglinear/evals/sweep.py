@@ -553,25 +553,22 @@ def _rows_of(
         return
     # A fresh interpreter each: a process that has used CUDA cannot be forked.
     context = multiprocessing.get_context("spawn")
-    threads, places = max(1, (os.cpu_count() or 1) // workers), context.SimpleQueue()
-    for number in range(workers):
-        places.put(number % gpus if gpus else None)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(threads, places))
-
-    def submit(some: Iterator[Sequence[SweepRun]]) -> dict[Future, Sequence[SweepRun]]:
-        return {
-            pool.submit(train_together, group, device, deadline, None, state_file(output, group)): group
-            for group in some
-        }
-
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,))
     waiting = iter(groups)
+    free = [number % gpus if gpus else None for number in range(workers)]  # GPUs, each as often as it has room
+    under_way: dict[Future, tuple[Sequence[SweepRun], int | None]] = {}
     try:
-        under_way = submit(itertools.islice(waiting, workers))
-        while under_way:
-            ended = [(under_way.pop(future), future) for future in wait(under_way, return_when=FIRST_COMPLETED).done]
-            if time.monotonic() <= deadline:
-                under_way |= submit(itertools.islice(waiting, len(ended)))
-            for group, future in ended:
+        while True:
+            for group in itertools.islice(waiting, len(free)) if time.monotonic() <= deadline else ():
+                gpu = free.pop(0)
+                future = pool.submit(_train_on, gpu, group, device, deadline, None, state_file(output, group))
+                under_way[future] = group, gpu
+            if not under_way:
+                return
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                group, gpu = under_way.pop(future)
+                free.append(gpu)
                 yield group, future.result()
     except BrokenProcessPool as error:
         raise RuntimeError(
@@ -582,12 +579,11 @@ def _rows_of(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin_worker(threads: int, places: Any) -> None:
-    """A process for trainings: takes the GPU that is next in the queue `places` (None: there is none)."""
-    torch.set_num_threads(threads)
-    place = places.get()
-    if place is not None:
-        torch.cuda.set_device(place)
+def _train_on(gpu: int | None, *arguments: Any) -> list[SweepRow]:
+    """`train_together` in a worker, on a GPU by its number."""
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    return train_together(*arguments)
 
 
 # ----------------------------------------------------------------------------------------------------
