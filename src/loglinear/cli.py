@@ -300,7 +300,8 @@ def generate(
         None,
         metavar="float32|bfloat16",
         help="Type in which the model's states are kept: bfloat16 takes half the memory and is less exact. "
-        "(default: what the checkpoint's configuration says, or float32)",
+        "(default: what the checkpoint's configuration says; else bfloat16 for a log-linear model in bf16 on a GPU, "
+        "if it has all levels of the length that it is made for and no decay per channel, and float32 for all others)",
     ),
 ) -> None:
     """Continue a text with a trained model.
@@ -380,7 +381,8 @@ def serve(
         None,
         metavar="float32|bfloat16",
         help="Type in which the model's states are kept: bfloat16 takes half the memory and is less exact. "
-        "(default: what the checkpoint's configuration says, or float32)",
+        "(default: what the checkpoint's configuration says; else bfloat16 for a log-linear model in bf16 on a GPU, "
+        "if it has all levels of the length that it is made for and no decay per channel, and float32 for all others)",
     ),
 ) -> None:
     """Answer OpenAI-compatible requests with a trained model.
@@ -761,7 +763,7 @@ def bench(
         False,
         "--drift",
         help="Measure how far decoding steps are from float64 after 1,000, 10,000 and 100,000 tokens (or --lengths), "
-        "by how states are kept: on a processor, about half an hour.",
+        "by how states are kept (float32 where nothing is said): on a processor, about half an hour.",
     ),
     window: int | None = typer.Option(
         None,
@@ -769,7 +771,9 @@ def bench(
         "written once in so many. 0: states are written at every token. Default: 16 (GPU), 0 (CPU).",
     ),
     state_dtype: str | None = typer.Option(
-        None, help="With --decode and --step: keep states in float32 or bfloat16. Default: float32."
+        None,
+        help="With --decode and --step: keep states in float32 or bfloat16. Default: what each model keeps them in "
+        "(--decode), float32 (--step).",
     ),
     compile_blocks: bool = typer.Option(False, "--compile", help="With --model: compile the blocks of the models."),
     budget: float | None = typer.Option(None, help="Seconds spent on repeating one call. Default: 1 (CPU), 0.2 (GPU)."),

@@ -450,7 +450,8 @@ def report(result: QuickstartResult) -> str:
         f"Nats per byte, {position_loss.TABLE_NOTE}.",
         "![loss by position](position_loss.png)",
         "## Memory while decoding",
-        "Per sequence: the states in float32 (a full partition at each length), the cache in bfloat16. The log-linear "
+        "Per sequence of a bfloat16 model on a GPU: the states (a full partition at each length; bfloat16 where there "
+        "are several levels and no decay per channel, else float32) and the cache. The log-linear "
         f"model trained here has {fenwick.full_num_levels(config.sequence_length)} levels, as many as "
         f"{config.sequence_length} tokens need; beyond that its last level absorbs what is older, and its state "
         "does not grow any more.",

@@ -194,6 +194,8 @@ def test_moved_bytes_of_a_window_are_what_the_recurrence_touches():
 def test_states_are_those_of_the_mixers():
     state = zero_state(SHAPES["gated-deltanet-128"], 3, 5, torch.bfloat16, torch.device("meta"))
     assert tuple(state.buckets.shape) == (3, 5, 32, 128, 128) and state.buckets.dtype == torch.float32
+    state = zero_state(SHAPES["mamba2"], 3, 5, torch.bfloat16, torch.device("meta"), Kept(None, 16))
+    assert state.buckets.dtype == torch.float32, "no model says otherwise"
     kept = Kept("bfloat16", 32)
     state = zero_state(SHAPES["gated-deltanet-128"], 3, 5, torch.bfloat16, torch.device("meta"), kept)
     assert state.buckets.dtype == torch.bfloat16 and state.window.length == 32
@@ -201,6 +203,21 @@ def test_states_are_those_of_the_mixers():
     assert PLAIN.labelled("log-linear") == "log-linear"
     assert Kept(None, 0).labelled("log-linear") == "log-linear, no window"
     assert [PLAIN.on(torch.device(kind)) for kind in ("cpu", "cuda")] == [Kept(None, 0), Kept(None, 16)]
+
+
+@pytest.mark.parametrize("preset", ["tiny-mamba2", "tiny-gated-deltanet"])
+def test_models_keep_states_in_what_they_choose(preset):
+    """Unless another dtype is asked for, and named: allocated is what is counted."""
+    sizes = []
+    for chosen in (None, "bfloat16", "float32"):
+        kept = Kept(chosen, 16)
+        model = build_model(preset, 64, torch.bfloat16, CPU, kept)
+        cache, (allocated, _) = filled_cache(model, 40, 3), cache_bytes(model, 40, 3)
+        assert cache_nbytes(cache) == allocated
+        sizes.append((allocated, occupied_bytes(model, 40, 3)))
+    assert sizes[0] == sizes[1] < sizes[2] and sizes[2][1] == 2 * sizes[1][1]
+    labels = [Kept(chosen).labelled(preset) for chosen in (None, "bfloat16", "float32")]
+    assert labels == [preset, f"{preset}, bfloat16 states", f"{preset}, float32 states"]
 
 
 @pytest.mark.parametrize("kept", [Kept(None, 4), Kept("bfloat16"), Kept("bfloat16", 4)], ids=lambda k: k.labelled("x"))
@@ -333,5 +350,5 @@ def test_decoding_and_steps_on_a_gpu():
             step_case = StepCase(shape, (64, 4096), (1, 2), "cuda", "bfloat16", 0.01, **kept._asdict())
             assert [result.status for result in run_step_case(step_case)] == ["ok"] * 4
     for preset in PRESETS[:2]:
-        results = list(run_decode_case(replace(case, preset=preset, state_dtype="bfloat16", decoding_window=16)))
+        results = list(run_decode_case(replace(case, preset=preset, state_dtype="float32", decoding_window=16)))
         assert [result.status for result in results] == ["ok"] * 4

@@ -194,7 +194,7 @@ def test_the_report_and_its_plots_are_written(tmp_path: Path):
 
 
 def test_a_model_keeps_its_colour_and_how_its_states_are_kept_its_marker():
-    names = ["a, no window", "b, no window", "a", "b", "a, bfloat16 states"]
+    names = ["a, no window", "b, no window", "a", "b", "a, float32 states", "b, bfloat16 states"]
     rows = [
         make_row(suite="decode", operator=name, shape="model", batch=32, length=length)
         for name in names
@@ -204,7 +204,7 @@ def test_a_model_keeps_its_colour_and_how_its_states_are_kept_its_marker():
     look = {line.get_label(): (line.get_color(), line.get_marker()) for line in axis.get_lines()}
     assert set(look) == set(names)
     colour, marker = ({name: pair[which] for name, pair in look.items()} for which in (0, 1))
-    assert colour["a"] == colour["a, no window"] == colour["a, bfloat16 states"]
-    assert colour["b"] == colour["b, no window"] != colour["a"]
+    assert colour["a"] == colour["a, no window"] == colour["a, float32 states"]
+    assert colour["b"] == colour["b, no window"] == colour["b, bfloat16 states"] != colour["a"]
     assert marker["a"] == marker["b"] and marker["a, no window"] == marker["b, no window"]
-    assert len(set(marker.values())) == 3
+    assert len(set(marker.values())) == 4

@@ -40,11 +40,12 @@ def test_the_last_level_takes_everything_older():
 
 def test_the_state_grows_with_the_number_of_levels_and_the_cache_with_the_length():
     config = LogLinearConfig.preset("tiny-gated-deltanet")
-    rows = cost_rows(config, [1024, 4096, 1024 * 1024])
-    bucket = 2 * 2 * 16 * 32 * 4  # layers, heads, K, V, bytes
-    assert [row.levels for row in rows] == [11, 13, 21]
-    assert [row.state_bytes for row in rows] == [11 * bucket, 13 * bucket, 21 * bucket]
-    assert [row.kv_cache_bytes for row in rows] == [2 * 64 * 2 * 2 * n for n in (1024, 4096, 1024 * 1024)]
+    lengths = [64, 1024, 4096, 1024 * 1024]  # shorter and longer than what the preset is made for
+    rows = cost_rows(config, lengths)
+    bucket = 2 * 2 * 16 * 32 * 2  # layers, heads, K, V, bytes
+    assert [row.levels for row in rows] == [7, 11, 13, 21]
+    assert [row.state_bytes for row in rows] == [7 * bucket, 11 * bucket, 13 * bucket, 21 * bucket]
+    assert [row.kv_cache_bytes for row in rows] == [2 * 64 * 2 * 2 * n for n in lengths]
     assert config.num_levels == 9, "the configuration that was asked about must not change"
 
 
@@ -176,7 +177,7 @@ def test_a_preset_is_inspected_without_weights(tmp_path, capsys):
     written = run_inspect("log-linear-mamba2-825m", tmp_path, lengths=[16384])
     assert sorted(path.name for path in written) == ["memory.png", "partition.png"]
     shown = capsys.readouterr().out
-    assert "825,465,312" in shown and "16K" in shown and "473 MiB" in shown
+    assert "825,465,312" in shown and "16K" in shown and "237 MiB" in shown
 
 
 def test_level_scales_of_a_preset_are_shown_on_a_given_text(tmp_path, capsys):

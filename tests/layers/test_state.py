@@ -57,6 +57,57 @@ def test_mixers_whose_steps_defer_decays_keep_room_for_them(mixer, pends):
     assert mixer(x, return_state=True)[1].fenwick.log_decays is None
 
 
+NARROW, WIDE = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("mixer", "dtype", "options", "kept_in"),
+    [
+        ("mamba2", NARROW, {}, NARROW),
+        ("retention", NARROW, {}, NARROW),
+        ("linear_attention", NARROW, {}, NARROW),
+        ("delta_net", NARROW, {}, NARROW),
+        ("gated_deltanet", NARROW, {}, NARROW),
+        ("mamba2", NARROW, {"num_levels": 7}, NARROW),  # all that 64 tokens fill
+        ("mamba2", NARROW, {"num_levels": 8}, NARROW),
+        ("mamba2", NARROW, {"num_levels": 6}, WIDE),
+        ("mamba2", NARROW, {"num_levels": 7, "max_position_embeddings": 65}, WIDE),
+        ("gated_deltanet", NARROW, {"num_levels": 2}, WIDE),
+        ("gated_deltanet", NARROW, {"num_levels": 2, "max_position_embeddings": 2}, NARROW),
+        ("gated_deltanet", NARROW, {"num_levels": 2, "max_position_embeddings": 1}, NARROW),
+        ("gla", NARROW, {}, WIDE),
+        ("kda", NARROW, {}, WIDE),
+        ("gated_deltanet", NARROW, {"num_levels": 1}, WIDE),
+        ("gated_deltanet", NARROW, {"num_levels": 1, "max_position_embeddings": 1}, WIDE),
+        ("mamba2", NARROW, {"decoding_window": 0}, WIDE),
+        ("mamba2", NARROW, {"decoding_window": None}, WIDE),  # on a processor
+        ("mamba2", WIDE, {}, WIDE),
+        ("mamba2", torch.float16, {}, WIDE),
+        ("mamba2", torch.float64, {}, torch.float64),
+        ("mamba2", NARROW, {"state_dtype": "float32"}, WIDE),
+        ("mamba2", NARROW, {"state_dtype": "bfloat16", "num_levels": 2}, NARROW),
+        ("kda", WIDE, {"state_dtype": "bfloat16", "num_levels": 1, "decoding_window": 0}, NARROW),
+    ],
+)
+def test_what_states_are_kept_in(mixer, dtype, options, kept_in):
+    mixer = small_mixer(mixer, **{"decoding_window": 16, **options}).to(dtype)
+    x = torch.randn(2, 5, 28, dtype=dtype)
+    with torch.no_grad():
+        for state in (mixer.zero_state(2), mixer(x, return_state=True)[1]):
+            assert state.fenwick.buckets.dtype == kept_in
+            mixer(x[:, :1], state, return_state=True)
+            _, state = mixer(x, state, return_state=True)
+            assert state.fenwick.buckets.dtype == kept_in
+
+
+def test_the_dtype_of_a_state_is_that_of_the_model_it_is_made_for():
+    """`zero_state` is told it where weights are not what the model computes in."""
+    mixer = small_mixer("mamba2", decoding_window=16)
+    assert mixer.zero_state(2).fenwick.buckets.dtype == torch.float64
+    assert mixer.zero_state(2, NARROW).fenwick.buckets.dtype == NARROW
+    assert mixer.zero_state(2, WIDE).fenwick.buckets.dtype == WIDE
+
+
 def test_copies_between_pending_and_plain_states():
     mixer = small_mixer("mamba2")
     with torch.no_grad():

@@ -271,6 +271,46 @@ def test_states_in_sixteen_bits(kind, tmp_path, static):
     assert load_cache(tmp_path / "state", wide).layers[0].state.fenwick.buckets.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kind", ["mamba2", "hybrid"])
+def test_states_of_a_model_in_sixteen_bits(kind, tmp_path, static):
+    """With a window they are in 16 bits by themselves, from prompt to prompt and from a file; float32 if asked for.
+    Steps are as far from float64 as a call on all tokens, which keeps no state.
+    """
+    model = small_model(kind, decoding_window=16).bfloat16()
+    wide = small_model(kind, decoding_window=16, state_dtype="float32").bfloat16()
+    exact = small_model(kind)
+    for other in (wide, exact):
+        other.load_state_dict(model.state_dict())
+    ids, found, rounded = tokens(2, 60), [], []
+    cache, full = cache_for(model, static), cache_for(wide, static)
+    for part in (ids[:, :9], *ids[:, 9:29].split(1, 1), ids[:, 29:36], *ids[:, 36:].split(1, 1)):
+        found.append(read(model, part, cache).double())
+        rounded.append(read(wide, part, full).double())
+        assert cache.layers[0].state.fenwick.buckets.dtype == torch.bfloat16
+        assert full.layers[0].state.fenwick.buckets.dtype == torch.float32
+        if len(found) == 17:
+            save_cache(cache, model, tmp_path / "state")
+            cache = load_cache(tmp_path / "state", model)
+    found, rounded = torch.cat(found, dim=1), torch.cat(rounded, dim=1)
+    assert 1e-5 < relative_error(found, rounded) < 2e-2, "rounded to 8 bits, not more"
+    with torch.no_grad():
+        whole, wanted = (one(ids, use_cache=False).logits.double() for one in (model, exact))
+    assert relative_error(found, wanted) < 1.25 * relative_error(whole, wanted)
+
+
+@pytest.mark.parametrize("kept", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_state_takes_the_form_of_its_model_with_the_next_prompt(kept, static):
+    """It steps as it came; in a static cache, whose tensors stay where they are, it also stays as it came."""
+    options = ({"state_dtype": "float32"} if name == "float32" else {} for name in kept)
+    one, other = (small_model("mamba2", decoding_window=16, **chosen).bfloat16() for chosen in options)
+    before, after = (getattr(torch, name) for name in kept)
+    cache = cache_for(one, static)
+    read(one, tokens(2, 5), cache)
+    for count, wanted in ((1, before), (3, before if static else after)):
+        read(other, tokens(2, count), cache)
+        assert cache.layers[0].state.fenwick.buckets.dtype == wanted
+
+
 def test_a_cache_in_sixteen_bits_is_kept_exactly(tmp_path):
     model = small_model("hybrid").to(torch.bfloat16)
     cache = new_cache(model.config)

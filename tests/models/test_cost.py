@@ -35,12 +35,41 @@ def test_log_linear_adds_exactly_its_level_parameters():
 
 
 def test_paper_states_are_as_large_as_published():
-    """Per sequence, fp32, 15 levels x 21 layers: 557 and 495 MB, against 37 and 33 MB for one level."""
-    sizes = {name: LogLinearConfig.preset(name).cost(16_384).state_bytes / 1e6 for name in PAPER}
+    """Per sequence, fp32, 15 levels x 21 layers: 557 and 495 MB, against 37 and 33 MB for one level. Here those of
+    full partitions take half of that, but for a processor.
+    """
+    configs = {name: LogLinearConfig.preset(name) for name in PAPER}
+    sizes = {name: config.cost(16_384, device="cpu").state_bytes / 1e6 for name, config in configs.items()}
     assert round(sizes["log-linear-gated-deltanet-796m"]) == 557 and round(sizes["gated-deltanet-793m"]) == 37
     assert round(sizes["log-linear-mamba2-825m"]) == 495 and round(sizes["mamba2-802m"]) == 33
-    half = LogLinearConfig.preset("log-linear-mamba2-825m", state_dtype="bfloat16").cost(16_384).state_bytes
-    assert round(half / 1e6) == 248
+    for name, config in configs.items():
+        parts = 2 if name.startswith("log-linear") else 1
+        assert parts * config.cost(16_384).state_bytes == config.cost(16_384, device="cpu").state_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("window", [None, 0, 16])
+@pytest.mark.parametrize(
+    ("mixer", "options"),
+    [
+        ("gated_deltanet", {}),
+        ("hybrid", {}),
+        ("kda", {}),
+        ("mamba2", {"num_levels": 1}),
+        ("mamba2", {"num_levels": 6}),  # one fewer than 64 tokens fill
+        ("mamba2", {"num_levels": 8}),
+        ("mamba2", {"state_dtype": "float32"}),
+        ("gla", {"state_dtype": "bfloat16"}),
+    ],
+)
+def test_bytes_of_states_are_those_that_are_allocated(mixer, options, dtype, window):
+    """By the dtype of the model and by device: on a processor states have a window if one is asked for."""
+    model = small_model(mixer, decoding_window=window, **options).to(dtype)
+    recurrent = [block.mixer for block in model.model.layers if hasattr(block.mixer, "decoding_window")]
+    allocated = sum(layer.zero_state(1).fenwick.buckets.nbytes for layer in recurrent)
+    assert model.cost(21, dtype, "cpu").state_bytes == allocated
+    on_a_gpu = small_config(mixer, decoding_window=16 if window is None else window, **options)
+    assert model.cost(21, dtype).state_bytes == on_a_gpu.cost(21, dtype, "cpu").state_bytes
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -72,7 +72,9 @@ class StepCase:
 
 
 class Kept(NamedTuple):
-    """How states are kept: two fields of `LogLinearConfig`."""
+    """How states are kept: two fields of `LogLinearConfig`. Without a model, whose dtype has a say in it, states are
+    float32 unless a `state_dtype` is given.
+    """
 
     state_dtype: str | None = None
     decoding_window: int | None = None
@@ -412,7 +414,7 @@ def zero_state(
         state_size=shape.key_dim,
         head_dim=shape.value_dim,
         num_levels=levels,
-        **kept._asdict(),
+        **kept._replace(state_dtype=kept.state_dtype or "float32")._asdict(),
     )
     with torch.device("meta"):
         mixer = cast(Any, MIXERS[config.mixers[0]](config, 0))

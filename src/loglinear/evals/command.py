@@ -351,7 +351,8 @@ def run_inspect(
         _refuse_scale_options(target, softmax, levels, {"text": text, "max-tokens": most_tokens, "device": device})
     _print_model(console, target, config)
     rows = inspection.cost_rows(config, lengths)
-    print_table(console, "Cost by length, full partition of that length", *inspection.cost_table(rows))
+    title = "Cost by length, full partition of that length, bfloat16 model on a GPU"
+    print_table(console, title, *inspection.cost_table(rows))
     name = "log-linear state" if levels > 1 else "state"
     written = [plots.save(inspection.plot_memory({name: rows}, rows), output / "memory.png")]
     if levels > 1:
@@ -398,13 +399,11 @@ def _print_model(console: Console, target: str, config: LogLinearConfig) -> None
         ["parameters", f"{found.parameters:,} ({found.parameters_non_embedding:,} without embedding and head)"],
     ]
     if config.mixer != "attention":
+        state = plots.format_bytes(found.state_bytes + found.conv_bytes)
         lines += [
             ["heads", f"{config.num_heads}, state {config.state_size} x {config.head_dim} each"],
             ["levels", str(config.num_levels)],
-            [
-                "state as configured",
-                f"{plots.format_bytes(found.state_bytes + found.conv_bytes)} per sequence at any length",
-            ],
+            ["state as configured", f"{state} per sequence at any length, bfloat16 model on a GPU"],
         ]
     table = Table(title=target, title_justify="left", title_style="bold", show_header=False)
     for line in lines:

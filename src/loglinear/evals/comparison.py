@@ -384,7 +384,7 @@ def _number(metric: str, value: float | None, **more: Any) -> dict[str, Any]:
 
 def _costs(run: ComparisonRun, training: TrainConfig) -> Iterator[dict[str, Any]]:
     config = run.model_config()
-    cost = config.cost(training.sequence_length)
+    cost = config.cost(training.sequence_length, device="cpu")  # states of all models in float32
     softmax = set(config.mixers) == {"attention"}
     levels = 0 if softmax else config.num_levels or 1
     yield _number("parameters", cost.parameters)

@@ -32,9 +32,9 @@ class CostRow:
     """Cost of a model at one length. The state is that of a full partition of `length` tokens, `levels` of
     them.
 
-    `state_bytes` is what is allocated, `occupied_state_bytes` what holds tokens on average, both float32;
-    `kv_cache_bytes` is the cache of the softmax model of the same shape (of the attention layers, where the
-    model has some), in bfloat16.
+    `state_bytes` is what is allocated, `occupied_state_bytes` what holds tokens on average, both as a model in bfloat16
+    keeps them on a GPU; `kv_cache_bytes` is the cache of the softmax model of the same shape (of the attention layers,
+    where the model has some), in bfloat16.
     """
 
     length: int
@@ -48,12 +48,13 @@ class CostRow:
 
 
 def cost_rows(config: LogLinearConfig, lengths: Sequence[int] = COST_LENGTHS) -> list[CostRow]:
-    """The cost at each length, with as many levels as a full partition of that length has (one for a plain
-    linear mixer).
+    """The cost at each length of a model that is made for it, with as many levels as a full partition of that length
+    has (one for a plain linear mixer).
     """
     rows = []
     for length in lengths:
         at_length = copy.deepcopy(config)
+        at_length.max_position_embeddings = length
         if config.num_levels is not None and config.num_levels > 1:
             at_length.num_levels = fenwick.full_num_levels(length)
         found = cost(at_length, length, torch.bfloat16)

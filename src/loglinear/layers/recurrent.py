@@ -24,7 +24,7 @@ from loglinear.layers import fused
 from loglinear.layers.convolution import ShortConvolution
 from loglinear.layers.norms import GatedRMSNorm, RMSNorm
 from loglinear.layers.packing import token_positions
-from loglinear.layers.precision import initialize, widen
+from loglinear.layers.precision import initialize, state_dtype_for, widen
 from loglinear.layers.state import RecurrentState
 from loglinear.ops.interface import log_linear_attention, log_linear_attention_step
 from loglinear.state import FenwickState
@@ -195,8 +195,8 @@ class RecurrentMixer(nn.Module):
         self.layer_idx = layer_idx
         self.num_heads, self.num_groups = config.num_heads, config.num_groups
         self.key_width, self.value_width = config.state_size, config.head_dim
-        self.num_levels = config.num_levels
-        self.state_dtype = None if config.state_dtype is None else getattr(torch, config.state_dtype)
+        self.num_levels, self.full_partition = config.num_levels, config.full_partition
+        self.state_dtype = config.state_dtype
         self.decoding_window = config.decoding_window
         keys, values = self.num_groups * self.key_width, self.num_heads * self.value_width
         self.splits = (keys, keys, values)
@@ -238,27 +238,32 @@ class RecurrentMixer(nn.Module):
     def zero_state(
         self, batch: int, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> RecurrentState:
-        """The state before the first token of `batch` rows. Buckets are fp32 (fp64 for a fp64 model), unless the
-        configuration has a `state_dtype`."""
+        """The state before the first token of `batch` rows of a model in `dtype`. See `state_dtype` and
+        `decoding_window` of the configuration for how it is kept."""
         dtype = self.qkv_proj.weight.dtype if dtype is None else dtype
         device = self.qkv_proj.weight.device if device is None else device
-        buckets = torch.float64 if dtype == torch.float64 else torch.float32
         sizes = (batch, self.num_levels, self.num_heads, self.key_width, self.value_width)
         return RecurrentState(
             None if self.conv is None else self.conv.zero_state(batch, dtype, device),
-            self._for_steps(FenwickState.zeros(*sizes, dtype=buckets, device=device)),
+            self._for_steps(FenwickState.zeros(*sizes, dtype=self._kept_in(dtype, device), device=device), dtype),
         )
 
-    def _for_steps(self, state: FenwickState) -> FenwickState:
-        """In the dtype that it is kept in, and with what steps make use of: a window (see `decoding_window` of the
-        configuration), or room for pending decays where they pay. A state that steps start from has it from the
+    def _kept_in(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """The dtype of buckets on `device` in a model in `dtype`."""
+        window, channel = length_for(self.decoding_window, device), "channel_decay" in self.uses
+        full = self.full_partition
+        return state_dtype_for(self.state_dtype, dtype, window=window, full=full, channel_decay=channel)
+
+    def _for_steps(self, state: FenwickState, dtype: torch.dtype) -> FenwickState:
+        """In what a model in `dtype` keeps it in, and with what steps make use of: a window (see `decoding_window` of
+        the configuration), or room for pending decays where they pay. A state that steps start from has it from the
         beginning: a captured step needs it at one address."""
-        if self.state_dtype is not None:
-            state = state.to(dtype=self.state_dtype)
+        device = state.buckets.device
+        state = state.to(dtype=self._kept_in(dtype, device))
         decays = {"decay", "channel_decay"}.intersection(self.uses)
         decay = "channel" if "channel_decay" in decays else "head" if decays else None
         delta = "beta" in self.uses
-        length = length_for(self.decoding_window, state.buckets.device)
+        length = length_for(self.decoding_window, device)
         if length > 0:
             return state.with_window(length, num_groups=self.num_groups, decay=decay, delta=delta)
         return state if delta or decay == "channel" else state.with_pending()
@@ -331,7 +336,7 @@ class RecurrentMixer(nn.Module):
                 return_state=return_state,
             )
             if fenwick is not None and not torch.is_grad_enabled():
-                fenwick = self._for_steps(fenwick)
+                fenwick = self._for_steps(fenwick, self.qkv_proj.weight.dtype)
             new_state = None if fenwick is None else RecurrentState(convolution, fenwick)
         return self.out_proj(self.finish(o, v, x)), new_state if return_state else None
 

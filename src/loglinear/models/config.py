@@ -100,9 +100,15 @@ class LogLinearConfig(PreTrainedConfig):
         rescale_residual_init: divide it by sqrt(2 num_hidden_layers) for the projections that write into the
             residual stream.
         use_cache: whether a forward pass outside training returns its state.
-        state_dtype: "float32" or "bfloat16", in which recurrent states are kept between calls. Half the bytes, and
-            rounded whenever they are written: docs/math.md, section 12, has the error and its exceptions. Default:
-            float32 (float64 for a float64 model). Models that differ in this, or in the next, take each other's states.
+        state_dtype: "float32" or "bfloat16", in which recurrent states are kept between calls. Default: bfloat16 for
+            states of a full partition (see `full_partition`) that have a window (see `decoding_window`) in a bfloat16
+            model, unless decays are per channel. A bucket is then written at most once in a window, is owed its decays,
+            and merges with what is about as large: after 100,000 steps it errs by as much as one rounding to bfloat16
+            (docs/math.md, section 12). float64 in a float64 model, float32 everywhere else: one level, and the last of
+            too few, add ever smaller things to an ever larger sum. So does the last of a full partition from 128 times
+            `max_position_embeddings` tokens on, if little decays; float32 is to be asked for there.
+            Models that differ in this, or in the next, take each other's states, and give them their own form when they
+            next read several tokens (not in a static cache, which keeps the form of its first state).
         decoding_window: a power of two N: decoding keeps the newest tokens, up to every multiple of N, as they are, and
             writes states only there (docs/math.md, section 11). 0: states are written at every token. Default: 16 for
             states on a GPU, 0 elsewhere.
@@ -291,6 +297,12 @@ class LogLinearConfig(PreTrainedConfig):
         layers = range(self.num_hidden_layers)
         return ["attention" if layer in self.attention_layers else self.mixer for layer in layers]
 
+    @property
+    def full_partition(self) -> bool:
+        """Whether there are several levels, and all that a sequence of `max_position_embeddings` tokens fills."""
+        levels = self.num_levels or 1
+        return levels > 1 and levels >= full_num_levels(self.max_position_embeddings)
+
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "LogLinearConfig":
         """A named configuration, with any field overridden. See `presets()` for the names.
@@ -315,12 +327,17 @@ class LogLinearConfig(PreTrainedConfig):
 
         return list(PRESETS)
 
-    def cost(self, length: int | None = None, dtype: "torch.dtype | None" = None) -> "Cost":
-        """What a model of this configuration costs at a context of `length` tokens: see
-        `loglinear.models.cost.Cost`."""
+    def cost(
+        self,
+        length: int | None = None,
+        dtype: "torch.dtype | None" = None,
+        device: "torch.device | str | None" = None,
+    ) -> "Cost":
+        """What a model of this configuration costs at a context of `length` tokens, by default in bfloat16 on a GPU:
+        see `loglinear.models.cost.Cost`."""
         from loglinear.models.cost import cost
 
-        return cost(self, length, dtype)
+        return cost(self, length, dtype, device)
 
 
 def _nearest(name: str, known: Sequence[str] | dict[str, Any]) -> str:

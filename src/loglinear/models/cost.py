@@ -18,6 +18,8 @@ import torch
 
 from loglinear.fenwick import full_num_levels, occupied
 from loglinear.layers import MIXERS, Attention, RecurrentMixer
+from loglinear.layers.precision import state_dtype_for
+from loglinear.window import length_for
 
 if TYPE_CHECKING:
     from loglinear.models.config import LogLinearConfig
@@ -35,8 +37,8 @@ class Cost:
         parameters_non_embedding: without the embedding and the output head.
         training_flops_per_token: forward and backward, averaged over a sequence of T tokens.
         decoding_flops_per_token: one token, averaged over the positions from 0 to T - 1.
-        state_bytes: bytes of recurrent state per sequence as allocated, buckets of all levels; fp32 whatever
-            the dtype, fp64 for fp64, unless the configuration has a `state_dtype`.
+        state_bytes: bytes of recurrent state per sequence as allocated, buckets of all levels, in the dtype that
+            they are kept in (see `LogLinearConfig.state_dtype`); the newest tokens of a window are not counted.
         occupied_state_bytes: bytes of those buckets that hold tokens, averaged over the positions from 0 to
             T - 1; what a decoding step has to read.
         kv_cache_bytes: bytes of keys and values per sequence at T: those of this model's attention layers, if
@@ -111,19 +113,26 @@ def _operator_decoding_flops(mixer: type[RecurrentMixer], config: LogLinearConfi
     return float(per_element * buckets * config.num_heads * config.state_size * config.head_dim)
 
 
-def cost(config: LogLinearConfig, length: int | None = None, dtype: torch.dtype | None = None) -> Cost:
+def cost(
+    config: LogLinearConfig,
+    length: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Cost:
     """The cost of a model of `config`.
 
     Args:
         config: the configuration; no weights are built.
         length: context T, at least 1. Default: `config.max_position_embeddings`.
         dtype: of weights and caches. Default: bf16.
+        device: where it decodes, which has a say in what states are kept in. Default: a GPU.
 
     Raises:
         ValueError: length is smaller than 1.
     """
     length = config.max_position_embeddings if length is None else length
     dtype = torch.bfloat16 if dtype is None else dtype
+    window = length_for(config.decoding_window, torch.device("cuda" if device is None else device))
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
     parameters, non_embedding, multiplied = count_parameters(config)
@@ -141,10 +150,9 @@ def cost(config: LogLinearConfig, length: int | None = None, dtype: torch.dtype 
             continue
         forward += _operator_training_flops(mixer, config, length)
         decoding += _operator_decoding_flops(mixer, config, length)
-        itemsize = 8 if dtype == torch.float64 else 4
-        if config.state_dtype is not None:
-            itemsize = getattr(torch, config.state_dtype).itemsize
-        bucket = config.num_heads * config.state_size * config.head_dim * itemsize
+        full, channel = config.full_partition, "channel_decay" in mixer.uses
+        kept_in = state_dtype_for(config.state_dtype, dtype, window=window, full=full, channel_decay=channel)
+        bucket = config.num_heads * config.state_size * config.head_dim * kept_in.itemsize
         state += config.num_levels * bucket
         filled += round(mean_occupied(length, config.num_levels) * bucket)
         channels = 2 * config.num_groups * config.state_size + config.num_heads * config.head_dim

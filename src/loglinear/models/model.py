@@ -459,9 +459,15 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
         """Asked by `generate` in order to allocate keys and values beforehand: our layers make their own states."""
         return None
 
-    def cost(self, length: int | None = None, dtype: torch.dtype | None = None) -> Cost:
-        """What this model costs at a context of `length` tokens: see `loglinear.models.cost.Cost`."""
-        return self.config.cost(length, dtype)
+    def cost(
+        self,
+        length: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Cost:
+        """What this model costs at a context of `length` tokens, by default in bfloat16 on a GPU, wherever it is now:
+        see `loglinear.models.cost.Cost`."""
+        return self.config.cost(length, dtype, device)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Optimiser groups with and without weight decay, each parameter in exactly one: see

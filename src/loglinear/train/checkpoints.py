@@ -69,7 +69,8 @@ def load_checkpoint(
 
     Args:
         path: a checkpoint's folder, or a run's (its newest checkpoint is taken).
-        state_dtype: in which the model keeps its states, "float32" or "bfloat16" (None: what its configuration says).
+        state_dtype: in which the model keeps its states, "float32" or "bfloat16" (None: as its configuration says,
+            see `LogLinearConfig`).
 
     Raises:
         FileNotFoundError: there is no checkpoint.
