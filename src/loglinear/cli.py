@@ -182,7 +182,9 @@ def sweep(
     file: Path = typer.Argument(help="YAML, TOML or JSON file of the trainings: see experiments/mqar-tiny.yaml."),
     output: str = typer.Option("runs/sweep", "--output", "-o", help="Folder for the CSV, the summary and the plot."),
     workers: int | None = typer.Option(
-        None, min=1, help="Trainings side by side on the device, a process each. (default: what the file says, or 1)"
+        None,
+        min=1,
+        help="Trainings side by side on each device, a process each. (default: what the file says, or 1)",
     ),
     together: int | None = typer.Option(
         None,
@@ -192,16 +194,16 @@ def sweep(
     ),
     seconds: float | None = typer.Option(
         None,
-        help="All training is over after so many seconds: what would take longer is left for the next call. "
-        "(default: all of it)",
+        help="All training is over after so many seconds: the next call goes on where it stopped. (default: all of it)",
     ),
     device: str = typer.Option(
-        "auto", metavar="auto|cpu|cuda", help="Where to train: auto takes the GPU when there is one."
+        "auto", metavar="auto|cpu|cuda", help="Where to train: auto takes the GPUs that there are, if any."
     ),
 ) -> None:
     """Train many small models on associative recall, and compare them.
 
-    Every training is one row of sweep.csv as soon as it ends. Called again, those that are there are not run again.
+    Every training is one row of sweep.csv as soon as it ends. Called again, those that are there are not run again, and
+    those that were stopped go on.
     The learning rate is chosen on sequences that are neither trained on nor reported.
 
     Example: loglinear sweep experiments/mqar-tiny.yaml --output runs/mqar-tiny --workers 2

@@ -3,12 +3,14 @@
 import csv
 import dataclasses
 import json
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from loglinear.cli import main
 from loglinear.evals import sweep
@@ -91,18 +93,70 @@ def test_no_run_begins_after_the_time_is_over(tmp_path, monkeypatch, workers):
         run_sweep(config, tmp_path, "cpu", seconds=0)
 
 
-def test_what_would_not_be_done_in_time_is_given_up(tmp_path, monkeypatch):
-    """A second passes with every look at the clock: the speed is known at the second report."""
-    looks = iter(range(10_000))
-    monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: next(looks), perf_counter=time.perf_counter))
-    values = small(models={"softmax": small()["models"]["softmax"]})
-    values["train"] = {**values["train"], "log_every": 1, "steps": 20}
-    told = []
-    rows = run_sweep(SweepConfig(**values), tmp_path, "cpu", seconds=15, on_progress=lambda runs, _: told.append(runs))
-    assert rows == [] and len(told) < 20 and read_rows(tmp_path / "sweep.csv") == []
-    looks = iter(range(10_000))
-    rows = run_sweep(SweepConfig(**values), tmp_path, "cpu", seconds=30)
-    assert [row.steps for row in rows] == [20]
+def told(row: SweepRow) -> dict:
+    """A row without what depends on the clock."""
+    return {**dataclasses.asdict(row), "seconds": 0, "steps_per_second": 0, "date": ""}
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_what_is_stopped_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, together):
+    """A second passes with every look at the clock; one of the runs diverges before the time is over."""
+    values = small(models={"levels": small()["models"]["levels"]}, learning_rates=[0.01, 1e30], seeds=[0])
+    values["train"] = {**values["train"], "log_every": 4, "steps": 38, "gradient_clip": 0}
+    config = SweepConfig(**{**values, "together": together})
+    whole = run_sweep(config, tmp_path / "whole", "cpu")
+
+    kept, calls = tmp_path / "parts" / sweep.UNFINISHED_FOLDER, 0
+    while len(rows := run_in(4, config, tmp_path / "parts", monkeypatch)) < 2:
+        calls += 1
+        assert [path.suffix for path in kept.iterdir()] == [".pt"]
+    assert calls >= 2 and not kept.exists()
+    assert [told(row) for row in rows] == [told(row) for row in whole]
+    assert [row.status for row in rows] == ["finished", DIVERGED] and rows[0].steps == 38
+
+
+def run_in(seconds: int, config: SweepConfig, output: Path, monkeypatch) -> list[SweepRow]:
+    with monkeypatch.context() as patch:
+        looks = iter(range(10_000))
+        patch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: next(looks), perf_counter=time.perf_counter))
+        return run_sweep(config, output, "cpu", seconds=seconds)
+
+
+def test_a_state_belongs_to_its_runs_and_a_failure_ends_it(tmp_path, monkeypatch):
+    values = small(models={"softmax": small()["models"]["softmax"]}, together=2)
+    values["train"] = {**values["train"], "log_every": 1, "steps": 9}
+    config, other = SweepConfig(**values), SweepConfig(**{**values, "validation_sequences": 11})
+    assert run_in(5, config, tmp_path, monkeypatch) == []
+    files = [sweep.state_file(tmp_path, one.runs()) for one in (config, other)]
+    assert [path.exists() for path in files] == [True, False]
+    run_sweep(other, tmp_path, "cpu")
+    assert files[0].exists()
+    files[0].write_bytes(b"no state")
+    assert {row.status for row in run_sweep(config, tmp_path, "cpu")} == {FAILED}
+    assert not files[0].exists()
+    assert {row.status for row in run_sweep(config, tmp_path, "cpu")} == {"finished"}
+
+
+def test_runs_are_spread_over_the_devices(tmp_path, monkeypatch):
+    """Three devices, and threads in place of processes: each device has two runs, and what is left comes where one
+    ends."""
+    config, places, held = SweepConfig(**small(seeds=[0, 1, 2], workers=2)), [], threading.Event()
+    monkeypatch.setattr(sweep, "choose_device", lambda *_: (torch.device("cuda"), torch.float32))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", places.append)
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
+
+    def train(group, *_):
+        number = config.runs().index(group[0])
+        if number not in (1, 6):  # the second run ends first, and then the one that comes in its place
+            assert held.wait(timeout=60)
+        if number == 6:
+            held.set()
+        return []
+
+    monkeypatch.setattr(sweep, "train_together", train)
+    assert run_sweep(config, tmp_path, "auto") == []
+    assert places[:7] == [0, 1, 2, 0, 1, 2, 1] and len(places) == 9
 
 
 def test_runs_that_are_computed_together_give_the_same_rows(tmp_path):

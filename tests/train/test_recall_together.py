@@ -121,7 +121,7 @@ def test_what_cannot_go_together_is_refused():
         model = new_model(LogLinearConfig(**{**other.to_diff_dict(), "intermediate_size": 8}), 0)
         RunsTogether([runs[0], RecallRun(runs[0].config, runs[0].task, model, torch.device("cpu"))])
     runs[0].advance()
-    with pytest.raises(ValueError, match="got one at step 1"):
+    with pytest.raises(ValueError, match="got one at step 0 and one at 1"):
         RunsTogether(runs)
 
 

@@ -130,8 +130,8 @@ def _bullets(lines: Sequence[str]) -> str:
 
 def recall_section(file: Path, config: SweepConfig, rows: Sequence[SweepRow], output: Path) -> str:
     """A section on a sweep; its plot goes into `output`."""
-    wanted = {run.key for run in config.runs()}
-    rows = [row for row in rows if row.key in wanted]
+    wanted = {run.key: number for number, run in enumerate(config.runs())}
+    rows = sorted((row for row in rows if row.key in wanted), key=lambda row: wanted[row.key])  # not as they ended
     done = {row.key for row in rows if row.status != sweep.FAILED}
     summaries = sweep.summarize(rows)
     task = config.runs()[0].task

@@ -12,6 +12,7 @@ was not finite counts as an accuracy of zero in both.
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import logging
@@ -21,7 +22,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -42,6 +43,7 @@ from loglinear.train.recall_together import RunsTogether
 
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 ROWS_FILE, SUMMARY_FILE, PLOT_FILE = "sweep.csv", "sweep_summary.csv", "sweep.png"
+UNFINISHED_FOLDER = "unfinished"  # states of runs that were stopped when the time was over
 
 # What the file says elsewhere than under `train`, or does not say at all.
 _NOT_COMMON = ("task", "model", "model_options", "learning_rate", "seed", "output", "resume", "stop_after")
@@ -85,7 +87,7 @@ class SweepConfig:
         train: options of `loglinear train` that all runs share, such as `sequence_length`, `steps` and `rows`;
             `task_options` are those of the task but for the pairs.
         validation_sequences, test_sequences: of each number of pairs.
-        workers: trainings side by side, each a process of its own (1: none but this).
+        workers: trainings side by side on each device, each a process of its own (1 on one device: none but this).
         together: runs of one model, width and task, which differ in learning rate and seed, that are computed together
             at most (`loglinear.train.recall_together`); each of them is what it is alone.
         title, about, conclusion: what the page of results says of it.
@@ -323,11 +325,18 @@ def read_rows(path: str | Path) -> list[SweepRow]:
     return rowfile.read_rows(path, SweepRow)
 
 
+def state_file(output: str | Path, runs: Sequence[SweepRun]) -> Path:
+    """Where the state of runs that are computed together is kept while they are not finished."""
+    digest = hashlib.blake2b(repr([run.key for run in runs]).encode(), digest_size=8).hexdigest()
+    return Path(output) / UNFINISHED_FOLDER / f"{digest}.pt"
+
+
 def train_together(
     runs: Sequence[SweepRun],
     device: str = "auto",
     deadline: float = math.inf,
     on_progress: Callable[[Progress], None] | None = None,
+    kept: Path | None = None,
 ) -> list[SweepRow]:
     """Trains and examines runs that differ in learning rate and seed alone. What goes wrong in them becomes rows that
     say so.
@@ -335,9 +344,10 @@ def train_together(
     Args:
         runs: computed together; a single one as it is.
         device: "auto", "cpu" or "cuda".
-        deadline: on the monotonic clock. Runs whose training would not be over by then are given up as soon as their
-            speed shows it: no rows.
+        deadline: on the monotonic clock. Runs whose training is not over by then are stopped at the last report before
+            it: no rows.
         on_progress: called with the progress of the first run at its reports.
+        kept: a file. Runs that are stopped leave their state there, and go on from one that is there.
     """
     place, dtype = choose_device(device, runs[0].training.precision)
     config = runs[0].model_config()
@@ -365,7 +375,7 @@ def train_together(
         for run in runs
     ]
     try:
-        return _trained(runs, rows, config, place, dtype, deadline, on_progress)
+        return _trained(runs, rows, config, place, dtype, deadline, on_progress, kept)
     except Exception as error:  # these runs must not end the others: their rows say what happened
         logging.getLogger(__name__).debug("runs failed", exc_info=True)
         message = " ".join(f"{type(error).__name__}: {error}".split())[:500]
@@ -380,31 +390,38 @@ def _trained(
     dtype: torch.dtype,
     deadline: float,
     on_progress: Callable[[Progress], None] | None,
+    kept: Path | None,
 ) -> list[SweepRow]:
     task, steps, every = runs[0].task, runs[0].training.steps, runs[0].training.log_every
     assert steps is not None
     learners = [RecallRun(run.training, task, new_model(config, run.training.seed), place, dtype) for run in runs]
+    progress, before = [Progress(0, math.nan, math.nan, True) for _ in runs], 0.0
+    if kept is not None and kept.is_file():
+        state = torch.load(kept, map_location=place, weights_only=True)
+        for learner, own in zip(learners, state["runs"], strict=True):
+            learner.restore(own)
+        progress, before = [Progress(**values) for values in state["progress"]], state["seconds"]
     together = learners[0] if len(learners) == 1 else RunsTogether(learners)
-    progress = [Progress(0, math.nan, math.nan, True) for _ in runs]
-    begin, first_report = time.perf_counter(), None
+    begin, last_report = time.perf_counter(), None
     while together.step < steps and any(one.finite for one in progress):
         together.advance()
         if together.step % every and together.step < steps:
             continue
         progress = [
-            learner.progress(before.steps) if before.finite else before
-            for learner, before in zip(learners, progress, strict=True)
+            learner.progress(last.steps) if last.finite else last
+            for learner, last in zip(learners, progress, strict=True)
         ]
         if on_progress is not None:
             on_progress(progress[0])
         now = time.monotonic()
-        if first_report is None:  # what comes before is slower: kernels and graphs are made
-            first_report = together.step, now
-        since = together.step - first_report[0]
-        left = (steps - together.step) * (now - first_report[1]) / since if since else 0.0
-        if together.step < steps and now + left > deadline:
+        until_next = 0.0 if last_report is None else now - last_report  # kernels and graphs are made before the first
+        last_report = now
+        if together.step < steps and now + until_next > deadline:
+            if kept is not None:
+                seconds = before + time.perf_counter() - begin
+                _keep(kept, learners, progress, seconds)
             return []
-    seconds = time.perf_counter() - begin
+    seconds = before + time.perf_counter() - begin
     shared = {
         "seconds": round(seconds, 3),
         "steps_per_second": round(together.step / seconds, 2),
@@ -429,6 +446,22 @@ def _trained(
     return found
 
 
+def _keep(path: Path, learners: Sequence[RecallRun], progress: Sequence[Progress], seconds: float) -> None:
+    """Writes the state of runs; a file is whole or is not there."""
+    runs, reports = [learner.state() for learner in learners], [dataclasses.asdict(one) for one in progress]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save({"runs": runs, "progress": reports, "seconds": seconds}, partial)
+    partial.replace(path)
+
+
+def _forget(path: Path) -> None:
+    """Removes a state, and the folder with the last one."""
+    path.unlink(missing_ok=True)
+    if path.parent.is_dir() and not any(path.parent.iterdir()):
+        path.parent.rmdir()
+
+
 def run_sweep(
     config: SweepConfig,
     output: str | Path,
@@ -444,11 +477,11 @@ def run_sweep(
     Args:
         config: what is trained.
         output: folder of `sweep.csv`. Rows of other runs in it are left alone.
-        device: "auto", "cpu" or "cuda".
-        workers: trainings side by side; default: `config.workers`.
+        device: "auto", "cpu" or "cuda", which is every GPU that there is.
+        workers: trainings side by side on each device; default: `config.workers`.
         on_row: called with each new row, how many of the runs are done, and how many there are.
-        seconds: all training is over by then: runs that would take longer are not begun, or given up as soon as their
-            speed shows it. Examining those that are done comes on top. Default: all runs.
+        seconds: all training is over by then. Runs that are under way leave their state in `output`, and the next call
+            goes on from it. Examining those that are done comes on top. Default: all runs.
         together: runs that are computed together; default: `config.together`.
         on_progress: called at reports with the runs that are under way and the progress of the first of them; with
             several workers, which are processes of their own, it is not.
@@ -475,13 +508,15 @@ def run_sweep(
     waiting = groups_of([run for run in runs if run.key not in done], together)
     finished = len(runs) - sum(map(len, waiting))
     newest = {row.key: row for row in read_rows(path)}
-    for rows in _rows_of(waiting, device, min(workers, max(1, len(waiting))), deadline, on_progress):
+    for group, rows in _rows_of(waiting, output, device, workers, deadline, on_progress):
         finished += len(rows)
         for row in rows:
             file.append([row])
             newest[row.key] = row
             if on_row is not None:
                 on_row(row, finished, len(runs))
+        if rows:
+            _forget(state_file(output, group))
     return [newest[run.key] for run in runs if run.key in newest]
 
 
@@ -500,37 +535,41 @@ def groups_of(runs: Sequence[SweepRun], most: int) -> list[list[SweepRun]]:
 
 def _rows_of(
     groups: Sequence[Sequence[SweepRun]],
+    output: str | Path,
     device: str,
     workers: int,
     deadline: float,
     on_progress: Callable[[Sequence[SweepRun], Progress], None] | None = None,
-) -> Iterator[list[SweepRow]]:
-    """The rows of groups as they end; none begins after the deadline (on the monotonic clock)."""
-    if workers == 1:
+) -> Iterator[tuple[Sequence[SweepRun], list[SweepRow]]]:
+    """Groups and their rows as they end; none begins after the deadline (on the monotonic clock)."""
+    gpus = torch.cuda.device_count() if choose_device(device)[0].type == "cuda" else 0
+    workers = min(workers * max(1, gpus), len(groups))
+    if workers <= 1:
         for group in groups:
             if time.monotonic() > deadline:
                 return
             tell = None if on_progress is None else functools.partial(on_progress, group)
-            yield train_together(group, device, deadline, tell)
+            yield group, train_together(group, device, deadline, tell, state_file(output, group))
         return
     # A fresh interpreter each: a process that has used CUDA cannot be forked.
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // workers)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,))
     waiting = iter(groups)
+    free = [number % gpus if gpus else None for number in range(workers)]  # GPUs, each as often as it has room
+    under_way: dict[Future, tuple[Sequence[SweepRun], int | None]] = {}
     try:
-        under_way = {
-            pool.submit(train_together, group, device, deadline) for group in itertools.islice(waiting, workers)
-        }
-        while under_way:
-            ended, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-            if time.monotonic() <= deadline:
-                under_way = under_way.union(
-                    pool.submit(train_together, group, device, deadline)
-                    for group in itertools.islice(waiting, len(ended))
-                )
-            for future in ended:
-                yield future.result()
+        while True:
+            for group in itertools.islice(waiting, len(free)) if time.monotonic() <= deadline else ():
+                gpu = free.pop(0)
+                future = pool.submit(_train_on, gpu, group, device, deadline, None, state_file(output, group))
+                under_way[future] = group, gpu
+            if not under_way:
+                return
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                group, gpu = under_way.pop(future)
+                free.append(gpu)
+                yield group, future.result()
     except BrokenProcessPool as error:
         raise RuntimeError(
             f"a worker process died (of memory?); the rows so far are kept and the sweep goes on from them: "
@@ -538,6 +577,13 @@ def _rows_of(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _train_on(gpu: int | None, *arguments: Any) -> list[SweepRow]:
+    """`train_together` in a worker, on a GPU by its number."""
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    return train_together(*arguments)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -276,6 +276,20 @@ class RecallRun:
         self.optimizer.load_state_dict(state)
         self.step = checkpoint_step(checkpoint) or 0
 
+    def state(self) -> dict[str, Any]:
+        """What the rest of the run depends on; asked for right after `progress`, when no sums are under way."""
+        weights = [weight.detach() for weight in self.weights]
+        return {"step": self.step, "weights": weights, "optimizer": self.optimizer.state_dict(), "broken": self.broken}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from the `state` of a run of this configuration, before a step is taken."""
+        with torch.no_grad():
+            for weight, kept in zip(self.weights, state["weights"], strict=True):
+                weight.copy_(kept)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.broken.copy_(state["broken"])
+        self.step = state["step"]
+
     @property
     def machine(self) -> dict[str, str]:
         return {"device": self.device.type, "precision": "fp32" if self.dtype == torch.float32 else "bf16"}
@@ -346,13 +360,14 @@ class _AnswerLoss(torch.autograd.Function):
             logits = rows @ head.T
             table = logits.to(torch.promote_types(dtype, torch.float32)).log_softmax(-1)
             del logits
-            wanted = answers != NO_ANSWER
-            share = wanted / wanted.sum().clamp_min(1)
+            wanted = (answers != NO_ANSWER)[:, None]
+            share = 1.0 / wanted.sum().clamp_min(1)
             target = answers.clamp_min(0)[:, None]
-            loss = -(table.gather(1, target)[:, 0] * share).sum()
-            table.exp_().scatter_add_(1, target, -torch.ones_like(share, dtype=table.dtype)[:, None])
-            table = table.mul_(share[:, None]).to(dtype)
-            ctx.save_for_backward((table @ head).to(hidden.dtype), (table.T @ rows).to(weight.dtype))
+            loss = -(table.gather(1, target) * wanted).sum() * share
+            table.exp_().scatter_add_(1, target, -torch.ones_like(wanted, dtype=table.dtype))
+            table = table.to(dtype)  # of answers that are not wanted, too: products are smaller, and left out there
+            of_hidden, of_weight = (table @ head) * (wanted * share), (table.T @ (rows * wanted)) * share
+            ctx.save_for_backward(of_hidden.to(hidden.dtype), of_weight.to(weight.dtype))
         return loss
 
     @staticmethod

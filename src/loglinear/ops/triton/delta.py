@@ -25,7 +25,7 @@ from loglinear.ops.triton.delta_backward import Remade, gradients
 from loglinear.ops.triton.delta_chunks import Chunks
 from loglinear.ops.triton.delta_nodes import Carried, Leaving, Nodes, leaving, make_nodes
 from loglinear.ops.triton.delta_read import descend, read
-from loglinear.ops.triton.scalar import CHUNK, INTERPRETED, MOST_LEVELS, MOST_PROGRAMS, as_rows, slots_of
+from loglinear.ops.triton.scalar import CHUNK, EXACT, INTERPRETED, MOST_LEVELS, MOST_PROGRAMS, as_rows, slots_of
 
 WIDEST_KEY = 256
 HALVES = True  # a program has half of a chunk's rows, where these are enough for a product
@@ -150,7 +150,7 @@ def _prepare(
     # products of float32 in single tf32 parts, which the hardware cuts off and does not round, err by 9e-3
     exact = v.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     wide = rows[2].dtype == torch.float32
-    precision = "ieee" if exact else "tf32x3" if wide else "tf32"
+    precision = EXACT if exact else "tf32x3" if wide else "tf32"
     chunk, num_levels = _chunk_of(v), 1 if level_scales is None else level_scales.shape[-1]
     slots = slots_of(batch, tokens, chunk, num_levels, v.device, cu_seqlens, positions, return_state)
     variants = fenwick.variants(slots)

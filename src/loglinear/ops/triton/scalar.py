@@ -11,6 +11,7 @@ Legend
 from __future__ import annotations
 
 import os
+import weakref
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CHUNK = 16 if INTERPRETED else 64  # the interpreter pays by the product, and small chunks make more of a tree
 WIDEST_KEY = 128  # wider states are taken apart: every tile of a state is a state of its own
 WIDEST_VALUE = {torch.bfloat16: 128, torch.float16: 64, torch.float32: 64}  # float16 is computed in float32
+# Products of float32, each as three of tf32 parts on tensor cores: off by 2^-21. Without those ("ieee") tiles of 64 do
+# not fit into registers, and a kernel takes up to 30 times as long.
+EXACT = "tf32x3"
 MOST_PROGRAMS = 2**31 - 1  # of a launch
 MOST_LEVELS = 32  # of carried states: blocks of 2^26 chunks still count in 32 bits
 
@@ -126,16 +130,27 @@ def _prepare(q, k, v, level_scales, log_decay, cu_seqlens, positions, return_sta
     num_levels = 1 if level_scales is None else level_scales.shape[-1]
     slots = slots_of(batch, tokens, CHUNK, num_levels, v.device, cu_seqlens, positions, return_state)
     exact = v.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-    return rows, slots, "ieee" if exact else "tf32"
+    return rows, slots, EXACT if exact else "tf32"
+
+
+_known: weakref.WeakValueDictionary[tuple, Slots] = weakref.WeakValueDictionary()
+_held: dict[tuple, Slots] = {}
 
 
 def slots_of(batch, tokens, chunk, num_levels, device, cu_seqlens, positions, return_state) -> Slots:
     has_ends = positions is not None or return_state
     if cu_seqlens is None and positions is None:
-        # what is made while a graph is captured belongs to that graph
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        uniform = fenwick.uniform_slots.__wrapped__ if capturing else fenwick.uniform_slots
-        return uniform(batch, tokens, chunk, num_levels, device, has_ends)
+        sizes = (batch, tokens, chunk, num_levels, device, has_ends)
+        if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            slots = _known[sizes] = fenwick.uniform_slots(*sizes)
+            return slots
+        # What is made while a graph is captured belongs to that graph, and every replay makes it again: hundreds of
+        # small kernels. What is there from a call before that is held for good: the graph has its address.
+        slots = _known.get(sizes)
+        if slots is None:
+            return fenwick.uniform_slots.__wrapped__(*sizes)
+        _held[sizes] = slots
+        return slots
     bounds = torch.arange(batch + 1, device=device) * tokens if cu_seqlens is None else cu_seqlens
     count = fenwick.num_slots(batch * tokens, len(bounds) - 1, chunk, num_levels, positions is not None)
     return fenwick.slots(bounds, count, chunk, num_levels, positions, has_ends)
