@@ -32,7 +32,6 @@ from loglinear.ops.triton.common import (
 from loglinear.ops.triton.delta_chunks import (
     Chunks,
     dot_parts,
-    invert,
     load_block,
     load_tile,
     parts_of,
@@ -49,66 +48,75 @@ def decays_across(later, earlier):
 
 
 @triton.jit(do_not_specialize=["N", "stride_d", "stride_b"])
-def _inverse_kernel(k, log_decay, beta, inverse, gamma, tokens, firsts, rows_of, N, H, G, stride_k, stride_kg, stride_d,
-                    stride_b, K, E: tl.constexpr, HEIGHT: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr,
-                    PRECISION: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
-    """X₀ or X₁, and gamma of those rows. E = 2^HEIGHT."""
+def _overlap_kernel(k, log_decay, beta, lower, gamma, tokens, firsts, rows_of, N, H, G, stride_k, stride_kg, stride_d,
+                    stride_b, K, E: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr,
+                    PRECISION: tl.constexpr):  # fmt: skip
+    """A quarter of A, and gamma: quarters 0 and 2 are what a half has with itself, 1 what the second has with the
+    first."""
     part, slot = program_place()
-    head, half = part // 2, part % 2
+    head, quarter = part // 3, part % 3
     rows = tl.load(rows_of + slot, mask=slot < N, other=0)
     if rows == 0:
         return
     token = tl.load(tokens + slot)
     first = None if firsts is None else tl.load(firsts + slot)
-    k += (head // (H // G)).to(tl.int64) * stride_kg
-    row = tl.arange(0, E)
-    before = log2_decays(log_decay + head, token, first, rows * half, stride_d, E)
-    start = half * E
-    first = None if first is None else first - start
-    token, rows = token + start, rows - start
-    decay = log2_decays(log_decay + head, token, first, rows, stride_d, E)
-    strength = load_column(beta + head, token, first, rows, stride_b, E)
-    sums = tl.cumsum(decay, 0)
-    tl.store(gamma + (head.to(tl.int64) * N + slot) * 2 * E + start + row, tl.sum(before, 0) + sums)
-    overlap = tl.zeros((E, E), tl.float32)
-    for tile in range(KT):
-        keys = load_tile(k, token, first, rows, stride_k, E, tile * BK, K, BK)
-        overlap = tl.dot(keys, tl.trans(keys), overlap, input_precision=PRECISION)
-    passing = decays_between(sums) * strength[:, None]
-    lower = tl.where(row[:, None] > row[None, :], overlap * passing, 0.0)
-    matrix = inverse + (slot.to(tl.int64) * H + head) * 4 * E * E + start * (2 * E + 1)
-    store_block(matrix, lower, 0, E, E, 0, 2 * E, E)
-    tl.debug_barrier()
-    invert(matrix, E, 2 * E, HEIGHT, EXACT)
-
-
-@triton.jit(do_not_specialize=["N", "stride_b"])
-def _join_kernel(k, beta, inverse, gamma, tokens, firsts, rows_of, N, H, G, stride_k, stride_kg, stride_b, K,
-                 E: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-                 EXACT: tl.constexpr):  # fmt: skip
-    """The lower left quarter of (I + A)⁻¹, and zeros in the upper right one."""
-    head, slot = program_place()
-    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
-    if rows == 0:
-        return
-    token = tl.load(tokens + slot)
-    first = None if firsts is None else tl.load(firsts + slot)
-    k += (head // (H // G)).to(tl.int64) * stride_kg
-    row = tl.arange(0, E)
-    sums = gamma + (head.to(tl.int64) * N + slot) * 2 * E + row
     later = None if first is None else first - E
+    k += (head // (H // G)).to(tl.int64) * stride_kg
+    row = tl.arange(0, E)
+    sums = tl.cumsum(log2_decays(log_decay + head, token, first, rows, stride_d, E), 0)
+    before = tl.sum(tl.where(row == E - 1, sums, 0.0), 0)
+    later_sums = before + tl.cumsum(log2_decays(log_decay + head, token + E, later, rows - E, stride_d, E), 0)
+    above, left = tl.minimum(quarter, 1) * E, (quarter // 2) * E  # its first row and column
+    row_sums = tl.where(quarter == 0, sums, later_sums)
+    column_sums = tl.where(quarter == 2, later_sums, sums)
+    if quarter != 1:
+        tl.store(gamma + (head.to(tl.int64) * N + slot) * 2 * E + above + row, row_sums)
+    first_row = None if first is None else first - above
+    first_column = None if first is None else first - left
     overlap = tl.zeros((E, E), tl.float32)
     for tile in range(KT):
-        keys = load_tile(k, token + E, later, rows - E, stride_k, E, tile * BK, K, BK)
-        others = load_tile(k, token, first, rows, stride_k, E, tile * BK, K, BK)
+        keys = load_tile(k, token + above, first_row, rows - above, stride_k, E, tile * BK, K, BK)
+        others = load_tile(k, token + left, first_column, rows - left, stride_k, E, tile * BK, K, BK)
         overlap = tl.dot(keys, tl.trans(others), overlap, input_precision=PRECISION)
-    strength = load_column(beta + head, token + E, later, rows - E, stride_b, E)
-    between = overlap * decays_across(tl.load(sums + E), tl.load(sums)) * strength[:, None]
-    matrix = inverse + (slot.to(tl.int64) * H + head) * 4 * E * E
-    step = tl.dot(between, load_block(matrix, 0, E, E, 0, 2 * E, E), input_precision=EXACT)
-    step = tl.dot(load_block(matrix, E, 2 * E, E, E, 2 * E, E), step, input_precision=EXACT)
-    store_block(matrix, -step, E, 2 * E, E, 0, 2 * E, E)
-    store_block(matrix, tl.zeros((E, E), tl.float32), 0, E, E, E, 2 * E, E)
+    strength = load_column(beta + head, token + above, first_row, rows - above, stride_b, E)
+    strict = (row[:, None] > row[None, :]) | (quarter == 1)
+    overlap = tl.where(strict, overlap * decays_across(row_sums, column_sums) * strength[:, None], 0.0)
+    store_block(lower + (slot.to(tl.int64) * H + head) * 4 * E * E, overlap, above, 2 * E, E, left, 2 * E, E)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _substitute_kernel(lower, rows_of, N, H, C: tl.constexpr, BASE: tl.constexpr):
+    """(I + A)⁻¹ in place of one block of BASE rows of A on its diagonal: row by row, each from those above it."""
+    part, slot = program_place()
+    head, block = part // (C // BASE), part % (C // BASE)
+    if tl.load(rows_of + slot, mask=slot < N, other=0) == 0:
+        return
+    lower += (slot.to(tl.int64) * H + head) * C * C + block * BASE * (C + 1)
+    row = tl.arange(0, BASE)
+    solved = tl.where(row[:, None] == row[None, :], 1.0, 0.0)
+    for number in tl.static_range(1, BASE):
+        weights = tl.load(lower + number * C + row)  # zero from this row on
+        known = tl.sum(weights[:, None] * solved, 0)
+        solved = tl.where(row[:, None] == number, solved - known[None, :], solved)
+    tl.debug_barrier()  # all of it is read
+    tl.store(lower + (row[:, None] * C + row[None, :]), solved)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _join_kernel(lower, rows_of, N, H, C: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """From two blocks of SIZE rows that are inverted to one: [[X, 0], [-Y B X, Y]] for [[X⁻¹, 0], [B, Y⁻¹]]."""
+    part, slot = program_place()
+    head, pair = part // (C // (2 * SIZE)), part % (C // (2 * SIZE))
+    if tl.load(rows_of + slot, mask=slot < N, other=0) == 0:
+        return
+    lower += (slot.to(tl.int64) * H + head) * C * C
+    start = pair * 2 * SIZE
+    left = load_block(lower, start, C, SIZE, start, C, SIZE)
+    between = load_block(lower, start + SIZE, C, SIZE, start, C, SIZE)
+    right = load_block(lower, start + SIZE, C, SIZE, start + SIZE, C, SIZE)
+    step = tl.dot(between, left, input_precision=PRECISION)
+    step = tl.dot(right, step, input_precision=PRECISION)
+    store_block(lower, -step, start + SIZE, C, SIZE, start, C, SIZE)
 
 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
@@ -157,8 +165,8 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
     # for the first half `before` is zero
     mixed_across = tl.dot(across, load_block(matrix, 0, E, E, 0, 2 * E, E) * before[None, :],
                           input_precision=PRECISION)  # fmt: skip
-    mixed_across = tl.dot(product, load_block(matrix, start, 2 * E, E, ahead, 2 * E, E) * before[None, :], mixed_across,
-                          input_precision=PRECISION)  # fmt: skip
+    below = load_block(matrix, E, 2 * E * half, E, 0, 2 * E, E)  # nothing for the first half
+    mixed_across = tl.dot(product, below * before[None, :], mixed_across, input_precision=PRECISION)
     out = scores + place * 4 * E * E
     if SCALED:
         lam = scales + head.to(tl.int64) * stride_sh
@@ -293,14 +301,19 @@ def make_chunks(q, k, v, scales, log_decay, beta, slots: Slots, places: Tensor, 
     exact = precision if k.dtype == torch.float32 else "tf32x3"
     of_q, of_k, of_scales = q.stride()[:2], k.stride()[:2], lam.stride()[:2]
     rows = (slots.token, slots.first, slots.rows)
-    _inverse_kernel[programs(2 * heads, num_slots)](
+    _overlap_kernel[programs(3 * heads, num_slots)](
         k, log_decay, beta, made.inverse, made.gamma, *rows, num_slots, heads, groups, *of_k, log_decay.stride(0),
-        beta.stride(0), key_dim, HEIGHT=height - 1, EXACT=exact, num_stages=2, **tiles,
+        beta.stride(0), key_dim, num_stages=2, **tiles,
     )  # fmt: skip
-    _join_kernel[programs(heads, num_slots)](
-        k, beta, made.inverse, made.gamma, *rows, num_slots, heads, groups, *of_k, beta.stride(0), key_dim,
-        EXACT=exact, num_stages=2, **tiles,
-    )  # fmt: skip
+    size = 16
+    _substitute_kernel[programs(chunk // size * heads, num_slots)](
+        made.inverse, slots.rows, num_slots, heads, C=chunk, BASE=size, num_warps=1
+    )
+    while size < chunk:
+        _join_kernel[programs(chunk // (2 * size) * heads, num_slots)](
+            made.inverse, slots.rows, num_slots, heads, C=chunk, SIZE=size, PRECISION=exact, num_warps=size // 16
+        )
+        size *= 2
     _scores_kernel[programs(2 * heads, num_slots)](
         q, k, lam, beta, made.inverse, made.scores, made.seen, made.gamma, made.mixed, *rows, slots.reads, places,
         num_slots, heads, groups, scale, *of_q, *of_k, *of_scales, beta.stride(0), key_dim,
