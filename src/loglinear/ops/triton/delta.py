@@ -24,7 +24,7 @@ from loglinear.ops.triton.carried import near_buckets
 from loglinear.ops.triton.delta_backward import Remade, gradients
 from loglinear.ops.triton.delta_chunks import Chunks
 from loglinear.ops.triton.delta_nodes import Carried, Leaving, Nodes, leaving, make_nodes
-from loglinear.ops.triton.delta_read import descend, read
+from loglinear.ops.triton.delta_read import descend, read, walk, walks
 from loglinear.ops.triton.scalar import CHUNK, EXACT, INTERPRETED, MOST_LEVELS, MOST_PROGRAMS, as_rows, slots_of
 
 WIDEST_KEY = 256
@@ -112,10 +112,13 @@ def _forward_op(
         call = _prepare(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, near, return_state)
         chunks, nodes, _ = _tree(call, backward=False)
         _, _, values, scales, _, _ = call.rows
-        o = read(
-            values, scales, chunks, nodes, call.slots, call.variants, call.places, call.chunk, call.height,
-            call.precision,
-        )  # fmt: skip
+        if _walks(call):
+            o = walk(values, scales, chunks, nodes, call.slots, call.chunk, call.height, call.precision)
+        else:
+            o = read(
+                values, scales, chunks, nodes, call.slots, call.variants, call.places, call.chunk, call.height,
+                call.precision,
+            )  # fmt: skip
         left = Leaving(*(v.new_empty(0, dtype=torch.float32) for _ in range(2)))
         if return_state:
             left = leaving(nodes, call.state, call.slots)
@@ -159,11 +162,20 @@ def _prepare(
     return _Call(rows, state, slots, variants, places, chunk, fenwick.chunk_height(chunk), scale, precision)
 
 
+def _walks(call: _Call) -> bool:
+    _, keys, values, *_ = call.rows
+    return walks(keys, values.shape[-1])
+
+
 def _tree(call: _Call, backward: bool) -> tuple[Chunks, Nodes, Tensor | None]:
-    """Chunks, nodes and the queries on their way down; and P of right siblings for the backward."""
+    """Chunks and nodes; the queries on their way down, unless they are to `walk` it; and P of right siblings for the
+    backward."""
     queries, keys, values, scales, decays, strengths = call.rows
-    slots = call.slots
-    if slots.origin is None:
+    slots, places, descends = call.slots, call.places, backward or not _walks(call)
+    if not descends:
+        room = len(slots.token)
+        places = torch.arange(room, dtype=torch.int32, device=values.device)
+    elif slots.origin is None:
         room = fenwick.most_reads(len(slots.token), slots.cap)
     else:
         room = fenwick.most_variants(len(slots.token) - slots.ends.bucket.numel(), slots.cap, len(slots.base))
@@ -171,7 +183,7 @@ def _tree(call: _Call, backward: bool) -> tuple[Chunks, Nodes, Tensor | None]:
     make_chunks = delta_halves.make_chunks if halves else delta_chunks.make_chunks
     make_leaves = delta_halves.make_leaves if halves else delta_nodes.make_leaves
     chunks = make_chunks(
-        queries, keys, values, scales, decays, strengths, slots, call.places, room, call.chunk, call.height,
+        queries, keys, values, scales, decays, strengths, slots, places, room, call.chunk, call.height,
         call.scale, call.precision, backward,
     )  # fmt: skip
     rights = None
@@ -180,7 +192,8 @@ def _tree(call: _Call, backward: bool) -> tuple[Chunks, Nodes, Tensor | None]:
     nodes = make_nodes(
         keys, values, strengths, chunks, slots, call.chunk, call.precision, call.state, rights, make_leaves
     )
-    descend(chunks, nodes, slots, call.variants, call.places, call.chunk, call.precision)
+    if descends:
+        descend(chunks, nodes, slots, call.variants, places, call.chunk, call.precision)
     return chunks, nodes, rights
 
 

@@ -1,7 +1,8 @@
 """Down the tree, for the delta rule: chunks read the nodes on their left, and their queries pass what they have read.
 
 Queries first, from node to node, all of them kept (R ↦ R P); then every chunk's output, a sum of products over all of
-its reads. Buckets that are carried in are read last, and all with the same queries.
+its reads. Buckets that are carried in are read last, and all with the same queries. Where one program has room for all
+columns (see `walks`) and no gradient wants the queries, it reads on the way instead, and keeps none.
 
 Legend
     N slots, C rows of a chunk, H heads, K key width, V value width, L levels
@@ -36,6 +37,7 @@ from loglinear.ops.triton.delta_chunks import (
     warps_of,
 )
 from loglinear.ops.triton.delta_nodes import Nodes
+from loglinear.ops.triton.scalar import INTERPRETED
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -113,6 +115,55 @@ def _read_kernel(v, scales, o, scores, seen, added, tokens, firsts, rows_of, blo
     store_tile(o + head * V, out, token, first, rows, H * V, C, column, V, BV)
 
 
+@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
+def _walk_kernel(v, scales, o, scores, seen, added, maps, tokens, firsts, rows_of, blocks, origins, oldests, heights,
+                 reads, N, H, stride_v, stride_vh, stride_s, stride_sh, K, V, L, C: tl.constexpr, HEIGHT: tl.constexpr,
+                 BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """What the rows of one chunk read: its queries meet one node after the other, the nearest first.
+
+    Buckets that are carried in pass them as they are, for P = I.
+    """
+    head, slot = program_place()
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
+    if rows == 0:
+        return
+    token, block, count = tl.load(tokens + slot), tl.load(blocks + slot), tl.load(reads + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    origin = None if origins is None else tl.load(origins + slot)
+    oldest = None if oldests is None else tl.load(oldests + slot)
+    place = slot.to(tl.int64) * H + head
+    values = load_tile(v + head.to(tl.int64) * stride_vh, token, first, rows, stride_v, C, 0, V, BV)
+    out = tl.dot(load_block(scores + place * C * C, 0, C, C, 0, C, C), values, input_precision=PRECISION)
+    lam = scales + head.to(tl.int64) * stride_sh
+    queries = load_block(seen + place * C * K, 0, C, C, 0, K, BK)
+    rest = block
+    for number in range(count - 1):
+        node = place_of_node(slot, block, origin, oldest, rest, count - number)
+        height = tl.load(heights + node)
+        here = node.to(tl.int64) * H + head
+        map = maps + ((height % 2).to(tl.int64) * N * H + here) * PARTS * K * K
+        read = tl.dot(queries, load_block(added + here * K * V, 0, K, BK, 0, V, BV), input_precision=PRECISION)
+        if SCALED:
+            level = tl.minimum(HEIGHT + 1 + height, L - 1)
+            read *= load_column(lam + level, token, first, rows, stride_s, C)[:, None]
+        out += read
+        passed = tl.dot(queries, load_block(map, 0, K, BK, 0, K, BK), input_precision=PRECISION)
+        if PARTS == 2:
+            passed = tl.dot(queries, load_block(map + K * K, 0, K, BK, 0, K, BK), passed, input_precision=PRECISION)
+        queries = passed.to(queries.dtype)
+        rest = drop_lowest_bit(rest)
+    if count > 0:
+        node = place_of_node(slot, block, origin, oldest, rest, 1)
+        state = load_block(added + (node.to(tl.int64) * H + head) * K * V, 0, K, BK, 0, V, BV)
+        read = tl.dot(queries, state, input_precision=PRECISION)
+        if SCALED:
+            level = tl.minimum(HEIGHT + 1 + tl.load(heights + node), L - 1)
+            read *= load_column(lam + level, token, first, rows, stride_s, C)[:, None]
+        out += read
+    store_tile(o + head * V, out, token, first, rows, H * V, C, 0, V, BV)
+
+
 def reading_tables(slots: Slots, variants: Tensor) -> tuple[Tensor | None, ...]:
     """What tells a chunk its nodes, and which queries it reads each with: every one with its own where no state is
     carried in, and kernels that are given None compile to less."""
@@ -130,6 +181,31 @@ def descend(chunks: Chunks, nodes: Nodes, slots: Slots, variants: Tensor, places
         C=chunk, KT=triton.cdiv(key_dim, block), BK=block, PARTS=nodes.maps.shape[3], PRECISION=precision,
         num_warps=warps_of(chunk), num_stages=3 if chunk <= 64 else 2,
     )  # fmt: skip
+
+
+WALKED = 128  # keys and values, at most
+
+
+def walks(k: Tensor, value_dim: int) -> bool:
+    """Whether a program has room for all columns of a chunk's queries, output and nodes."""
+    return (k.dtype == torch.bfloat16 or INTERPRETED) and max(k.shape[-1], value_dim) <= WALKED
+
+
+def walk(v: Tensor, scales: Tensor | None, chunks: Chunks, nodes: Nodes, slots: Slots, chunk: int, height: int,
+         precision: str) -> Tensor:  # fmt: skip
+    """As `descend` and `read`, for queries `chunks.seen` [N, H, C, K] of which there is one variant for each slot."""
+    num_slots, (_, heads, value_dim), key_dim = len(slots.token), v.shape, chunks.seen.shape[-1]
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    scaled = scales is not None
+    lam = scales if scaled else v
+    _walk_kernel[programs(heads, num_slots)](
+        v, lam, o, chunks.scores, chunks.seen, nodes.added, nodes.maps, slots.token, slots.first, slots.rows,
+        slots.block, slots.origin, slots.oldest, slots.height, slots.reads, num_slots, heads, v.stride(0), v.stride(1),
+        lam.stride(0), lam.stride(1), key_dim, value_dim, lam.shape[-1] if scaled else 1, C=chunk, HEIGHT=height,
+        BK=tile_width(key_dim, WALKED), BV=tile_width(value_dim, WALKED), PARTS=nodes.maps.shape[3], SCALED=scaled,
+        PRECISION=precision, num_warps=warps_of(chunk), num_stages=2,
+    )  # fmt: skip
+    return o
 
 
 def read(v: Tensor, scales: Tensor | None, chunks: Chunks, nodes: Nodes, slots: Slots, variants: Tensor,
