@@ -659,7 +659,7 @@ def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: 
     float32 = {"dtype": torch.float32, "device": v.device}
     dscales = torch.zeros(tokens, heads, num_levels, **float32) if scaled else lam
     of_g, of_s = grad_o.stride()[:2], lam.stride()[:2]
-    whole = {"C": chunk, "num_warps": warps_of(chunk), "num_stages": 2 if chunk <= 64 else 1}
+    stages = 2 if chunk <= 64 else 3
 
     # the tree
     chunks, nodes, rights = remade.chunks, remade.nodes, remade.rights
@@ -669,13 +669,13 @@ def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: 
     _pull_kernel[programs(heads, num_slots)](
         grad_o, lam, chunks.seen, nodes.added, pulled, dscales, slots.token, slots.first, slots.rows,
         *reading_tables(slots, variants), places, num_slots, heads, *of_g, *of_s, key_dim, value_dim, num_levels,
-        HEIGHT=height, SCALED=scaled, **keys, **values, **whole,
+        HEIGHT=height, C=chunk, SCALED=scaled, num_warps=8 if key_dim > 128 else 4, num_stages=stages, **keys, **values,
     )  # fmt: skip
     _ascend_kernel[programs(heads, num_slots)](
         pulled, nodes.maps, slots.rows, slots.block, slots.height, variants, places, num_slots, heads, key_dim,
-        PARTS=parts, **keys, **whole,
+        C=chunk, PARTS=parts, num_warps=4, num_stages=stages, **keys,
     )  # fmt: skip
-    tiled = row_tiles(key_dim)
+    tiled = row_tiles(key_dim) | {"num_stages": 1}
     all_rows = {"num_warps": 8 if rows > 128 else 4, "num_stages": 2, "ROWS": rows}
     # what has no rows reads nothing, and nobody fills in the gradients of a bucket that nothing reads
     readers = readers_with_rows(slots)

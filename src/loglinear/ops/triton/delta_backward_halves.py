@@ -486,7 +486,8 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
     num_slots, (tokens, groups, key_dim), (_, heads, value_dim) = len(slots.token), q.shape, v.shape
     block_k, block_v = tile_width(key_dim), tile_width(value_dim)
     key_tiles, value_tiles = triton.cdiv(key_dim, block_k), triton.cdiv(value_dim, block_v)
-    keys = {"E": chunk // 2, "KT": key_tiles, "BK": block_k, "PRECISION": precision, "num_warps": 4, "num_stages": 2}
+    keys = {"E": chunk // 2, "KT": key_tiles, "BK": block_k, "PRECISION": precision, "num_warps": 4}
+    keys["num_stages"] = 2 if chunk <= 64 else 3
     values = {"VT": value_tiles, "BV": block_v}
     scaled = scales is not None
     lam = scales if scaled else v

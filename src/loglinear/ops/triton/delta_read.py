@@ -179,7 +179,7 @@ def descend(chunks: Chunks, nodes: Nodes, slots: Slots, variants: Tensor, places
     _descend_kernel[programs(heads, num_slots)](
         chunks.seen, nodes.maps, slots.rows, slots.block, slots.height, variants, places, num_slots, heads, key_dim,
         C=chunk, KT=triton.cdiv(key_dim, block), BK=block, PARTS=nodes.maps.shape[3], PRECISION=precision,
-        num_warps=warps_of(chunk), num_stages=3 if chunk <= 64 else 2,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
 
 
