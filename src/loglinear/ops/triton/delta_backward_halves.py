@@ -99,7 +99,7 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
                    tokens, firsts, rows_of, reads, places, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg,
                    stride_v, stride_vh, stride_s, stride_sh, stride_b, stride_g, stride_gh, K, V, L, E: tl.constexpr,
                    HEIGHT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                   SCALED: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+                   SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Back through the scores of half of the rows: gradients of λ, of MT and of q kᵀ. E = 2^HEIGHT.
 
     For the first half all that is across is zero.
@@ -171,6 +171,7 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
         own -= met * tl.exp2(own_sums)[None, :]
         across -= met_across * tl.exp2(other_sums)[None, :]
     own = tl.where(causal, own, 0.0)
+    dtype = d_mixed.dtype.element_ty
     d_mixed += quarters
     store_block(d_mixed, own, start, 2 * E, E, start, 2 * E, E)
     if half == 1:
@@ -180,9 +181,12 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
     strength = load_column(beta + head, own_token, own_first, own_rows, stride_b, E)
     before = load_column(beta + head, token, first, earlier, stride_b, E)
     matrix = inverse + quarters
-    of_own = tl.dot(own, _turned(matrix, start, start, E) * strength[:, None], input_precision=EXACT)
-    of_own = tl.dot(across, _turned(matrix, start, 0, E) * before[:, None], of_own, input_precision=EXACT)
-    of_across = tl.dot(across, _turned(matrix, 0, 0, E) * before[:, None], input_precision=EXACT)
+    own, across = own.to(dtype), across.to(dtype)
+    from_own = (_turned(matrix, start, start, E) * strength[:, None]).to(dtype)
+    from_other = (_turned(matrix, start, 0, E) * before[:, None]).to(dtype)
+    of_own = tl.dot(own, from_own, input_precision=PRECISION)
+    of_own = tl.dot(across, from_other, of_own, input_precision=PRECISION)
+    of_across = tl.dot(across, (_turned(matrix, 0, 0, E) * before[:, None]).to(dtype), input_precision=PRECISION)
     product, product_across = tl.zeros((E, E), tl.float32), tl.zeros((E, E), tl.float32)
     for tile in range(KT):
         queries = load_tile(q, own_token, own_first, own_rows, stride_q, E, tile * BK, K, BK)
@@ -206,8 +210,8 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
 @triton.jit(do_not_specialize=["N"])
 def _solved_kernel(q, k, v, gamma, d_maps, d_written, d_mixed, d_solved, d_erase, tokens, firsts, rows_of, lefts, N, H,
                    G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, K, V, E: tl.constexpr,
-                   KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
-                   EXACT: tl.constexpr):  # fmt: skip
+                   KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
     """Gradients of half of the rows of T, and of W."""
     part, slot = program_place()
     head, half = part // 2, part % 2
@@ -268,18 +272,19 @@ def _solved_kernel(q, k, v, gamma, d_maps, d_written, d_mixed, d_solved, d_erase
     d_mixed += place * 4 * E * E
     d_solved += place * 4 * E * E
     below = load_block(d_mixed, E, 2 * E, E, 0, 2 * E, E)
-    own = tl.dot(product, load_block(d_mixed, start, 2 * E, E, start, 2 * E, E), own, input_precision=EXACT)
-    own = tl.dot(product_later, below, own, input_precision=EXACT)
+    product = product.to(dtype)
+    own = tl.dot(product, load_block(d_mixed, start, 2 * E, E, start, 2 * E, E), own, input_precision=PRECISION)
+    own = tl.dot(product_later.to(dtype), below, own, input_precision=PRECISION)
     store_block(d_solved, own, start, 2 * E, E, start, 2 * E, E)
     if half == 1:
-        across = tl.dot(product, below, across, input_precision=EXACT)
+        across = tl.dot(product, below, across, input_precision=PRECISION)
         store_block(d_solved, across, E, 2 * E, E, 0, 2 * E, E)
 
 
 @triton.jit(do_not_specialize=["N", "stride_b"])
 def _overlap_kernel(k, beta, inverse, gamma, d_solved, d_overlap, d_strength, d_mass, tokens, firsts, rows_of, N, H, G,
                     stride_k, stride_kg, stride_b, K, E: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr,
-                    PRECISION: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+                    PRECISION: tl.constexpr):  # fmt: skip
     """Back through a chunk's inverse: a quarter of the gradient of k kᵀ, and what β and gamma get from it.
 
     Quarter 0 and 2 are what a half has with itself, and write to the first part of d_strength and d_mass; quarter 1 is
@@ -303,17 +308,20 @@ def _overlap_kernel(k, beta, inverse, gamma, d_solved, d_overlap, d_strength, d_
     quarters = (slot.to(tl.int64) * H + head) * 4 * E * E
     matrix, d_solved = inverse + quarters, d_solved + quarters
 
+    dtype = d_solved.dtype.element_ty
     given = load_block(d_solved, above, 2 * E, E, left, 2 * E, E)
-    turned = _turned(matrix, above, above, E)
-    lower = tl.dot(turned, given, input_precision=EXACT)
+    turned = _turned(matrix, above, above, E).to(dtype)
+    lower = tl.dot(turned, given, input_precision=PRECISION)
     if quarter == 0:
         below = load_block(d_solved, E, 2 * E, E, 0, 2 * E, E)
-        lower = tl.dot(_turned(matrix, E, 0, E), below, lower, input_precision=EXACT)
-    lower = tl.dot(lower, _turned(matrix, left, left, E) * of_column[:, None], input_precision=EXACT)
+        lower = tl.dot(_turned(matrix, E, 0, E).to(dtype), below, lower, input_precision=PRECISION)
+    from_left = (_turned(matrix, left, left, E) * of_column[:, None]).to(dtype)
+    lower = tl.dot(lower.to(dtype), from_left, input_precision=PRECISION)
     if quarter == 2:
         before = load_column(beta + head, token, first, rows, stride_b, E)
-        below_it = tl.dot(turned, load_block(d_solved, E, 2 * E, E, 0, 2 * E, E), input_precision=EXACT)
-        lower = tl.dot(below_it, _turned(matrix, E, 0, E) * before[:, None], lower, input_precision=EXACT)
+        below_it = tl.dot(turned, load_block(d_solved, E, 2 * E, E, 0, 2 * E, E), input_precision=PRECISION)
+        from_below = (_turned(matrix, E, 0, E) * before[:, None]).to(dtype)
+        lower = tl.dot(below_it.to(dtype), from_below, lower, input_precision=PRECISION)
     strict = (row[:, None] > row[None, :]) | (quarter == 1)
     lower = tl.where(strict, -lower * decays_across(tl.load(sums + above), tl.load(sums + left)), 0.0)
     store_block(d_overlap + quarters, lower * strength[:, None], above, 2 * E, E, left, 2 * E, E)
@@ -325,7 +333,7 @@ def _overlap_kernel(k, beta, inverse, gamma, d_solved, d_overlap, d_strength, d_
         overlap = tl.dot(keys, tl.trans(others), overlap, input_precision=PRECISION)
     raw = tl.where(strict, lower * overlap, 0.0)  # with β of the row: A ⊙ dA
     of_rows = tl.sum(raw, 1)
-    of_columns = tl.sum(given * load_block(matrix, above, 2 * E, E, left, 2 * E, E), 0)
+    of_columns = tl.sum(given.to(tl.float32) * load_block(matrix, above, 2 * E, E, left, 2 * E, E), 0)
     mass = raw * strength[:, None]
     at = (head.to(tl.int64) * N + slot) * 2 * E + row
     if quarter == 1:
@@ -502,7 +510,7 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
         k, beta, grad_o, chunks.inverse, chunks.scores, chunks.gamma, d_added, dv, d_written, *rows, slots.left,
         num_slots, heads, groups, *of_k[:2], of_b[0], *of_g[:2], key_dim, value_dim, **values, **keys,
     )  # fmt: skip
-    d_mixed, d_pairs = torch.empty(square, **float32), v.new_empty(square)
+    d_mixed, d_pairs = v.new_empty(square), v.new_empty(square)
     by_half = (2, *chunks.gamma.shape)
     d_scored = torch.zeros(by_half, **float32)
     # pipelined, this kernel is silently wrong on Hopper (Triton 3.6): d_mixed by 4e-2 with K = 192, V = 384
@@ -510,18 +518,18 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
         q, k, v, lam, beta, grad_o, chunks.inverse, chunks.mixed, pulled, chunks.gamma, d_mixed, d_pairs, dscales,
         d_scored, *rows, slots.reads, places, num_slots, heads, groups, scale, *of_q[:2], *of_k[:2], *of_v[:2],
         *of_s[:2], of_b[0], *of_g[:2], key_dim, value_dim, lam.shape[-1] if scaled else 1, HEIGHT=height - 1,
-        SCALED=scaled, EXACT=precision, **values, **{**keys, "num_stages": 1},
+        SCALED=scaled, **values, **{**keys, "num_stages": 1},
     )  # fmt: skip
-    d_solved, d_erase = torch.empty(square, **float32), v.new_empty(num_slots, heads, chunk, key_dim)
+    d_solved, d_erase = v.new_empty(square), v.new_empty(num_slots, heads, chunk, key_dim)
     _solved_kernel[halves](
         q, k, v, chunks.gamma, d_maps, d_written, d_mixed, d_solved, d_erase, *rows, slots.left, num_slots, heads,
-        groups, scale, *of_q[:2], *of_k[:2], *of_v[:2], key_dim, value_dim, EXACT=precision, **values, **keys,
+        groups, scale, *of_q[:2], *of_k[:2], *of_v[:2], key_dim, value_dim, **values, **keys,
     )  # fmt: skip
     del d_mixed, d_written
     d_overlap, d_strength, d_mass = v.new_empty(square), *(torch.empty(by_half, **float32) for _ in range(2))
     _overlap_kernel[programs(3 * heads, num_slots)](
         k, beta, chunks.inverse, chunks.gamma, d_solved, d_overlap, d_strength, d_mass, *rows, num_slots, heads,
-        groups, *of_k[:2], of_b[0], key_dim, EXACT=precision, **keys,
+        groups, *of_k[:2], of_b[0], key_dim, **keys,
     )  # fmt: skip
     del d_solved
     wide = {"dtype": v.dtype if groups == heads else torch.float32, "device": v.device}  # sums over a group's heads

@@ -104,6 +104,17 @@ def dot_parts(left, right, PARTS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def dot_both_in_parts(left, right, total, dtype: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """`total` + `left` @ `right`, both float32 and multiplied in parts of dtype, but for what both have lost."""
+    first, second = left.to(dtype), right.to(dtype)
+    total = tl.dot(first, second, total, input_precision=PRECISION)
+    if PARTS == 2:
+        total = tl.dot((left - first.to(tl.float32)).to(dtype), second, total, input_precision=PRECISION)
+        total = tl.dot(first, (right - second.to(tl.float32)).to(dtype), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def _join(matrix, C: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     """From blocks of SIZE rows that are inverted to blocks twice as large."""
     for pair in range(C // (2 * SIZE)):

@@ -31,6 +31,7 @@ from loglinear.ops.triton.common import (
 )
 from loglinear.ops.triton.delta_chunks import (
     Chunks,
+    dot_both_in_parts,
     dot_parts,
     load_block,
     load_tile,
@@ -123,7 +124,7 @@ def _join_kernel(lower, rows_of, N, H, C: tl.constexpr, SIZE: tl.constexpr, PREC
 def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, tokens, firsts, rows_of, reads, places, N, H,
                    G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_s, stride_sh, stride_b, K, L,
                    E: tl.constexpr, HEIGHT: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
-                   PRECISION: tl.constexpr):  # fmt: skip
+                   PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Scores and queries of half of the rows. E = 2^HEIGHT.
 
     The other half is what the second one reads of the first; of the first half, for which it lies ahead, all of that
@@ -160,13 +161,15 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
     matrix = inverse + place * 4 * E * E
     strength = load_column(beta + head, token_of, first_of, rows_of_half, stride_b, E)
     before = load_column(beta + head, token, first, earlier, stride_b, E)
-    mixed = tl.dot(product, load_block(matrix, start, 2 * E, E, start, 2 * E, E) * strength[None, :],
-                   input_precision=PRECISION)  # fmt: skip
+    dtype: tl.constexpr = scores.dtype.element_ty
+    nothing = tl.zeros((E, E), tl.float32)
+    own = load_block(matrix, start, 2 * E, E, start, 2 * E, E) * strength[None, :]
+    mixed = dot_both_in_parts(product, own, nothing, dtype, PARTS, PRECISION)
     # for the first half `before` is zero
-    mixed_across = tl.dot(across, load_block(matrix, 0, E, E, 0, 2 * E, E) * before[None, :],
-                          input_precision=PRECISION)  # fmt: skip
-    below = load_block(matrix, E, 2 * E * half, E, 0, 2 * E, E)  # nothing for the first half
-    mixed_across = tl.dot(product, below * before[None, :], mixed_across, input_precision=PRECISION)
+    above = load_block(matrix, 0, E, E, 0, 2 * E, E) * before[None, :]
+    mixed_across = dot_both_in_parts(across, above, nothing, dtype, PARTS, PRECISION)
+    below = load_block(matrix, E, 2 * E * half, E, 0, 2 * E, E) * before[None, :]
+    mixed_across = dot_both_in_parts(product, below, mixed_across, dtype, PARTS, PRECISION)
     out = scores + place * 4 * E * E
     if SCALED:
         lam = scales + head.to(tl.int64) * stride_sh
@@ -182,7 +185,6 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
         store_block(kept + place * 4 * E * E, mixed_across, start, 2 * E, E, ahead, 2 * E, E)
     if tl.load(reads + slot) == 0:
         return
-    dtype = scores.dtype.element_ty
     entering = tl.exp2(own_sums)
     mixed = (mixed * entering[None, :]).to(dtype)
     mixed_across = (mixed_across * tl.exp2(other_sums)[None, :]).to(dtype)
@@ -317,7 +319,8 @@ def make_chunks(q, k, v, scales, log_decay, beta, slots: Slots, places: Tensor, 
     _scores_kernel[programs(2 * heads, num_slots)](
         q, k, lam, beta, made.inverse, made.scores, made.seen, made.gamma, made.mixed, *rows, slots.reads, places,
         num_slots, heads, groups, scale, *of_q, *of_k, *of_scales, beta.stride(0), key_dim,
-        lam.shape[-1] if scaled else 1, HEIGHT=height - 1, SCALED=scaled, num_stages=1, **tiles,
+        lam.shape[-1] if scaled else 1, HEIGHT=height - 1, SCALED=scaled, PARTS=parts_of(k),
+        num_stages=1, **tiles,
     )  # fmt: skip
     return made
 
