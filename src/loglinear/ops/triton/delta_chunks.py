@@ -104,13 +104,12 @@ def dot_parts(left, right, PARTS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def dot_both_in_parts(left, right, total, dtype: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):
-    """`total` + `left` @ `right`, both float32 and multiplied in parts of dtype, but for what both have lost."""
-    first, second = left.to(dtype), right.to(dtype)
-    total = tl.dot(first, second, total, input_precision=PRECISION)
+def dot_with_parts(left, right, total, dtype: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """`total` + `left`, in dtype, times `right`, which is float32 and multiplied in parts of dtype."""
+    whole = right.to(dtype)
+    total = tl.dot(left, whole, total, input_precision=PRECISION)
     if PARTS == 2:
-        total = tl.dot((left - first.to(tl.float32)).to(dtype), second, total, input_precision=PRECISION)
-        total = tl.dot(first, (right - second.to(tl.float32)).to(dtype), total, input_precision=PRECISION)
+        total = tl.dot(left, (right - whole.to(tl.float32)).to(dtype), total, input_precision=PRECISION)
     return total
 
 

@@ -30,9 +30,10 @@ from loglinear.ops.triton.common import (
     programs,
 )
 from loglinear.ops.triton.delta_chunks import (
+    TILE,
     Chunks,
-    dot_both_in_parts,
     dot_parts,
+    dot_with_parts,
     load_block,
     load_tile,
     parts_of,
@@ -162,14 +163,14 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
     strength = load_column(beta + head, token_of, first_of, rows_of_half, stride_b, E)
     before = load_column(beta + head, token, first, earlier, stride_b, E)
     dtype: tl.constexpr = scores.dtype.element_ty
-    nothing = tl.zeros((E, E), tl.float32)
+    product, nothing = product.to(dtype), tl.zeros((E, E), tl.float32)
     own = load_block(matrix, start, 2 * E, E, start, 2 * E, E) * strength[None, :]
-    mixed = dot_both_in_parts(product, own, nothing, dtype, PARTS, PRECISION)
+    mixed = dot_with_parts(product, own, nothing, dtype, PARTS, PRECISION)
     # for the first half `before` is zero
     above = load_block(matrix, 0, E, E, 0, 2 * E, E) * before[None, :]
-    mixed_across = dot_both_in_parts(across, above, nothing, dtype, PARTS, PRECISION)
+    mixed_across = dot_with_parts(across.to(dtype), above, nothing, dtype, PARTS, PRECISION)
     below = load_block(matrix, E, 2 * E * half, E, 0, 2 * E, E) * before[None, :]
-    mixed_across = dot_both_in_parts(product, below, mixed_across, dtype, PARTS, PRECISION)
+    mixed_across = dot_with_parts(product, below, mixed_across, dtype, PARTS, PRECISION)
     out = scores + place * 4 * E * E
     if SCALED:
         lam = scales + head.to(tl.int64) * stride_sh
@@ -329,11 +330,14 @@ def make_leaves(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, added: Tenso
                 chunk: int, precision: str) -> None:  # fmt: skip
     """As `delta_nodes.make_leaves`; and W and T v, if `chunks` has room for them."""
     num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), k.shape, v.shape
-    block, width = tile_width(key_dim), max(tile_width(key_dim), tile_width(value_dim))
+    block, parts = tile_width(key_dim), parts_of(k)
+    width = max(block, tile_width(value_dim))
+    if parts == 2 and key_dim % (2 * TILE) == value_dim % (2 * TILE) == 0:
+        width = 2 * TILE  # T is read and cast half as often; of float32 only so much fits
     key_tiles, value_tiles = triton.cdiv(key_dim, block), triton.cdiv(value_dim, width)
     _leaves_kernel[programs(heads * (triton.cdiv(key_dim, width) + value_tiles), num_slots)](
         k, v, beta, chunks.inverse, chunks.erase, chunks.written, chunks.gamma, added, maps, slots.token, slots.first,
         slots.rows, slots.left, num_slots, heads, groups, *k.stride()[:2], *v.stride()[:2], beta.stride(0), key_dim,
-        value_dim, E=chunk // 2, KT=key_tiles, VT=value_tiles, BK=block, W=width, PARTS=parts_of(k),
-        PRECISION=precision, num_warps=4, num_stages=2,
+        value_dim, E=chunk // 2, KT=key_tiles, VT=value_tiles, BK=block, W=width, PARTS=parts, PRECISION=precision,
+        num_warps=4, num_stages=1 if width > TILE else 2,
     )  # fmt: skip
