@@ -127,7 +127,6 @@ def main() -> None:
     parser.add_argument("--key", type=int, default=192)
     parser.add_argument("--value", type=int, default=384)
     parser.add_argument("--chunk", type=int, help="rows of a chunk of the delta rule in 16 bits")
-    parser.add_argument("--halves", action="store_true", help="chunks of the delta rule in halves")
     parser.add_argument("--state", action="store_true", help="with a state in and out")
     parser.add_argument("--json", action="store_true", help="rows as JSON")
     options = parser.parse_args()
@@ -135,7 +134,7 @@ def main() -> None:
 
     from loglinear.ops.triton import delta
 
-    delta.LONG_CHUNK, delta.HALVES = options.chunk or delta.LONG_CHUNK, options.halves
+    delta.LONG_CHUNK = options.chunk or delta.LONG_CHUNK
     call(
         options.family, getattr(torch, options.dtype), options.heads, options.groups or options.heads, options.key,
         options.value, options.state,

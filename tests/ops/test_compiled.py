@@ -17,9 +17,8 @@ MAMBA2 = ["--heads", "48", "--groups", "1", "--key", "128", "--value", "64"]
 CASES = {
     "scalar": (["scalar", *MAMBA2], 200),
     "scalar with a state": (["scalar", *MAMBA2, "--state"], 300),
-    "delta": (["delta"], 500),
-    "delta, halves of chunks": (["delta", "--halves"], 300),
-    "delta, float32": (["delta", "--halves", "--dtype", "float32"], 2500),
+    "delta": (["delta"], 300),
+    "delta, float32": (["delta", "--dtype", "float32"], 2500),
 }
 
 

@@ -51,11 +51,11 @@ def compare_with_tree(inputs, state=None, cu_seqlens=None, returns_state=False, 
 
 INTERPRETED = [
     Shape(B=1, T=1, G=1, H=1, K=16, V=16, L=1),
-    Shape(B=2, T=37, G=1, H=2, K=16, V=16, L=7),
-    Shape(B=1, T=130, G=2, H=4, K=20, V=24, L=9),
-    Shape(B=1, T=113, G=1, H=1, K=80, V=16, L=3),
-    Shape(B=1, T=145, G=1, H=1, K=16, V=80, L=None),
-    Shape(B=1, T=145, G=1, H=1, K=16, V=16, L=7),
+    Shape(B=1, T=75, G=2, H=4, K=20, V=24, L=8),
+    Shape(B=1, T=258, G=1, H=1, K=16, V=16, L=10),
+    Shape(B=1, T=225, G=1, H=1, K=80, V=16, L=3),
+    Shape(B=1, T=289, G=1, H=1, K=16, V=144, L=None),  # too wide for `walk`
+    Shape(B=1, T=289, G=1, H=1, K=16, V=16, L=8),
 ]
 
 
@@ -67,20 +67,31 @@ def test_interpreted(mixer, shape):
 
 
 @needs_interpreter
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(B=1, T=17, G=1, H=1, K=16, V=16, L=1),  # the only chunk has rows in both halves
+        Shape(B=2, T=129, G=1, H=1, K=16, V=16, L=5),  # levels end where halves do
+        Shape(B=1, T=113, G=1, H=2, K=80, V=40, L=6),  # and where chunks do
+    ],
+)
+def test_interpreted_halves_of_chunks(shape):
+    compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32, key_norm=1.2).map(poisoned))
+
+
+@needs_interpreter
 def test_interpreted_packed():
-    lengths = [0, 40, 1, 0, 17, 16, 3]
+    lengths = [0, 80, 1, 0, 33, 32, 19]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    inputs = make_inputs("gated_deltanet", Shape(B=1, T=sum(lengths), G=1, H=2, K=16, V=16, L=6), torch.float32)
+    inputs = make_inputs("gated_deltanet", Shape(B=1, T=sum(lengths), G=1, H=2, K=16, V=16, L=7), torch.float32)
     compare_with_tree(inputs, None, bounds)
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("halves", "carried"), [(False, False), (False, True), (True, False), (True, True)])
-def test_interpreted_with_chunks_of_64(halves, carried, monkeypatch):
-    """The inverse of a chunk is joined from blocks of 16."""
-    monkeypatch.setattr(scalar, "CHUNK", 64)
+@pytest.mark.parametrize("carried", [False, True])
+def test_interpreted_with_chunks_of_64(carried, monkeypatch):
+    """The inverse of a chunk is joined from blocks of 16, and from what was joined."""
     monkeypatch.setattr(delta, "CHUNK", 64)
-    monkeypatch.setattr(delta, "HALVES", halves)
     shape = Shape(B=1, T=150, G=1, H=1, K=16, V=16, L=9)
     state = random_state(shape, [3 * 64 + 41], torch.float32) if carried else None
     compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32), state, returns_state=carried)
@@ -88,12 +99,14 @@ def test_interpreted_with_chunks_of_64(halves, carried, monkeypatch):
 
 @needs_interpreter
 @pytest.mark.parametrize(
-    ("num_levels", "tokens"), [(None, 45), (1, 1), (2, 45), (3, 16), (5, 45), (6, 16), (7, 45), (12, 1), (12, 45)]
+    ("num_levels", "tokens"),
+    [(None, 45), (1, 1), (2, 90), (3, 16), (6, 75), (7, 32), (8, 90), (9, 96), (13, 1), (13, 90)],
 )
 def test_interpreted_state(num_levels, tokens):
-    """In and out, at positions within chunks and between them, below and above the cap, and different by row."""
+    """In and out, at positions in both halves of chunks and between them, below and above the cap, and different by
+    row."""
     shape = Shape(B=4, T=tokens, G=1, H=1, K=16, V=16, L=num_levels)
-    state = random_state(shape, [0, 48, 91, 200], torch.float32)
+    state = random_state(shape, [0, 96, 183, 393], torch.float32)
     compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32), state, returns_state=True)
 
 
@@ -101,66 +114,66 @@ def test_interpreted_state(num_levels, tokens):
 @pytest.mark.parametrize("mixer", ["delta_net", "gated_deltanet"])
 def test_interpreted_state_of_groups(mixer):
     """Widths that are padded inside or have several tiles, groups, and inputs between NaN."""
-    shape = Shape(B=1, T=21, G=1, H=2, K=80, V=72, L=8)
+    shape = Shape(B=1, T=42, G=1, H=2, K=80, V=136, L=9)
     inputs = make_inputs(mixer, shape, torch.float32, key_norm=1.2).map(poisoned)
-    compare_with_tree(inputs, random_state(shape, [87], torch.float32), returns_state=True)
+    compare_with_tree(inputs, random_state(shape, [174], torch.float32), returns_state=True)
 
 
 @needs_interpreter
-@pytest.mark.parametrize("tokens", [1, 77, 112, 128])
+@pytest.mark.parametrize("tokens", [1, 154, 224, 256])
 def test_interpreted_state_out(tokens):
     """The end within a chunk, between two, and where all are one node."""
-    inputs = make_inputs("gated_deltanet", Shape(B=1, T=tokens, G=1, H=1, K=16, V=16, L=8), torch.float32)
+    inputs = make_inputs("gated_deltanet", Shape(B=1, T=tokens, G=1, H=1, K=16, V=16, L=9), torch.float32)
     compare_with_tree(inputs, returns_state=True)
 
 
 @needs_interpreter
 @pytest.mark.parametrize("returns_state", [False, True])
-@pytest.mark.parametrize("num_levels", [1, 7])
+@pytest.mark.parametrize("num_levels", [1, 8])
 def test_interpreted_packed_state(num_levels, returns_state):
-    lengths = [0, 40, 1, 0, 17, 16, 3]
+    lengths = [0, 80, 1, 0, 33, 32, 3]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     shape = Shape(B=1, T=sum(lengths), G=1, H=1, K=16, V=16, L=num_levels)
-    state = random_state(shape, [3, 15, 15, 64, 1000, 0, 61], torch.float32)
+    state = random_state(shape, [3, 31, 31, 128, 2000, 0, 125], torch.float32)
     compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32), state, bounds, returns_state)
 
 
 @needs_interpreter
 def test_interpreted_packed_state_out():
-    lengths = [0, 40, 1, 0, 17, 16, 3]
+    lengths = [0, 80, 1, 0, 33, 32, 3]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    inputs = make_inputs("delta_net", Shape(B=1, T=sum(lengths), G=1, H=1, K=16, V=16, L=7), torch.float32)
+    inputs = make_inputs("delta_net", Shape(B=1, T=sum(lengths), G=1, H=1, K=16, V=16, L=8), torch.float32)
     compare_with_tree(inputs, None, bounds, returns_state=True)
 
 
 @needs_interpreter
-@pytest.mark.parametrize("num_levels", [9, 32])
-@pytest.mark.parametrize("position", [2**14 - 5, 2**20 - 16, 2**20 + 33, 2**35 - 20, 2**41 + 21])
+@pytest.mark.parametrize("num_levels", [10, 32])
+@pytest.mark.parametrize("position", [2**14 - 5, 2**20 - 32, 2**20 + 65, 2**35 - 20, 2**41 + 21])
 def test_interpreted_state_far_out(position, num_levels):
     """Where a node is complete that takes in all buckets; where there is hardly one; and where blocks need 64 bits."""
-    shape = Shape(B=1, T=40, G=1, H=1, K=16, V=16, L=num_levels)
+    shape = Shape(B=1, T=70, G=1, H=1, K=16, V=16, L=num_levels)
     state = random_state(shape, [position], torch.float32)
     compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32), state, returns_state=True)
 
 
 @needs_interpreter
-@pytest.mark.parametrize("pieces", [[1, 99], [21, 48, 31], [7, 1, 56, 36]])
+@pytest.mark.parametrize("pieces", [[1, 199], [37, 96, 67], [11, 1, 112, 76]])
 def test_interpreted_pieces(pieces):
     """A sequence in pieces that hand on their state is the sequence, and has its gradients."""
-    shape = Shape(B=1, T=sum(pieces), G=1, H=1, K=16, V=16, L=7)
-    state = random_state(shape, [27], torch.float32)
+    shape = Shape(B=1, T=sum(pieces), G=1, H=1, K=16, V=16, L=8)
+    state = random_state(shape, [59], torch.float32)
     compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32), state, None, True, pieces)
 
 
 @needs_interpreter
 @pytest.mark.parametrize("reset", [-1e4, -torch.inf])
-@pytest.mark.parametrize("place", [3, 37])
+@pytest.mark.parametrize("place", [3, 82])
 def test_interpreted_reset(place, reset):
     """A decay of zero, in the first chunk or the last, forgets what was carried in, and nothing after it."""
-    shape = Shape(B=1, T=44, G=1, H=1, K=16, V=16, L=8)
+    shape = Shape(B=1, T=88, G=1, H=1, K=16, V=16, L=9)
     inputs = make_inputs("gated_deltanet", shape, torch.float32)
     inputs.log_decay[:, place] = reset
-    state = random_state(shape, [25], torch.float32)
+    state = random_state(shape, [50], torch.float32)
     o, buckets = runner("triton", returns_state=True)(inputs, state)
     exact, wanted = runner("torch", returns_state=True)(inputs.to(torch.float64), state.to(dtype=torch.float64))
     assert_close(o, exact, 2e-5, "o")  # sums of about 126 to 24 bits
@@ -171,9 +184,9 @@ def test_interpreted_reset(place, reset):
 @pytest.mark.parametrize("poisoned_input", ["v", "beta", "buckets", "cotangent"])
 def test_interpreted_nan_stays_in_its_row(poisoned_input):
     """It is not hidden, and no other row of the batch sees it."""
-    shape = Shape(B=3, T=40, G=1, H=1, K=16, V=16, L=7)
+    shape = Shape(B=3, T=60, G=1, H=1, K=16, V=16, L=8)
     inputs = make_inputs("gated_deltanet", shape, torch.float32).leaves()
-    buckets, positions = random_state(shape, [39] * 3, torch.float32)[:2]
+    buckets, positions = random_state(shape, [78] * 3, torch.float32)[:2]
     cotangent = torch.randn_like(inputs.v)
     poisoned_tensor = {**inputs.present(), "cotangent": cotangent, "buckets": buckets}[poisoned_input]
     with torch.no_grad():
@@ -219,33 +232,6 @@ def test_negative_positions():
     state.positions[1] = -1
     with pytest.raises(ValueError, match="positions must be at least 0"):
         runner("triton", returns_state=True)(make_inputs("gated_deltanet", shape, torch.float32), state)
-
-
-@needs_interpreter
-@pytest.mark.parametrize(
-    "shape",
-    [
-        Shape(B=1, T=17, G=1, H=1, K=16, V=16, L=1),  # the only chunk has rows in both halves
-        Shape(B=2, T=129, G=2, H=4, K=20, V=24, L=5),  # levels end where halves do
-        Shape(B=1, T=113, G=1, H=2, K=80, V=40, L=6),
-        Shape(B=1, T=75, G=1, H=1, K=16, V=80, L=None),
-    ],
-)
-def test_interpreted_in_halves_of_chunks(monkeypatch, shape):
-    monkeypatch.setattr(scalar, "CHUNK", 32)
-    monkeypatch.setattr(delta, "CHUNK", 32)
-    compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32, key_norm=1.2).map(poisoned))
-
-
-@needs_interpreter
-@pytest.mark.parametrize(("num_levels", "tokens"), [(1, 45), (3, 16), (6, 75), (9, 96)])
-def test_interpreted_state_in_halves_of_chunks(monkeypatch, num_levels, tokens):
-    """Starts and ends in the first half of a chunk, in the second, and between chunks."""
-    monkeypatch.setattr(scalar, "CHUNK", 32)
-    monkeypatch.setattr(delta, "CHUNK", 32)
-    shape = Shape(B=4, T=tokens, G=1, H=1, K=16, V=16, L=num_levels)
-    state = random_state(shape, [0, 64, 87, 201], torch.float32)
-    compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32), state, returns_state=True)
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 3, 5, 8, 13, 64])
@@ -357,18 +343,14 @@ def test_on_gpu(shape, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("decay", [1e-6, 100 / 32])
-def test_extreme_decays_on_gpu(monkeypatch, decay, halves):
-    monkeypatch.setattr(delta, "HALVES", halves)
+def test_extreme_decays_on_gpu(decay):
     shape = Shape(B=1, T=3000, G=2, H=2, K=128, V=64, L=13)
     on_device(make_inputs("gated_deltanet", shape, torch.bfloat16, "cuda", decay=decay))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("halves", [False, True])
-def test_packed_among_nan_on_gpu(monkeypatch, halves):
-    monkeypatch.setattr(delta, "HALVES", halves)
+def test_packed_among_nan_on_gpu():
     lengths = [0, 700, 1, 64, 0, 63, 129, 2048, 5]
     bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0)
     shape = Shape(B=1, T=sum(lengths), G=1, H=2, K=192, V=64, L=9)
@@ -516,14 +498,14 @@ def test_known_bounds_and_positions_cost_no_wait():
 @pytest.mark.parametrize("carried", [False, True])
 def test_well_formed_operators(carried):
     """Schemas, shapes without data, and gradients under the compiler."""
-    shape = Shape(B=2, T=20, G=1, H=2, K=16, V=16, L=7)
+    shape = Shape(B=2, T=40, G=1, H=1, K=16, V=16, L=8)
     inputs = make_inputs("gated_deltanet", shape, torch.float32).leaves().values()
     positions = far = near = None
     if carried:
-        state = random_state(shape, [3, 40], torch.float32)
+        state = random_state(shape, [3, 80], torch.float32)
         positions = state.positions
-        far = state.buckets[:, -fenwick.num_far_buckets(7, delta.CHUNK) :].nan_to_num().requires_grad_()
-        near = torch.randn(2, 2, 16, 16, requires_grad=True)
+        far = state.buckets[:, -fenwick.num_far_buckets(shape.L, delta.CHUNK) :].nan_to_num().requires_grad_()
+        near = torch.randn(2, 1, 16, 16, requires_grad=True)
     torch.library.opcheck(delta._forward_op, (*inputs, 0.7, None, positions, far, near, carried))
     plain = [None if x is None else x.detach() for x in (*inputs, None, positions, far, near)]
     outputs = delta._forward_op(*plain[:6], 0.7, *plain[6:], carried)
@@ -534,9 +516,9 @@ def test_well_formed_operators(carried):
 @needs_interpreter
 def test_interpreted_compiled_with_a_state():
     """One graph, with what is plain torch in it, forward and backward."""
-    shape = Shape(B=1, T=20, G=1, H=1, K=16, V=16, L=6)
-    inputs, given = make_inputs("gated_deltanet", shape, torch.float32), random_state(shape, [21, 3], torch.float32)
-    bounds = torch.tensor([0, 13, 20])
+    shape = Shape(B=1, T=40, G=1, H=1, K=16, V=16, L=7)
+    inputs, given = make_inputs("gated_deltanet", shape, torch.float32), random_state(shape, [42, 6], torch.float32)
+    bounds = torch.tensor([0, 26, 40])
 
     def run(inputs, buckets, positions, bounds):
         return runner("triton", bounds, returns_state=True)(inputs, FenwickState(buckets, positions))

@@ -1,8 +1,8 @@
 """The delta rule with one decay per head, or none (DeltaNet, Gated DeltaNet), on Triton kernels.
 
-Forward: `delta_chunks.py`, `delta_nodes.py`, `delta_read.py`. Backward: `delta_backward.py`, for which all of that is
-made again rather than kept. States that are carried in and out: `delta_carried.py` for the chunks at both ends, the
-kernels for what is whole.
+Forward: `delta_halves.py` (chunks: see `delta_chunks.py`), `delta_nodes.py`, `delta_read.py`. Backward:
+`delta_backward.py`, and `delta_backward_halves.py` for the chunks; all of the forward is made again for it rather than
+kept. States that are carried in and out: `delta_carried.py` for the chunks at both ends, the kernels for what is whole.
 
 Legend
     B batch, T tokens, G groups, H heads, K key width, V value width, L levels, S sequences (B, or the packed ones)
@@ -19,17 +19,18 @@ from torch import Tensor
 from loglinear import fenwick
 from loglinear.ops import stacked
 from loglinear.ops.packing import check_bounds, check_positions
-from loglinear.ops.triton import delta_carried, delta_chunks, delta_halves, delta_nodes
+from loglinear.ops.triton import delta_carried
 from loglinear.ops.triton.carried import near_buckets
 from loglinear.ops.triton.delta_backward import Remade, gradients
 from loglinear.ops.triton.delta_chunks import Chunks
+from loglinear.ops.triton.delta_halves import make_chunks
 from loglinear.ops.triton.delta_nodes import Carried, Leaving, Nodes, leaving, make_nodes
 from loglinear.ops.triton.delta_read import descend, read, walk, walks
-from loglinear.ops.triton.scalar import CHUNK, EXACT, INTERPRETED, MOST_LEVELS, MOST_PROGRAMS, as_rows, slots_of
+from loglinear.ops.triton.scalar import EXACT, INTERPRETED, MOST_LEVELS, MOST_PROGRAMS, as_rows, slots_of
 
 WIDEST_KEY = 256
-HALVES = True  # a program has half of a chunk's rows, where these are enough for a product
-LONG_CHUNK = 16 if INTERPRETED else 128  # of bfloat16: half as many nodes, each of which moves more than its chunk
+CHUNK = 32 if INTERPRETED else 64  # a program has half of the rows, and a product 16 at least
+LONG_CHUNK = 32 if INTERPRETED else 128  # of bfloat16: half as many nodes, each of which moves more than its chunk
 
 
 def unsupported(
@@ -90,7 +91,7 @@ def log_linear_attention_delta(
 
 def _chunk_of(v: Tensor) -> int:
     """Rows of a chunk, for the inputs of a call."""
-    return LONG_CHUNK if v.dtype == torch.bfloat16 and not INTERPRETED else CHUNK
+    return LONG_CHUNK if v.dtype == torch.bfloat16 else CHUNK
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -179,9 +180,6 @@ def _tree(call: _Call, backward: bool) -> tuple[Chunks, Nodes, Tensor | None]:
         room = fenwick.most_reads(len(slots.token), slots.cap)
     else:
         room = fenwick.most_variants(len(slots.token) - slots.ends.bucket.numel(), slots.cap, len(slots.base))
-    halves = HALVES and call.chunk >= 32  # products and the inverse's blocks have 16 rows at least
-    make_chunks = delta_halves.make_chunks if halves else delta_chunks.make_chunks
-    make_leaves = delta_halves.make_leaves if halves else delta_nodes.make_leaves
     chunks = make_chunks(
         queries, keys, values, scales, decays, strengths, slots, places, room, call.chunk, call.height,
         call.scale, call.precision, backward,
@@ -189,9 +187,7 @@ def _tree(call: _Call, backward: bool) -> tuple[Chunks, Nodes, Tensor | None]:
     rights = None
     if backward:
         rights = values.new_empty(len(slots.token), values.shape[1], keys.shape[-1], keys.shape[-1])
-    nodes = make_nodes(
-        keys, values, strengths, chunks, slots, call.chunk, call.precision, call.state, rights, make_leaves
-    )
+    nodes = make_nodes(keys, values, strengths, chunks, slots, call.chunk, call.precision, call.state, rights)
     if descends:
         descend(chunks, nodes, slots, call.variants, places, call.chunk, call.precision)
     return chunks, nodes, rights

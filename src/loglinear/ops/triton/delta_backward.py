@@ -9,8 +9,8 @@ the composition U = U_r + P_r U_l, P = P_r P_l:
 
     dU_l += P_rᵀ dU       dP_l += P_rᵀ dP       dU_r = dU       dP_r = dU U_lᵀ + dP P_lᵀ
 
-In a chunk (names as in `delta_chunks.py`; X = (I + A)⁻¹, T = X diag(β), Y = T v, k̂ = k e^γ, k̄ = k e^{Γ-γ}, M the scores
-before T, S after it and times Λ; dW = -k̄ dP, dY = k̄ dU):
+In a chunk (`delta_backward_halves.py`; names as in `delta_chunks.py`; X = (I + A)⁻¹, T = X diag(β), Y = T v, k̂ = k e^γ,
+k̄ = k e^{Γ-γ}, M the scores before T, S after it and times Λ; dW = -k̄ dP, dY = k̄ dU):
 
     d(MT) = dO vᵀ ⊙ Λ - dR_0 k̂ᵀ         dT = Mᵀ d(MT) + dY vᵀ + dW k̂ᵀ         dA = -Xᵀ dT Tᵀ, strictly lower
     dv = Sᵀ dO + Tᵀ dY                  dk̂ = Tᵀ dW - (MT)ᵀ dR_0               dk̄ = Y dUᵀ - W dPᵀ
@@ -23,8 +23,8 @@ Legend
     M variants of the queries of all chunks: see `delta_read.py`
     KT, VT, RT tiles of BK keys, BV values and ROWS rows
     pulled [M, H, C, K] dR; d_added [N, H, K, V], d_maps, rights [N, H, K, K] gradients of nodes, and P of the right
-    sibling of the node in a slot; d_erase [N, H, C, K] dW; mixed, d_pairs, d_overlap [N, H, C, C] MT and the gradients
-    of q kᵀ and k kᵀ; d_scores, d_solved [N, H, C, C] float32: dO vᵀ (later d(MT)), and dT as far as it writes
+    sibling of the node in a slot; d_erase [N, H, C, K] dW; mixed [N, H, C, C] MT; d_mixed, d_solved, d_pairs, d_overlap
+    [N, H, C, C] gradients of MT, T, q kᵀ and k kᵀ
 """
 
 from __future__ import annotations
@@ -38,29 +38,17 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.fenwick import Slots, readers_with_rows
-from loglinear.ops.triton import delta_backward_halves
 from loglinear.ops.triton.common import (
-    decays_between,
     drop_lowest_bit,
-    in_same_block,
     left_sibling,
-    level_factor,
     load_column,
     place_of_node,
     program_place,
     programs,
     row_exists,
 )
-from loglinear.ops.triton.delta_chunks import (
-    Chunks,
-    load_block,
-    load_tile,
-    load_turned,
-    store_block,
-    store_tile,
-    tile_width,
-    warps_of,
-)
+from loglinear.ops.triton.delta_backward_halves import chunk_gradients
+from loglinear.ops.triton.delta_chunks import Chunks, load_block, load_tile, store_block, tile_width
 from loglinear.ops.triton.delta_nodes import (
     Leaving,
     Nodes,
@@ -326,253 +314,6 @@ def _right_kernel(added, maps, d_added, d_maps, tallest, heights, lefts, blocks,
     store_block(d_maps + place * K * K, total, row, K, BK, 0, K, ROWS)
 
 
-@triton.jit(do_not_specialize=["N", "stride_b"])
-def _values_kernel(k, v, beta, grad_o, inverse, scores, gamma, d_added, dv, d_scores, d_solved, tokens, firsts, rows_of,
-                   lefts, N, H, G, stride_k, stride_kg, stride_v, stride_vh, stride_b, stride_g, stride_gh, K, V,
-                   C: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                   PRECISION: tl.constexpr):  # fmt: skip
-    """Gradient of v; and, summed over its columns, of the scores, and of T as far as it writes."""
-    head, slot = program_place()
-    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
-    if rows == 0:
-        return
-    token = tl.load(tokens + slot)
-    first = None if firsts is None else tl.load(firsts + slot)
-    writes = tl.load(lefts + slot) > 1
-    k += (head // (H // G)).to(tl.int64) * stride_kg
-    v += head.to(tl.int64) * stride_vh
-    grad_o += head.to(tl.int64) * stride_gh
-    place = slot.to(tl.int64) * H + head
-    row = tl.arange(0, C)
-    sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
-    after = tl.exp2(tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1) - sums)
-    strength = load_column(beta + head, token, first, rows, stride_b, C)
-    dtype = scores.dtype.element_ty
-    turned = (load_turned(inverse + place * C * C, C) * strength[:, None]).to(dtype)  # (T diag(β))ᵀ
-    inside = load_block(scores + place * C * C, 0, C, C, 0, C, C)
-    of_scores, of_solved = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
-    for tile in range(VT):
-        grad = load_tile(grad_o, token, first, rows, stride_g, C, tile * BV, V, BV)
-        values = load_tile(v, token, first, rows, stride_v, C, tile * BV, V, BV)
-        of_scores = tl.dot(grad, tl.trans(values), of_scores, input_precision=PRECISION)
-        grad_v = tl.dot(tl.trans(inside), grad, input_precision=PRECISION)
-        if writes:
-            written = tl.zeros((C, BV), tl.float32)
-            for key in range(KT):
-                keys = load_tile(k, token, first, rows, stride_k, C, key * BK, K, BK)
-                keys = (keys.to(tl.float32) * after[:, None]).to(dtype)
-                state = load_block(d_added + place * K * V, key * BK, K, BK, tile * BV, V, BV)
-                written = tl.dot(keys, state, written, input_precision=PRECISION)
-            written = written.to(dtype)
-            of_solved = tl.dot(written, tl.trans(values), of_solved, input_precision=PRECISION)
-            grad_v = tl.dot(turned, written, grad_v, input_precision=PRECISION)
-        store_tile(dv + head * V, grad_v, token, first, rows, H * V, C, tile * BV, V, BV)
-    store_block(d_scores + place * C * C, of_scores, 0, C, C, 0, C, C)
-    store_block(d_solved + place * C * C, of_solved, 0, C, C, 0, C, C)
-
-
-@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
-def _scores_kernel(q, k, scales, beta, inverse, mixed, pulled, gamma, d_scores, d_pairs, dscales, d_gamma, tokens,
-                   firsts, rows_of, reads, places, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_s,
-                   stride_sh, stride_b, K, L, C: tl.constexpr, HEIGHT: tl.constexpr, KT: tl.constexpr,
-                   BK: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
-    """Back through a chunk's scores: gradients of λ, of MT (d_scores becomes it) and of q kᵀ."""
-    head, slot = program_place()
-    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
-    if rows == 0:
-        return
-    token = tl.load(tokens + slot)
-    first = None if firsts is None else tl.load(firsts + slot)
-    group = head // (H // G)
-    q += group.to(tl.int64) * stride_qg
-    k += group.to(tl.int64) * stride_kg
-    place = slot.to(tl.int64) * H + head
-    read = (tl.load(places + slot).to(tl.int64) * H + head) * C * K
-    row = tl.arange(0, C)
-    sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
-    entering = tl.exp2(sums)
-    dtype = mixed.dtype.element_ty
-    of_mixed = tl.zeros((C, C), tl.float32)
-    if tl.load(reads + slot) > 0:
-        for column in range(KT):
-            keys = load_tile(k, token, first, rows, stride_k, C, column * BK, K, BK)
-            met = (keys.to(tl.float32) * entering[:, None]).to(dtype)
-            pull = load_block(pulled + read, 0, C, C, column * BK, K, BK)
-            of_mixed -= tl.dot(pull, tl.trans(met), input_precision=PRECISION)
-    causal = row[:, None] >= row[None, :]
-    of_scores = load_block(d_scores + place * C * C, 0, C, C, 0, C, C)
-    if SCALED:
-        lam, dlam = scales + head.to(tl.int64) * stride_sh, dscales + (token + row).to(tl.int64) * H * L + head * L
-        exists = row_exists(row, first, rows)
-        both = load_block(mixed + place * C * C, 0, C, C, 0, C, C).to(tl.float32)
-        pairs = tl.where(causal, both * of_scores, 0.0)
-        within, last = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
-        for level in tl.static_range(HEIGHT + 1):
-            upto = tl.sum(tl.where(in_same_block(row[:, None], row[None, :], level), pairs, 0.0), 1)
-            if level < L - 1:
-                tl.store(dlam + level, upto - within, mask=exists)
-            else:
-                last += upto - within
-            within = upto
-        if L - 1 <= HEIGHT:
-            tl.store(dlam + L - 1, last + tl.load(dlam + L - 1, mask=exists, other=0.0), mask=exists)
-        of_scores *= level_factor(lam, token, first, rows, stride_s, L, C, HEIGHT)
-    of_mixed = tl.where(causal, of_mixed + of_scores, 0.0)
-    store_block(d_scores + place * C * C, of_mixed, 0, C, C, 0, C, C)
-    strength = load_column(beta + head, token, first, rows, stride_b, C)
-    turned = load_turned(inverse + place * C * C, C) * strength[:, None]  # Tᵀ
-    of_product = tl.dot(of_mixed, turned, input_precision=EXACT)
-    product = tl.zeros((C, C), tl.float32)
-    for column in range(KT):
-        keys = load_tile(k, token, first, rows, stride_k, C, column * BK, K, BK)
-        queries = load_tile(q, token, first, rows, stride_q, C, column * BK, K, BK)
-        product = tl.dot(queries, tl.trans(keys), product, input_precision=PRECISION)
-    of_product = tl.where(causal, of_product * decays_between(sums) * scale, 0.0)
-    store_block(d_pairs + place * C * C, of_product, 0, C, C, 0, C, C)
-    mass = tl.where(causal, product * of_product, 0.0)
-    tl.store(d_gamma + (head.to(tl.int64) * N + slot) * C + row, tl.sum(mass, 1) - tl.sum(mass, 0))
-
-
-@triton.jit(do_not_specialize=["N", "stride_b"])
-def _solve_kernel(q, k, beta, inverse, gamma, d_maps, d_mixed, d_solved, d_erase, d_overlap, d_beta, d_gamma, tokens,
-                  firsts, rows_of, lefts, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_b, K,
-                  C: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-                  EXACT: tl.constexpr):  # fmt: skip
-    """Back through a chunk's inverse: gradients of W, of β and of k kᵀ."""
-    head, slot = program_place()
-    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
-    if rows == 0:
-        return
-    token = tl.load(tokens + slot)
-    first = None if firsts is None else tl.load(firsts + slot)
-    group = head // (H // G)
-    q += group.to(tl.int64) * stride_qg
-    k += group.to(tl.int64) * stride_kg
-    place = slot.to(tl.int64) * H + head
-    row = tl.arange(0, C)
-    sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
-    end = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1)
-    entering, after = tl.exp2(sums), tl.exp2(end - sums)
-    dtype = d_erase.dtype.element_ty
-    of_solved = load_block(d_solved + place * C * C, 0, C, C, 0, C, C)
-    # the transposed product is made directly: a product, cast and turned, is silently wrong on Hopper before 3.7.1
-    product = tl.zeros((C, C), tl.float32)
-    for column in range(KT):
-        keys = load_tile(k, token, first, rows, stride_k, C, column * BK, K, BK)
-        queries = load_tile(q, token, first, rows, stride_q, C, column * BK, K, BK)
-        product = tl.dot(keys, tl.trans(queries), product, input_precision=PRECISION)
-        if tl.load(lefts + slot) > 1:
-            erased = tl.zeros((C, BK), tl.float32)
-            for key in range(KT):
-                others = load_tile(k, token, first, rows, stride_k, C, key * BK, K, BK)
-                others = (others.to(tl.float32) * after[:, None]).to(dtype)
-                map = load_block(d_maps + place * K * K, key * BK, K, BK, column * BK, K, BK)
-                erased = tl.dot(others, map, erased, input_precision=PRECISION)
-            store_block(d_erase + place * C * K, -erased, 0, C, C, column * BK, K, BK)
-            met = (keys.to(tl.float32) * entering[:, None]).to(dtype)
-            of_solved -= tl.dot(erased.to(dtype), tl.trans(met), input_precision=PRECISION)
-    passing = tl.exp2(tl.minimum(sums[None, :] - sums[:, None], 0.0)) * scale
-    product = tl.where(row[:, None] <= row[None, :], product * passing, 0.0)
-    of_mixed = load_block(d_mixed + place * C * C, 0, C, C, 0, C, C)
-    of_solved += tl.dot(product, of_mixed, input_precision=EXACT)
-    strength = load_column(beta + head, token, first, rows, stride_b, C)
-    turned = load_turned(inverse + place * C * C, C)
-    of_lower = tl.dot(turned, of_solved, input_precision=EXACT)
-    strict = row[:, None] > row[None, :]
-    of_lower = tl.where(strict, -tl.dot(of_lower, turned * strength[:, None], input_precision=EXACT), 0.0)
-    of_lower *= decays_between(sums)
-    overlap = tl.zeros((C, C), tl.float32)
-    for column in range(KT):
-        keys = load_tile(k, token, first, rows, stride_k, C, column * BK, K, BK)
-        overlap = tl.dot(keys, tl.trans(keys), overlap, input_precision=PRECISION)
-    store_block(d_overlap + place * C * C, of_lower * strength[:, None], 0, C, C, 0, C, C)
-    inverted = load_block(inverse + place * C * C, 0, C, C, 0, C, C)
-    raw = tl.where(strict, of_lower * overlap, 0.0)  # with β of the row: A ⊙ dA
-    grad_beta = tl.sum(of_solved * inverted, 0) + tl.sum(raw, 1)
-    exists = row_exists(row, first, rows)
-    tl.store(d_beta + (token + row).to(tl.int64) * H + head, grad_beta, mask=exists)
-    mass = raw * strength[:, None]
-    at = d_gamma + (head.to(tl.int64) * N + slot) * C + row
-    tl.store(at, tl.load(at) + tl.sum(mass, 1) - tl.sum(mass, 0))
-
-
-@triton.jit(do_not_specialize=["N", "stride_b"])
-def _keys_kernel(q, k, v, beta, inverse, erase, pulled, gamma, d_added, d_maps, d_erase, mixed, d_pairs, d_overlap, dq,
-                 dk, d_gamma, d_decay, tokens, firsts, rows_of, lefts, reads, places, N, H, G, scale, stride_q,
-                 stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_b, K, V, C: tl.constexpr,
-                 KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
-    """Gradients of q and k by head, [T, H, K] each, and of log_decay [T, H]."""
-    head, slot = program_place()
-    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
-    if rows == 0:
-        return
-    token = tl.load(tokens + slot)
-    first = None if firsts is None else tl.load(firsts + slot)
-    writes, is_read = tl.load(lefts + slot) > 1, tl.load(reads + slot) > 0
-    group = head // (H // G)
-    q += group.to(tl.int64) * stride_qg
-    k += group.to(tl.int64) * stride_kg
-    v += head.to(tl.int64) * stride_vh
-    place = slot.to(tl.int64) * H + head
-    read = (tl.load(places + slot).to(tl.int64) * H + head) * C * K
-    row = tl.arange(0, C)
-    sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
-    end = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1)
-    entering, after = tl.exp2(sums), tl.exp2(end - sums)
-    strength = load_column(beta + head, token, first, rows, stride_b, C)
-    dtype = mixed.dtype.element_ty
-    solved = (load_block(inverse + place * C * C, 0, C, C, 0, C, C) * strength[None, :]).to(dtype)
-    turned = (load_turned(inverse + place * C * C, C) * strength[:, None]).to(dtype)
-    of_pairs = load_block(d_pairs + place * C * C, 0, C, C, 0, C, C)
-    of_overlap = load_block(d_overlap + place * C * C, 0, C, C, 0, C, C)  # of k kᵀ, whose both sides are keys
-    of_overlap = (of_overlap.to(tl.float32) + tl.trans(of_overlap).to(tl.float32)).to(dtype)
-    both = load_block(mixed + place * C * C, 0, C, C, 0, C, C)
-    mass, to_end = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
-    through = tl.zeros((BK,), tl.float32)
-    for column in range(KT):
-        keys = load_tile(k, token, first, rows, stride_k, C, column * BK, K, BK)
-        queries = load_tile(q, token, first, rows, stride_q, C, column * BK, K, BK)
-        grad_q = tl.dot(of_pairs, keys, input_precision=PRECISION)
-        grad_k = tl.dot(tl.trans(of_pairs), queries, input_precision=PRECISION)
-        grad_k = tl.dot(of_overlap, keys, grad_k, input_precision=PRECISION)
-        met = tl.zeros((C, BK), tl.float32)  # gradient of the keys as they meet the state that enters
-        if is_read:
-            pull = load_block(pulled + read, 0, C, C, column * BK, K, BK)
-            met -= tl.dot(tl.trans(both), pull, input_precision=PRECISION)
-            seen = pull.to(tl.float32) * (entering * scale)[:, None]
-            grad_q += seen
-            mass += tl.sum(seen * queries.to(tl.float32), 1)
-        if writes:
-            of_erase = load_block(d_erase + place * C * K, 0, C, C, column * BK, K, BK)
-            met = tl.dot(turned, of_erase, met, input_precision=PRECISION)
-            kept = tl.zeros((C, BK), tl.float32)  # gradient of the keys as they write to the state that leaves
-            for tile in range(VT):
-                values = load_tile(v, token, first, rows, stride_v, C, tile * BV, V, BV)
-                written = tl.dot(solved, values, input_precision=PRECISION).to(dtype)
-                state = load_block(d_added + place * K * V, column * BK, K, BK, tile * BV, V, BV)
-                kept = tl.dot(written, tl.trans(state), kept, input_precision=PRECISION)
-            for key in range(KT):
-                erased = load_block(erase + place * PARTS * C * K, 0, C, C, key * BK, K, BK)
-                map = load_block(d_maps + place * K * K, column * BK, K, BK, key * BK, K, BK)
-                kept -= tl.dot(erased, tl.trans(map), input_precision=PRECISION)
-            kept *= after[:, None]
-            grad_k += kept
-            to_end += tl.sum(kept * keys.to(tl.float32), 1)
-            diagonal = column * BK + tl.arange(0, BK)
-            through += tl.load(d_maps + place * K * K + diagonal * (K + 1), mask=diagonal < K, other=0.0).to(tl.float32)
-        met *= entering[:, None]
-        grad_k += met
-        mass += tl.sum(met * keys.to(tl.float32), 1)
-        store_tile(dq + head * K, grad_q, token, first, rows, H * K, C, column * BK, K, BK)
-        store_tile(dk + head * K, grad_k, token, first, rows, H * K, C, column * BK, K, BK)
-    mass += tl.load(d_gamma + (head.to(tl.int64) * N + slot) * C + row) - to_end
-    # what depends on the sum over the whole chunk reaches every row
-    whole = tl.sum(to_end, 0) + tl.exp2(end) * tl.sum(through, 0)
-    own = d_decay + (token + row).to(tl.int64) * H + head
-    tl.store(own, tl.sum(mass, 0) - tl.cumsum(mass, 0) + mass + whole, mask=row_exists(row, first, rows))
-
-
 class Gradients(NamedTuple):
     q: Tensor
     k: Tensor
@@ -591,57 +332,6 @@ class Remade:
     chunks: Chunks
     nodes: Nodes
     rights: Tensor
-
-
-def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tensor, d_added: Tensor, d_maps: Tensor,
-                    dscales: Tensor, slots: Slots, places: Tensor, chunk: int, height: int, scale: float,
-                    precision: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q and k by head [T, H, K], of v, log_decay and beta, from those of nodes and queries; adds to
-    `dscales`."""
-    num_slots, (tokens, groups, key_dim), (_, heads, value_dim) = len(slots.token), q.shape, v.shape
-    block_k, block_v = tile_width(key_dim), tile_width(value_dim)
-    keys = {"KT": triton.cdiv(key_dim, block_k), "BK": block_k, "PRECISION": precision}
-    values = {"VT": triton.cdiv(value_dim, block_v), "BV": block_v}
-    scaled = scales is not None
-    lam = scales if scaled else v
-    num_levels = lam.shape[-1] if scaled else 1
-    float32 = {"dtype": torch.float32, "device": v.device}
-    of_g, of_s = grad_o.stride()[:2], lam.stride()[:2]
-    of_q, of_k, of_v = q.stride()[:2], k.stride()[:2], v.stride()[:2]
-    whole = {"C": chunk, "num_warps": warps_of(chunk), "num_stages": 2 if chunk <= 64 else 1}
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    square = (num_slots, heads, chunk, chunk)
-    d_scores, d_solved = torch.empty(square, **float32), torch.empty(square, **float32)
-    _values_kernel[programs(heads, num_slots)](
-        k, v, beta, grad_o, chunks.inverse, chunks.scores, chunks.gamma, d_added, dv, d_scores, d_solved, slots.token,
-        slots.first, slots.rows, slots.left, num_slots, heads, groups, *of_k, *of_v, beta.stride(0), *of_g, key_dim,
-        value_dim, **keys, **values, **whole,
-    )  # fmt: skip
-    d_pairs, d_overlap = (v.new_empty(square) for _ in range(2))
-    d_gamma = torch.empty_like(chunks.gamma)
-    d_beta, d_decay = (torch.empty(tokens, heads, **float32) for _ in range(2))
-    exact = {"C": chunk, "EXACT": precision, "num_warps": 8, "num_stages": 1}
-    _scores_kernel[programs(heads, num_slots)](
-        q, k, lam, beta, chunks.inverse, chunks.mixed, pulled, chunks.gamma, d_scores, d_pairs, dscales, d_gamma,
-        slots.token, slots.first, slots.rows, slots.reads, places, num_slots, heads, groups, scale, *of_q, *of_k,
-        *of_s, beta.stride(0), key_dim, num_levels, HEIGHT=height, SCALED=scaled, **keys, **exact,
-    )  # fmt: skip
-    d_erase = v.new_empty(num_slots, heads, chunk, key_dim)
-    _solve_kernel[programs(heads, num_slots)](
-        q, k, beta, chunks.inverse, chunks.gamma, d_maps, d_scores, d_solved, d_erase, d_overlap, d_beta, d_gamma,
-        slots.token, slots.first, slots.rows, slots.left, num_slots, heads, groups, scale, *of_q, *of_k,
-        beta.stride(0), key_dim, **keys, **exact,
-    )  # fmt: skip
-    del d_scores, d_solved
-    wide = {"dtype": v.dtype if groups == heads else torch.float32, "device": v.device}  # sums over a group's heads
-    dq, dk = (torch.empty(tokens, heads, key_dim, **wide) for _ in range(2))
-    _keys_kernel[programs(heads, num_slots)](
-        q, k, v, beta, chunks.inverse, chunks.erase, pulled, chunks.gamma, d_added, d_maps, d_erase, chunks.mixed,
-        d_pairs, d_overlap, dq, dk, d_gamma, d_decay, slots.token, slots.first, slots.rows, slots.left, slots.reads,
-        places, num_slots, heads, groups, scale, *of_q, *of_k, *of_v, beta.stride(0), key_dim, value_dim,
-        PARTS=chunks.erase.shape[2], C=chunk, num_warps=warps_of(chunk), num_stages=1, **keys, **values,
-    )  # fmt: skip
-    return dq, dk, dv, d_decay, d_beta
 
 
 def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: Remade, slots: Slots, variants, places,
@@ -718,8 +408,7 @@ def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: 
         near = d_added[slots.base].float()
 
     # every chunk by itself
-    by_chunk = chunk_gradients if chunks.written is None else delta_backward_halves.chunk_gradients
-    dq, dk, dv, d_decay, d_beta = by_chunk(
+    dq, dk, dv, d_decay, d_beta = chunk_gradients(
         q, k, v, scales, beta, grad_o, chunks, pulled, d_added, d_maps, dscales, slots, places, chunk, height, scale,
         precision,
     )  # fmt: skip

@@ -35,7 +35,8 @@ from loglinear.ops.triton.delta_halves import decays_across
 
 @triton.jit
 def _turned(matrix, row, column, E: tl.constexpr):
-    """The transpose of a quarter of a matrix [2 E, 2 E]: see `delta_chunks.load_turned`."""
+    """The transpose of a quarter of a matrix [2 E, 2 E]: what is changed and cast after loading must not be turned
+    there, which is silently wrong on Hopper before Triton 3.7.1."""
     place = tl.arange(0, E)
     return tl.load(matrix + ((row + place[None, :]) * (2 * E) + column + place[:, None]))
 
@@ -490,7 +491,8 @@ def _decays_kernel(gamma, d_maps, d_scored, d_mass, d_strength, d_sums, d_end, d
 def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tensor, d_added: Tensor, d_maps: Tensor,
                     dscales: Tensor, slots: Slots, places: Tensor, chunk: int, height: int, scale: float,
                     precision: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `delta_backward.chunk_gradients`."""
+    """Gradients of q and k by head [T, H, K], of v, log_decay and beta, from those of nodes and queries; adds to
+    `dscales`."""
     num_slots, (tokens, groups, key_dim), (_, heads, value_dim) = len(slots.token), q.shape, v.shape
     block_k, block_v = tile_width(key_dim), tile_width(value_dim)
     key_tiles, value_tiles = triton.cdiv(key_dim, block_k), triton.cdiv(value_dim, block_v)

@@ -287,11 +287,15 @@ def _leaves_kernel(k, v, beta, inverse, erase, written, gamma, added, maps, toke
 
 def make_chunks(q, k, v, scales, log_decay, beta, slots: Slots, places: Tensor, num_variants: int, chunk: int,
                 height: int, scale: float, precision: str, backward: bool = False) -> Chunks:  # fmt: skip
-    """As `delta_chunks.make_chunks`, but W and T v are left to `make_leaves`, and single: for the backward alone."""
+    """Chunks of q, k [T, G, K], v [T, H, V], level scales [T, H, L] (None: 1), log_decay and beta [T, H].
+
+    places [N]: for each slot the first variant of its queries, of which there are at most `num_variants`. `backward`:
+    with what that alone needs, of which W and T v are left to `make_leaves`.
+    """
     num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), q.shape, v.shape
     made = Chunks(
         inverse=k.new_empty(num_slots, heads, chunk, chunk, dtype=torch.float32),
-        erase=k.new_empty(num_slots, heads, 1, chunk, key_dim) if backward else None,
+        erase=k.new_empty(num_slots, heads, chunk, key_dim) if backward else None,
         written=k.new_empty(num_slots, heads, chunk, value_dim) if backward else None,
         scores=k.new_empty(num_slots, heads, chunk, chunk), seen=k.new_empty(num_variants, heads, chunk, key_dim),
         gamma=k.new_zeros(heads, num_slots, chunk, dtype=torch.float32),
@@ -328,7 +332,7 @@ def make_chunks(q, k, v, scales, log_decay, beta, slots: Slots, places: Tensor, 
 
 def make_leaves(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, added: Tensor, maps: Tensor, slots: Slots,
                 chunk: int, precision: str) -> None:  # fmt: skip
-    """As `delta_nodes.make_leaves`; and W and T v, if `chunks` has room for them."""
+    """Fills in U and P of the chunks; and W and T v, if `chunks` has room for them."""
     num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), k.shape, v.shape
     block, parts = tile_width(key_dim), parts_of(k)
     width = max(block, tile_width(value_dim))

@@ -9,14 +9,13 @@ A node that grows is read by many programs while it does, so its P changes place
 `maps`. U of a node that grows is read by nobody else.
 
 Legend
-    N slots, C rows of a chunk, H heads, G groups, K key width, V value width, KT, VT tiles of BK keys and BV values
+    N slots, H heads, G groups, K key width, V value width, KT, VT tiles of BK keys and BV values
     S sequences, F far buckets of a state
     added [N, H, K, V] U; maps [2, N, H, PARTS, K, K] P, in parts: see `delta_chunks.py`
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,66 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.fenwick import Ends, Slots
-from loglinear.ops.triton.common import block_end, left_sibling, load_column, program_place, programs
-from loglinear.ops.triton.delta_chunks import (
-    Chunks,
-    dot_parts,
-    load_block,
-    load_tile,
-    parts_of,
-    store_block,
-    store_parts,
-    tile_width,
-    warps_of,
-)
-
-
-@triton.jit(do_not_specialize=["N", "stride_b"])
-def _leaves_kernel(k, v, beta, inverse, erase, gamma, added, maps, tokens, firsts, rows_of, lefts, N, H, G, stride_k,
-                   stride_kg, stride_v, stride_vh, stride_b, K, V, C: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr,
-                   BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of columns of U, or of P, of one chunk."""
-    part, slot = program_place()
-    head, tile = part // (KT + VT), part % (KT + VT)
-    if tl.load(lefts + slot, mask=slot < N, other=0) <= 1:
-        return  # nobody reads the last chunk of a sequence
-    rows, token = tl.load(rows_of + slot), tl.load(tokens + slot)
-    first = None if firsts is None else tl.load(firsts + slot)
-    k += (head // (H // G)).to(tl.int64) * stride_kg
-    v += head.to(tl.int64) * stride_vh
-    place = slot.to(tl.int64) * H + head
-    row = tl.arange(0, C)
-    sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
-    end = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1)
-    dtype = added.dtype.element_ty
-    after = tl.exp2(end - sums)
-    if tile < VT:
-        values = load_tile(v, token, first, rows, stride_v, C, tile * BV, V, BV)
-        strength = load_column(beta + head, token, first, rows, stride_b, C)
-        solved = load_block(inverse + place * C * C, 0, C, C, 0, C, C) * strength[None, :]
-        written = dot_parts(solved, values, PARTS, PRECISION)
-        whole = written.to(dtype)
-        lost = (written - whole.to(tl.float32)).to(dtype)
-        for key in range(KT):
-            keys = load_tile(k, token, first, rows, stride_k, C, key * BK, K, BK)
-            keys = (keys.to(tl.float32) * after[:, None]).to(dtype)
-            state = tl.dot(tl.trans(keys), whole, input_precision=PRECISION)
-            if PARTS == 2:
-                state = tl.dot(tl.trans(keys), lost, state, input_precision=PRECISION)
-            store_block(added + place * K * V, state, key * BK, K, BK, tile * BV, V, BV)
-    else:
-        column = (tile - VT) * BK
-        erase += place * PARTS * C * K
-        erased = load_block(erase, 0, C, C, column, K, BK)
-        for key in range(KT):
-            keys = load_tile(k, token, first, rows, stride_k, C, key * BK, K, BK)
-            keys = (keys.to(tl.float32) * after[:, None]).to(dtype)
-            kept = (key * BK + tl.arange(0, BK))[:, None] == (column + tl.arange(0, BK))[None, :]
-            map = tl.where(kept, tl.exp2(end), 0.0) - tl.dot(tl.trans(keys), erased, input_precision=PRECISION)
-            if PARTS == 2:
-                rest = load_block(erase + C * K, 0, C, C, column, K, BK)
-                map -= tl.dot(tl.trans(keys), rest, input_precision=PRECISION)
-            store_parts(maps + place * PARTS * K * K, map, K * K, key * BK, K, BK, column, K, BK, PARTS)
+from loglinear.ops.triton.common import block_end, left_sibling, program_place, programs
+from loglinear.ops.triton.delta_chunks import Chunks, load_block, parts_of, store_block, store_parts, tile_width
+from loglinear.ops.triton.delta_halves import make_leaves
 
 
 @triton.jit(do_not_specialize=["N", "height"])
@@ -196,30 +138,14 @@ class Carried(NamedTuple):
     near: Tensor | None  # [S, H, K, V], the others together as they leave the first chunk, where the state has any
 
 
-def make_leaves(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, added: Tensor, maps: Tensor, slots: Slots,
-                chunk: int, precision: str) -> None:  # fmt: skip
-    """Fills in U and P of the chunks."""
-    num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), k.shape, v.shape
-    parts, block_k = parts_of(k), tile_width(key_dim)
-    wide_v = _value_width(value_dim, key_dim, parts)
-    key_tiles, value_tiles = triton.cdiv(key_dim, block_k), triton.cdiv(value_dim, wide_v)
-    _leaves_kernel[programs(heads * (key_tiles + value_tiles), num_slots)](
-        k, v, beta, chunks.inverse, chunks.erase, chunks.gamma, added, maps, slots.token, slots.first, slots.rows,
-        slots.left, num_slots, heads, groups, k.stride(0), k.stride(1), v.stride(0), v.stride(1), beta.stride(0),
-        key_dim, value_dim, C=chunk, KT=key_tiles, VT=value_tiles, BK=block_k, BV=wide_v, PARTS=parts,
-        PRECISION=precision, num_warps=warps_of(chunk), num_stages=2,
-    )  # fmt: skip
-
-
 def _value_width(value_dim: int, key_dim: int, parts: int) -> int:
     """Columns of U in a tile: of float32 only so much fits."""
     return tile_width(value_dim, 2 * tile_width(key_dim)) if parts == 2 else tile_width(value_dim)
 
 
 def make_nodes(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, slots: Slots, chunk: int, precision: str,
-               state: Carried | None, rights: Tensor | None = None,
-               leaves: Callable[..., None] = make_leaves) -> Nodes:  # fmt: skip
-    """Nodes of k [T, G, K], v [T, H, V] and beta [T, H], from `leaves` up. The last chunks of sequences have none.
+               state: Carried | None, rights: Tensor | None = None) -> Nodes:  # fmt: skip
+    """Nodes of k [T, G, K], v [T, H, V] and beta [T, H]. The last chunks of sequences have none.
 
     rights [N, H, K, K], if given, gets P of the right sibling of the node in each slot, where it has one.
     """
@@ -234,7 +160,7 @@ def make_nodes(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, slots: Slots,
     keys = {"KT": triton.cdiv(key_dim, block_k), "BK": block_k, "PARTS": parts, "PRECISION": precision}
     values = {"VT": triton.cdiv(value_dim, wide_v), "BV": wide_v}
     columns = keys["KT"] + values["VT"]
-    leaves(k, v, beta, chunks, *nodes, slots, chunk, precision)
+    make_leaves(k, v, beta, chunks, *nodes, slots, chunk, precision)
     if state is not None:
         _store_state(nodes, state, slots)
     merge = row_tiles(key_dim)
