@@ -27,6 +27,7 @@ from torch import Tensor
 from loglinear.fenwick import Slots
 from loglinear.ops.triton.common import (
     block_end,
+    cdiv,
     decays_between,
     drop_lowest_bit,
     in_same_block,
@@ -35,6 +36,7 @@ from loglinear.ops.triton.common import (
     load_column,
     load_rows,
     load_state,
+    next_power_of_2,
     place_of_node,
     program_place,
     programs,
@@ -445,8 +447,8 @@ def gradients(q, k, v, scales, log_decay, state, grad_o, grad_far, slots: Slots,
     written_mass = torch.empty(heads, num_slots, **float32)
     read_mass = torch.zeros(heads, heights, num_slots, **float32)
     size = key_dim * value_dim
-    walk = min(1024, triton.next_power_of_2(size))
-    tiles = triton.cdiv(size, walk)
+    walk = min(1024, next_power_of_2(size))
+    tiles = cdiv(size, walk)
     inherited_mass = torch.zeros(tiles, heads, num_slots, **float32)
     low = subtree_height(slots, state)
 
@@ -454,7 +456,7 @@ def gradients(q, k, v, scales, log_decay, state, grad_o, grad_far, slots: Slots,
     of_rows = (lam.stride(0), lam.stride(1), grad_o.stride(0), grad_o.stride(1))
     sizes = (num_slots, heads, groups, scale)
     widths = (key_dim, value_dim, num_levels)
-    blocks = {"BK": max(16, triton.next_power_of_2(key_dim)), "BV": max(16, triton.next_power_of_2(value_dim))}
+    blocks = {"BK": max(16, next_power_of_2(key_dim)), "BV": max(16, next_power_of_2(value_dim))}
     options = {"C": chunk, "HEIGHT": height, "SCALED": scaled, "PRECISION": precision, **blocks}
     by_part = programs(heads // together, num_slots)
     _inside_kernel[by_part](

@@ -36,6 +36,19 @@ def program_place():
     return tl.program_id(0), tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
 
 
+# Triton's own of these take microseconds a call on the host, for they serve kernels as well.
+
+
+def cdiv(size: int, part: int) -> int:
+    """How many parts cover a size."""
+    return -(-size // part)
+
+
+def next_power_of_2(size: int) -> int:
+    """The least that is not less than a size of at least 1."""
+    return 1 << (size - 1).bit_length()
+
+
 def programs(width: int, slots: int) -> tuple[int, int, int]:
     """A launch of `width` programs for each slot, side by side, as `program_place` reads it (too many, maybe)."""
     most = 65_535

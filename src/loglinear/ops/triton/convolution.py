@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loglinear.ops.triton.common import program_place, programs
+from loglinear.ops.triton.common import cdiv, next_power_of_2, program_place, programs
 
 CHANNELS = 256  # of a program
 
@@ -55,10 +55,10 @@ def _launch(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, weight = x if x.stride(-1) == 1 else x.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    block = min(CHANNELS, triton.next_power_of_2(channels))
+    block = min(CHANNELS, next_power_of_2(channels))
     with torch.cuda.device_of(x):  # kernels are launched on the current device
-        _convolution_kernel[programs(triton.cdiv(channels, block), rows)](
-            x, state, weight, bias, y, rows, x.stride(0), channels, width, BW=triton.next_power_of_2(width), BC=block,
+        _convolution_kernel[programs(cdiv(channels, block), rows)](
+            x, state, weight, bias, y, rows, x.stride(0), channels, width, BW=next_power_of_2(width), BC=block,
             num_warps=4,
         )  # fmt: skip
     return y

@@ -39,9 +39,11 @@ from torch import Tensor
 
 from loglinear.fenwick import Slots, readers_with_rows
 from loglinear.ops.triton.common import (
+    cdiv,
     drop_lowest_bit,
     left_sibling,
     load_column,
+    next_power_of_2,
     place_of_node,
     program_place,
     programs,
@@ -340,9 +342,9 @@ def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: 
     up."""
     num_slots, (tokens, groups, key_dim), (_, heads, value_dim) = len(slots.token), q.shape, v.shape
     block_k, block_v = tile_width(key_dim), tile_width(value_dim)
-    keys = {"KT": triton.cdiv(key_dim, block_k), "BK": block_k, "PRECISION": precision}
-    values = {"VT": triton.cdiv(value_dim, block_v), "BV": block_v}
-    columns, rows = keys["KT"] + values["VT"], max(16, triton.next_power_of_2(key_dim))
+    keys = {"KT": cdiv(key_dim, block_k), "BK": block_k, "PRECISION": precision}
+    values = {"VT": cdiv(value_dim, block_v), "BV": block_v}
+    columns, rows = keys["KT"] + values["VT"], max(16, next_power_of_2(key_dim))
     scaled = scales is not None
     lam = scales if scaled else v
     num_levels = lam.shape[-1] if scaled else 1

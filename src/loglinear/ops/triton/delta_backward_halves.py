@@ -21,6 +21,7 @@ from torch import Tensor
 
 from loglinear.fenwick import Slots
 from loglinear.ops.triton.common import (
+    cdiv,
     decays_between,
     in_same_block,
     level_factor,
@@ -495,7 +496,7 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
     `dscales`."""
     num_slots, (tokens, groups, key_dim), (_, heads, value_dim) = len(slots.token), q.shape, v.shape
     block_k, block_v = tile_width(key_dim), tile_width(value_dim)
-    key_tiles, value_tiles = triton.cdiv(key_dim, block_k), triton.cdiv(value_dim, block_v)
+    key_tiles, value_tiles = cdiv(key_dim, block_k), cdiv(value_dim, block_v)
     keys = {"E": chunk // 2, "KT": key_tiles, "BK": block_k, "PRECISION": precision, "num_warps": 4}
     keys["num_stages"] = 2 if chunk <= 64 else 3
     values = {"VT": value_tiles, "BV": block_v}

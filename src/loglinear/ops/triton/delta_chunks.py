@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loglinear.ops.triton.common import row_exists
+from loglinear.ops.triton.common import next_power_of_2, row_exists
 
 TILE = 64  # columns of keys or values that are multiplied at once
 
@@ -121,4 +121,4 @@ def parts_of(k: Tensor) -> int:
 
 
 def tile_width(width: int, most: int = TILE) -> int:
-    return max(16, min(most, triton.next_power_of_2(width)))
+    return max(16, min(most, next_power_of_2(width)))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from loglinear.fenwick import Slots
 from loglinear.ops.triton.common import (
+    cdiv,
     decays_between,
     level_factor,
     load_column,
@@ -304,7 +305,7 @@ def make_chunks(q, k, v, scales, log_decay, beta, slots: Slots, places: Tensor, 
     scaled = scales is not None
     lam = scales if scaled else k
     block = tile_width(key_dim)
-    tiles = {"E": chunk // 2, "KT": triton.cdiv(key_dim, block), "BK": block, "PRECISION": precision, "num_warps": 4}
+    tiles = {"E": chunk // 2, "KT": cdiv(key_dim, block), "BK": block, "PRECISION": precision, "num_warps": 4}
     exact = precision if k.dtype == torch.float32 else "tf32x3"
     of_q, of_k, of_scales = q.stride()[:2], k.stride()[:2], lam.stride()[:2]
     rows = (slots.token, slots.first, slots.rows)
@@ -338,8 +339,8 @@ def make_leaves(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, added: Tenso
     width = max(block, tile_width(value_dim))
     if parts == 2 and key_dim % (2 * TILE) == value_dim % (2 * TILE) == 0:
         width = 2 * TILE  # T is read and cast half as often; of float32 only so much fits
-    key_tiles, value_tiles = triton.cdiv(key_dim, block), triton.cdiv(value_dim, width)
-    _leaves_kernel[programs(heads * (triton.cdiv(key_dim, width) + value_tiles), num_slots)](
+    key_tiles, value_tiles = cdiv(key_dim, block), cdiv(value_dim, width)
+    _leaves_kernel[programs(heads * (cdiv(key_dim, width) + value_tiles), num_slots)](
         k, v, beta, chunks.inverse, chunks.erase, chunks.written, chunks.gamma, added, maps, slots.token, slots.first,
         slots.rows, slots.left, num_slots, heads, groups, *k.stride()[:2], *v.stride()[:2], beta.stride(0), key_dim,
         value_dim, E=chunk // 2, KT=key_tiles, VT=value_tiles, BK=block, W=width, PARTS=parts, PRECISION=precision,

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.fenwick import Ends, Slots
-from loglinear.ops.triton.common import block_end, left_sibling, program_place, programs
+from loglinear.ops.triton.common import block_end, cdiv, left_sibling, next_power_of_2, program_place, programs
 from loglinear.ops.triton.delta_chunks import Chunks, load_block, parts_of, store_block, store_parts, tile_width
 from loglinear.ops.triton.delta_halves import make_leaves
 
@@ -157,8 +157,8 @@ def make_nodes(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, slots: Slots,
     )
     block_k, block_v = tile_width(key_dim), tile_width(value_dim)
     wide_v = _value_width(value_dim, key_dim, parts)
-    keys = {"KT": triton.cdiv(key_dim, block_k), "BK": block_k, "PARTS": parts, "PRECISION": precision}
-    values = {"VT": triton.cdiv(value_dim, wide_v), "BV": wide_v}
+    keys = {"KT": cdiv(key_dim, block_k), "BK": block_k, "PARTS": parts, "PRECISION": precision}
+    values = {"VT": cdiv(value_dim, wide_v), "BV": wide_v}
     columns = keys["KT"] + values["VT"]
     make_leaves(k, v, beta, chunks, *nodes, slots, chunk, precision)
     if state is not None:
@@ -173,7 +173,7 @@ def make_nodes(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, slots: Slots,
             )  # fmt: skip
     if has_running(slots):
         # one program after the other has each head's columns: narrow tiles make more of them
-        _running_kernel[(len(slots.base), heads, triton.cdiv(value_dim, block_v))](
+        _running_kernel[(len(slots.base), heads, cdiv(value_dim, block_v))](
             *nodes, *running_tables(slots), num_slots, heads, slots.cap, key_dim, value_dim,
             BV=block_v, num_warps=4, num_stages=3, **keys,
         )  # fmt: skip
@@ -242,5 +242,5 @@ def has_running(slots: Slots) -> bool:
 
 def row_tiles(key_dim: int) -> dict[str, int]:
     """How the rows of U and P are split among programs, and how those are launched."""
-    rows = 128 if key_dim % 128 == 0 else min(64, max(16, triton.next_power_of_2(key_dim)))
-    return {"RT": triton.cdiv(key_dim, rows), "ROWS": rows, "num_warps": 4, "num_stages": 2}
+    rows = 128 if key_dim % 128 == 0 else min(64, max(16, next_power_of_2(key_dim)))
+    return {"RT": cdiv(key_dim, rows), "ROWS": rows, "num_warps": 4, "num_stages": 2}

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from loglinear.fenwick import Slots
 from loglinear.ops.triton.common import (
+    cdiv,
     drop_lowest_bit,
     load_column,
     place_of_node,
@@ -178,7 +179,7 @@ def descend(chunks: Chunks, nodes: Nodes, slots: Slots, variants: Tensor, places
     block = tile_width(key_dim)
     _descend_kernel[programs(heads, num_slots)](
         chunks.seen, nodes.maps, slots.rows, slots.block, slots.height, variants, places, num_slots, heads, key_dim,
-        C=chunk, KT=triton.cdiv(key_dim, block), BK=block, PARTS=nodes.maps.shape[3], PRECISION=precision,
+        C=chunk, KT=cdiv(key_dim, block), BK=block, PARTS=nodes.maps.shape[3], PRECISION=precision,
         num_warps=4, num_stages=3,
     )  # fmt: skip
 
@@ -218,12 +219,12 @@ def read(v: Tensor, scales: Tensor | None, chunks: Chunks, nodes: Nodes, slots: 
         block_v = tile_width(value_dim, 2 * block_v)
     scaled = scales is not None
     lam = scales if scaled else v
-    values = triton.cdiv(value_dim, block_v)
+    values = cdiv(value_dim, block_v)
     _read_kernel[programs(heads * values, num_slots)](
         v, lam, o, chunks.scores, chunks.seen, nodes.added, slots.token, slots.first, slots.rows,
         *reading_tables(slots, variants), places, num_slots, heads, v.stride(0), v.stride(1), lam.stride(0),
         lam.stride(1), key_dim, value_dim, lam.shape[-1] if scaled else 1, C=chunk, HEIGHT=height,
-        KT=triton.cdiv(key_dim, block_k), BK=block_k, VT=values, BV=block_v, SCALED=scaled, PRECISION=precision,
+        KT=cdiv(key_dim, block_k), BK=block_k, VT=values, BV=block_v, SCALED=scaled, PRECISION=precision,
         num_warps=warps_of(chunk), num_stages=3,
     )  # fmt: skip
     return o

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.fenwick import Slots
-from loglinear.ops.triton.common import load_rows, log2_decays, program_place, programs
+from loglinear.ops.triton.common import cdiv, load_rows, log2_decays, next_power_of_2, program_place, programs
 
 SUBTREE_HEIGHT = 2  # of the subtrees whose nodes are made in registers
 
@@ -173,9 +173,9 @@ def make_nodes(k: Tensor, v: Tensor, log_decay: Tensor, slots: Slots, chunk: int
     tops = torch.empty_like(logs)
     gamma = new(heads, num_slots, chunk, dtype=torch.float32)
     low = subtree_height(slots, state)
-    block_k, block_v = min(64, triton.next_power_of_2(key_dim)), min(64, triton.next_power_of_2(value_dim))
+    block_k, block_v = min(64, next_power_of_2(key_dim)), min(64, next_power_of_2(value_dim))
     block_k, block_v = max(16, block_k), max(16, block_v)
-    tiles = triton.cdiv(key_dim, block_k) * triton.cdiv(value_dim, block_v)
+    tiles = cdiv(key_dim, block_k) * cdiv(value_dim, block_v)
     _subtrees_kernel[programs(heads * tiles, num_slots)](  # the tiles of a head side by side: they share v in the cache
         k, v, log_decay, gamma, nodes, logs, tops, slots.token, slots.first, slots.rows, slots.block, slots.left,
         num_slots, heads, groups, k.stride(0), k.stride(1), v.stride(0), v.stride(1), log_decay.stride(0),
@@ -187,8 +187,8 @@ def make_nodes(k: Tensor, v: Tensor, log_decay: Tensor, slots: Slots, chunk: int
         across = torch.exp2(gamma[:, slots.base, -1]).T[..., None, None]  # the first chunk
         nodes[slots.base] = (nodes[slots.base] + across * state.near).to(stored)
     size = key_dim * value_dim
-    block = min(1024, triton.next_power_of_2(size))
-    _walk_kernel[(len(slots.base), heads, triton.cdiv(size, block))](
+    block = min(1024, next_power_of_2(size))
+    _walk_kernel[(len(slots.base), heads, cdiv(size, block))](
         nodes, logs, tops, slots.height, slots.oldest, slots.base, slots.count, heads, size, slots.cap,
         LOW=low, SUB=2**low, BLOCK=block, num_warps=4, num_stages=1,
     )  # fmt: skip

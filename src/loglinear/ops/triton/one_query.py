@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loglinear.ops.triton.common import LOG2E
+from loglinear.ops.triton.common import LOG2E, next_power_of_2
 
 WIDEST = 256  # head
 MOST_QUERIES = 16  # of a key/value head: more would not fit into registers
@@ -93,8 +93,8 @@ def attend_one(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: 
     """
     batch, heads, width = q.shape
     columns, key_heads = keys.shape[1:3]
-    group = triton.next_power_of_2(heads // key_heads)
-    padded = triton.next_power_of_2(width)
+    group = next_power_of_2(heads // key_heads)
+    padded = next_power_of_2(width)
     parts = max(1, min(-(-columns // FEWEST_COLUMNS), PROGRAMS // (batch * key_heads)))
     at_once = max(8, min(128, 2048 // (group * padded)))
     warps = min(16, max(4, group * at_once * padded // 1024))

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loglinear.ops.triton.common import cdiv, next_power_of_2
+
 WIDEST = 16_384  # a row is in registers
 STRETCH = 1024  # numbers of a program that goes by numbers
 
@@ -164,15 +166,15 @@ def _rotate_kernel(x, positions, turns, y, H, half, stride_n, stride_h, HEADS: t
 
 def _tile(rows: int, width: int) -> dict[str, int]:
     """Rows of a program and their padded width: few rows get a program each."""
-    padded = triton.next_power_of_2(width)
+    padded = next_power_of_2(width)
     several = max(1, 4096 // padded) if rows >= 4096 else 1
     return {"ROWS": several, "WIDTH": padded, "num_warps": 8 if several * padded > 2048 else 4}
 
 
 def _heads(heads: int, width: int) -> dict[str, int]:
     """Heads of a program and their padded width."""
-    padded = triton.next_power_of_2(width)
-    return {"HEADS": min(triton.next_power_of_2(heads), max(1, 1024 // padded)), "WIDTH": padded}
+    padded = next_power_of_2(width)
+    return {"HEADS": min(next_power_of_2(heads), max(1, 1024 // padded)), "WIDTH": padded}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -182,7 +184,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None)
     total = x if added is None else torch.empty_like(x)
     tile = _tile(rows, width)
     with torch.cuda.device_of(x):
-        grid = (triton.cdiv(rows, tile["ROWS"]),)
+        grid = (cdiv(rows, tile["ROWS"]),)
         _rms_norm_kernel[grid](x, added, weight, y, total, rows, width, eps, **tile)
     return y, total
 
@@ -197,7 +199,7 @@ def gated_rms_norm(
     tile = _tile(rows, width)
     head_width, stride = (1, 0) if values is None or factor is None else (width // factor.numel(), values.stride(0))
     with torch.cuda.device_of(x):
-        _gated_rms_norm_kernel[triton.cdiv(rows, tile["ROWS"]),](
+        _gated_rms_norm_kernel[cdiv(rows, tile["ROWS"]),](
             x, gate, values, factor, weight, y, rows, width, head_width, stride, eps, activation == "silu", gate_first,
             **tile,
         )  # fmt: skip
@@ -211,7 +213,7 @@ def unit_length(x: Tensor, eps: float) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tile = _tile(rows * groups, width)
     with torch.cuda.device_of(x):
-        grid = (triton.cdiv(rows * groups, tile["ROWS"]),)
+        grid = (cdiv(rows * groups, tile["ROWS"]),)
         _unit_length_kernel[grid](x, y, rows, groups, width, x.stride(0), x.stride(1), eps, **tile)
     return y
 
@@ -220,7 +222,7 @@ def level_scales(raw: Tensor, weight: Tensor) -> Tensor:
     """float32, of the shape of `raw [..., W]`; `weight` has W numbers."""
     raw, y = raw.contiguous(), torch.empty(raw.shape, dtype=torch.float32, device=raw.device)
     with torch.cuda.device_of(raw):
-        grid = (triton.cdiv(raw.numel(), STRETCH),)
+        grid = (cdiv(raw.numel(), STRETCH),)
         _level_scales_kernel[grid](raw, weight, y, raw.numel(), weight.numel(), STRETCH)
     return y
 
@@ -230,7 +232,7 @@ def log_decay(z: Tensor, dt_bias: Tensor, A_log: Tensor) -> Tensor:
     z, y = z.contiguous(), torch.empty(z.shape, dtype=torch.float32, device=z.device)
     width = dt_bias.numel()
     with torch.cuda.device_of(z):
-        grid = (triton.cdiv(z.numel(), STRETCH),)
+        grid = (cdiv(z.numel(), STRETCH),)
         _log_decay_kernel[grid](z, dt_bias, A_log, y, z.numel(), width, width // A_log.numel(), STRETCH)
     return y
 
@@ -243,7 +245,7 @@ def log_decay_and_values(z: Tensor, dt_bias: Tensor, A_log: Tensor, v: Tensor) -
     scaled = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     tile = _heads(heads, width)
     with torch.cuda.device_of(v):
-        grid = (rows, triton.cdiv(heads, tile["HEADS"]))
+        grid = (rows, cdiv(heads, tile["HEADS"]))
         _log_decay_and_values_kernel[grid](
             z, dt_bias, A_log, v, logs, scaled, heads, width, v.stride(0), v.stride(1), **tile
         )
@@ -254,7 +256,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) * up` of contiguous tensors."""
     y = torch.empty_like(gate)
     with torch.cuda.device_of(gate):
-        _silu_product_kernel[triton.cdiv(gate.numel(), STRETCH),](gate, up, y, gate.numel(), STRETCH)
+        _silu_product_kernel[cdiv(gate.numel(), STRETCH),](gate, up, y, gate.numel(), STRETCH)
     return y
 
 
@@ -265,6 +267,6 @@ def rotate(x: Tensor, positions: Tensor, turns: Tensor) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tile = _heads(heads, width // 2)
     with torch.cuda.device_of(x):
-        grid = (rows, triton.cdiv(heads, tile["HEADS"]))
+        grid = (rows, cdiv(heads, tile["HEADS"]))
         _rotate_kernel[grid](x, positions, turns, y, heads, width // 2, x.stride(0), x.stride(1), **tile)
     return y

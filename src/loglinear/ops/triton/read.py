@@ -22,6 +22,7 @@ from loglinear.ops.triton.common import (
     load_column,
     load_rows,
     load_state,
+    next_power_of_2,
     place_of_node,
     program_place,
     programs,
@@ -84,7 +85,7 @@ def read(q, k, v, scales, nodes, logs, gamma, slots: Slots, chunk: int, height: 
         q, k, v, lam, o, nodes, logs, gamma, slots.token, slots.first, slots.rows, slots.block, slots.origin,
         slots.oldest, slots.height, slots.reads, len(slots.token), heads, groups, scale, q.stride(0), q.stride(1),
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), lam.stride(0), lam.stride(1), key_dim, value_dim,
-        lam.shape[-1] if scaled else 1, C=chunk, HEIGHT=height, BK=max(16, triton.next_power_of_2(key_dim)), BV=max(16,
-        triton.next_power_of_2(value_dim)), SCALED=scaled, PRECISION=precision, num_warps=4, num_stages=2,
+        lam.shape[-1] if scaled else 1, C=chunk, HEIGHT=height, BK=max(16, next_power_of_2(key_dim)), BV=max(16,
+        next_power_of_2(value_dim)), SCALED=scaled, PRECISION=precision, num_warps=4, num_stages=2,
     )  # fmt: skip
     return o

@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loglinear.ops.triton.common import carry_level, holds_tokens, program_place, programs
+from loglinear.ops.triton.common import carry_level, cdiv, holds_tokens, next_power_of_2, program_place, programs
 from loglinear.state import FenwickState
 
 ARRIVAL = tl.constexpr(2**48)  # positions are below
@@ -196,12 +196,12 @@ class Tiling(NamedTuple):
 
 def tiling(key_dim: int, value_dim: int, num_levels: int, deferring: bool) -> Tiling:
     """`deferring`: buckets are read and not written, which leaves a thread room for twice as many numbers."""
-    keys = max(16, triton.next_power_of_2(key_dim))  # Triton 3.6 fails to compile tiles of fewer
-    columns = min(COLUMNS, triton.next_power_of_2(value_dim))
+    keys = max(16, next_power_of_2(key_dim))  # Triton 3.6 fails to compile tiles of fewer
+    columns = min(COLUMNS, next_power_of_2(value_dim))
     warps = max(4, min(16, keys // 32))
     numbers = warps * 32 * (REGISTERS // 2 if deferring else REGISTERS // 4)
-    levels = max(1, min(numbers // (keys * columns), 8, triton.next_power_of_2(num_levels)))
-    return Tiling(keys, columns, triton.cdiv(value_dim, columns), levels, warps, REGISTERS)
+    levels = max(1, min(numbers // (keys * columns), 8, next_power_of_2(num_levels)))
+    return Tiling(keys, columns, cdiv(value_dim, columns), levels, warps, REGISTERS)
 
 
 def _launch(
@@ -224,7 +224,7 @@ def _launch(
             *((0, 0) if level_scales is None else level_scales.stride()[:2]),
             *((0, 0) if log_decay is None else log_decay.stride()[:2]), 0 if beta is None else beta.stride(0),
             key_dim, value_dim, BK=tiles.keys, BV=tiles.columns, N=tiles.count, M=tiles.levels,
-            LEVELS=max(2, triton.next_power_of_2(num_levels)), BY_CHANNEL=by_channel, num_warps=tiles.warps,
+            LEVELS=max(2, next_power_of_2(num_levels)), BY_CHANNEL=by_channel, num_warps=tiles.warps,
             num_stages=1, maxnreg=tiles.registers,
         )  # fmt: skip
     return o

@@ -31,9 +31,11 @@ from loglinear.ops.triton import step as plain_step
 from loglinear.ops.triton.common import (
     block_start,
     carry_level,
+    cdiv,
     holds_tokens,
     is_right_half,
     level_between,
+    next_power_of_2,
     program_place,
     programs,
 )
@@ -360,13 +362,13 @@ def _launch(
     tiles = plain_step.tiling(key_dim, value_dim, num_levels, deferring=True)
     shared = {
         "K": key_dim, "V": value_dim, "N": length, "HEIGHT": chunk_height(length),
-        "LEVELS": max(2, triton.next_power_of_2(num_levels)),
+        "LEVELS": max(2, next_power_of_2(num_levels)),
     }  # fmt: skip
     passed = q.new_empty(rows, heads, key_dim + length, dtype=torch.float32)
     of_scales = (0, 0) if level_scales is None else level_scales.stride()[:2]
     numbers = tiles.keys * length
-    end_keys, end_columns = (max(16, min(END_TILE, triton.next_power_of_2(width))) for width in (key_dim, value_dim))
-    end_tiles, writes = triton.cdiv(value_dim, end_columns), by_channel or beta is not None
+    end_keys, end_columns = (max(16, min(END_TILE, next_power_of_2(width))) for width in (key_dim, value_dim))
+    end_tiles, writes = cdiv(value_dim, end_columns), by_channel or beta is not None
     # buckets are independent of each other: few programs would go through them one by one
     shares = min(num_levels, max(1, FEW_PROGRAMS // (rows * heads * end_tiles))) if writes else 1
     with torch.cuda.device_of(v):  # kernels are launched on the current device
@@ -374,7 +376,7 @@ def _launch(
             q, k, v, level_scales, log_decay, beta, positions, begun, keys, values, log_decays, mixing, passed, rows,
             heads, groups, num_levels, scale, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
             v.stride(1), *of_scales, *((0, 0) if log_decay is None else log_decay.stride()[:2]),
-            0 if beta is None else beta.stride(0), BK=tiles.keys, BV=max(16, triton.next_power_of_2(value_dim)),
+            0 if beta is None else beta.stride(0), BK=tiles.keys, BV=max(16, next_power_of_2(value_dim)),
             BY_CHANNEL=by_channel, num_warps=max(4, min(16, numbers // 1024)), num_stages=1, **shared,
         )  # fmt: skip
         _window_read_kernel[programs(heads * tiles.count, rows)](
@@ -384,7 +386,7 @@ def _launch(
         )  # fmt: skip
         _window_end_kernel[programs(heads * end_tiles * shares, rows)](
             buckets, positions, begun, keys, values, log_decays, mixing, owed, rows, heads, groups, num_levels, shares,
-            KT=triton.cdiv(key_dim, end_keys), BK=end_keys, BV=end_columns, TILES=end_tiles, P=max(16, length),
+            KT=cdiv(key_dim, end_keys), BK=end_keys, BV=end_columns, TILES=end_tiles, P=max(16, length),
             BY_CHANNEL=by_channel, WRITES=writes, PRECISION="tf32x3", num_warps=4, num_stages=1, **shared,
         )  # fmt: skip
     return o
