@@ -439,7 +439,7 @@ def plot_group(group: dict[str, list[Row]], title: str, device: str) -> Figure:
             axis.set_yscale("log", base=10 if value is _time else 2)
             plots.unit_axis(axis, text)
             axis.set_ylabel(label)
-        left.set_title(title)
+        figure.suptitle(title, x=0.01, ha="left", fontsize="large", fontweight="bold")  # wider than its axes
         right.set_title(device, fontsize=8, loc="right", fontweight="normal", color="#555555")
         plots.legend_outside(right if right.get_legend_handles_labels()[0] else left)
     return figure
