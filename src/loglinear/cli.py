@@ -228,8 +228,9 @@ def compare(
         "(default: all of them)",
     ),
     device: str = typer.Option(
-        "auto", metavar="auto|cpu|cuda", help="Where to train: auto takes the GPU when there is one."
+        "auto", metavar="auto|cpu|cuda", help="Where to train: auto takes the GPUs when there are any."
     ),
+    workers: int | None = typer.Option(None, min=1, help="Runs side by side. (default: one on each GPU)"),
 ) -> None:
     """Train language models on the same tokens, and compare them.
 
@@ -240,7 +241,7 @@ def compare(
     """
     from loglinear.evals.command import run_comparison
 
-    run_comparison(file, output, work, device, seconds)
+    run_comparison(file, output, work, device, seconds, workers)
 
 
 @app.command()

@@ -103,6 +103,29 @@ def test_every_run_is_rows_and_none_runs_twice(done, monkeypatch):
     assert run_comparison(config, folder / "rows", folder / "elsewhere", "cpu") == rows
 
 
+def test_runs_side_by_side_are_those_in_turn(done, tmp_path):
+    config, _, rows = done
+    told, folders = [], (tmp_path / "rows", tmp_path / "work")
+    found = run_comparison(config, *folders, "cpu", workers=2, on_rows=lambda _, done, of: told.append((done, of)))
+    assert told == [(number, 6) for number in range(1, 7)]
+    place = ("model", "seed", "settings", "metric", "task", "position", "until", "depth")
+    losses = ("training_loss", "held_out_loss", "position_loss", "needle_loss")
+    ours, theirs = (
+        {tuple(getattr(row, name) for name in place): row.value for row in those if row.metric in losses}
+        for those in (found, rows)
+    )
+    assert len(ours) > 60 and ours == pytest.approx(theirs, rel=1e-4)
+    with pytest.raises(ValueError, match="workers: got 0, wanted at least 1"):
+        run_comparison(config, *folders, "cpu", workers=0)
+
+
+def test_each_worker_sees_one_gpu(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert comparison._visible_device(2) == "2"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert comparison._visible_device(1) == "7"
+
+
 def test_a_run_that_was_cut_off_is_run_again(done, tmp_path):
     config, folder, rows = done
     path = tmp_path / "comparison.csv"

@@ -245,6 +245,7 @@ def run_comparison(
     work: str | Path | None = None,
     device: str = "auto",
     seconds: float | None = None,
+    workers: int | None = None,
     console: Console | None = None,
 ) -> list[comparison.ComparisonRow]:
     """Trains and examines the models that a file describes (see `comparison.run_comparison`), says each run as it ends,
@@ -275,7 +276,7 @@ def run_comparison(
             soft_wrap=True,
         )
 
-    rows = comparison.run_comparison(config, output, work, device, seconds, begin, tell)
+    rows = comparison.run_comparison(config, output, work, device, seconds, begin, tell, workers)
     if any(row.metric == "held_out_loss" for row in rows):
         print_table(console, f"{config.title or Path(file).name}", *results.comparison_table(config, rows))
         console.print("± one standard deviation over seeds", highlight=False)

@@ -10,19 +10,24 @@ where their parameters agree in name and shape (`loglinear.models.initialization
     levels                             what they are used for, on a held-out document (`inspection`)
     cost                               tokens per second and memory of the training, bytes of state
 
-Its rows are written when it is done. Called again, the command goes on with the runs that are missing, also on another
-machine: nothing but the CSV has to survive.
+Where there are several GPUs, each has a run. Its rows are written when it is done. Called again, the command goes on
+with the runs that are missing, also on another machine: nothing but the CSV has to survive.
 """
 
 import dataclasses
 import gc
 import hashlib
+import itertools
 import json
 import logging
 import math
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -293,6 +298,7 @@ def run_comparison(
     seconds: float | None = None,
     on_begin: Callable[[ComparisonRun, int, int], None] | None = None,
     on_rows: Callable[[list[ComparisonRow], int, int], None] | None = None,
+    workers: int | None = None,
 ) -> list[ComparisonRow]:
     """Trains and examines what is not in the CSV of `output` yet; failed runs are tried again.
 
@@ -304,33 +310,44 @@ def run_comparison(
         seconds: begin no run that would not be done by then, as far as the runs before it tell. Default: all runs.
         on_begin: called with a run, how many are done, and how many there are.
         on_rows: called with the rows of a run that is done, how many are, and how many there are.
+        workers: runs side by side, each in a process of its own if there are several. Default: one on each GPU.
 
     Returns:
         The rows of all runs of `config` that are done.
 
     Raises:
-        ValueError: a CSV with other columns, or data that cannot be read.
+        ValueError: a CSV with other columns, data that cannot be read, or fewer than one worker.
+        RuntimeError: a worker process died; the rows so far are kept.
     """
     if seconds is not None and not seconds > 0:
         raise ValueError(f"seconds: got {seconds}, wanted more than 0")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers: got {workers}, wanted at least 1")
     place, _ = choose_device(device)
     begin, path, runs = time.monotonic(), Path(output) / ROWS_FILE, config.runs()
     file = rowfile.RowFile(path, ComparisonRow)
     done = {row.key for row in read_rows(path) if row.metric == "run" and row.status != FAILED}
     where = environment(place).device
+    waiting = [run for run in runs if run.key not in done]
+    gpus = torch.cuda.device_count() if place.type == "cuda" else 0
+    workers = min(max(1, gpus) if workers is None else workers, len(waiting))
     examiner: _Examiner | None = None
-    for run in runs:
-        if run.key in done:
-            continue
+
+    def begins(run: ComparisonRun) -> "_Examiner | None":
+        """What examines a run, if it would be done in time."""
+        nonlocal examiner
         if seconds is not None:
             left = seconds - (time.monotonic() - begin)
             if left < _expected_seconds(read_rows(path), run, where):
-                break
+                return None
         if examiner is None:
             examiner = _Examiner(config, Path(work), place)
         if on_begin is not None:
             on_begin(run, len(done), len(runs))
-        rows = _rows_of(run, examiner)
+        return examiner
+
+    ended = _in_turn(waiting, begins) if workers <= 1 else _side_by_side(waiting, begins, workers, gpus)
+    for run, rows in ended:
         file.append(rows)
         if rows[-1].status != FAILED:
             done.add(run.key)
@@ -338,6 +355,76 @@ def run_comparison(
             on_rows(rows, len(done), len(runs))
     keys = {run.key for run in runs}
     return [row for row in read_rows(path) if row.key in keys]
+
+
+def _in_turn(
+    runs: Sequence[ComparisonRun], begins: "Callable[[ComparisonRun], _Examiner | None]"
+) -> Iterator[tuple[ComparisonRun, list[ComparisonRow]]]:
+    for run in runs:
+        examiner = begins(run)
+        if examiner is None:
+            return
+        yield run, _rows_of(run, examiner)
+
+
+def _side_by_side(
+    runs: Sequence[ComparisonRun], begins: "Callable[[ComparisonRun], _Examiner | None]", workers: int, gpus: int
+) -> Iterator[tuple[ComparisonRun, list[ComparisonRow]]]:
+    """Runs and their rows as they end, in processes that each have a GPU of their own, or share what there is."""
+    waiting = iter(runs)
+    first = next(waiting)
+    examiner = begins(first)  # finds out what is missing, and writes what the workers read
+    if examiner is None:
+        return
+    # A fresh interpreter each: a process that has used CUDA cannot be forked.
+    context = multiprocessing.get_context("spawn")
+    places = context.Queue()
+    for number in range(workers):
+        places.put(_visible_device(number % gpus) if gpus else None)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    shared = (places, threads, examiner.config, examiner.work, examiner.device)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=shared)
+    under_way: dict[Future, ComparisonRun] = {pool.submit(_rows_in_worker, first): first}
+    try:
+        while under_way:
+            for run in itertools.islice(waiting, workers - len(under_way)):
+                if begins(run) is None:
+                    waiting = iter(())
+                    break
+                under_way[pool.submit(_rows_in_worker, run)] = run
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                yield under_way.pop(future), future.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            f"a worker process died (of memory?); the rows so far are kept and the comparison goes on from them: try "
+            f"fewer than {workers} workers"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _visible_device(number: int) -> str:
+    """What a process sees as its only GPU, if it is this one of those that are seen here."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return seen.split(",")[number] if seen else str(number)
+
+
+def _begin_worker(places: Any, threads: int, config: ComparisonConfig, work: Path, device: torch.device) -> None:
+    """Of a process that has not used CUDA yet."""
+    global _examiner
+    place = places.get()
+    if place is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = place
+    torch.set_num_threads(threads)
+    _examiner = _Examiner(config, work, device, progress=False)
+
+
+_examiner: "_Examiner | None" = None  # of a worker
+
+
+def _rows_in_worker(run: ComparisonRun) -> list[ComparisonRow]:
+    assert _examiner is not None
+    return _rows_of(run, _examiner)
 
 
 def _expected_seconds(rows: Sequence[ComparisonRow], run: ComparisonRun, device: str) -> float:
@@ -406,8 +493,8 @@ def _speed(output: Path) -> Iterator[dict[str, Any]]:
 class _Examiner:
     """What all runs of a comparison share: the data, and what is asked of a trained model."""
 
-    def __init__(self, config: ComparisonConfig, work: Path, device: torch.device):
-        self.config, self.work, self.device = config, work, device
+    def __init__(self, config: ComparisonConfig, work: Path, device: torch.device, progress: bool = True):
+        self.config, self.work, self.device, self.progress = config, work, device, progress
         self.base = config.training(config.seeds[0])
         with quiet_transformers():
             self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.base.tokenizer)
@@ -451,7 +538,8 @@ class _Examiner:
         model.write_text(json.dumps(run.options, indent=2), encoding="utf-8")
         resume = newest_checkpoint(folder) is not None
         changes = {"data": self.data, "model": str(model), "output": str(folder), "resume": resume}
-        return self.config.training(run.seed).replace(**changes, device=self.device.type)
+        training = self.config.training(run.seed)
+        return training.replace(**changes, device=self.device.type, progress=training.progress and self.progress)
 
     def examine(self, folder: Path) -> Iterator[dict[str, Any]]:
         """Everything that is asked of a trained model."""
