@@ -152,13 +152,15 @@ def facts_and_answers(drill: str) -> tuple[list[tuple[str, str]], list[tuple[str
     form = r"What is the secret number of (\S+) in the text above\?\nAnswer: The secret number of (\S+) is (\d{7})\.\n?"
     asked = [re.fullmatch(form, exchange) for exchange in exchanges]
     assert asked and all(asked), "the words of the tasks, and nothing else"
-    return re.findall(r"One secret number of (\S+) is (\d{7})\.", context), [one.groups() for one in asked if one]
+    answers = [(one[1], one[2], one[3]) for one in asked if one]
+    return re.findall(r"One secret number of (\S+) is (\d{7})\.", context), answers
 
 
 @pytest.mark.parametrize("make", [byte_haystack, word_haystack])
-@pytest.mark.parametrize("length", [203, 256, 512, 2049])
+@pytest.mark.parametrize("length", [0, 256, 512, 2049])
 def test_drills_ask_for_every_needle_and_answer_right(make, length):
     haystack, again, sizes = make(), False, []
+    length = length or haystack.least_drill()
     for number in range(40):
         drill = haystack.drill(length, number)
         stated, asked = facts_and_answers(drill)
@@ -171,8 +173,22 @@ def test_drills_ask_for_every_needle_and_answer_right(make, length):
         again |= len(stated) > len(values) and len(asked) > len(values)
         sizes.append(len(haystack.encode(drill)))
     assert max(sizes) <= length
-    assert again == (length >= 512 or make is word_haystack), "the shortest have no room to repeat both"
+    assert again == (length >= (512 if make is byte_haystack else 200)), "the shortest have no room to repeat both"
     assert length < 2000 or min(sizes) > length - 150, "room for another sentence or needle was left"
+
+
+@pytest.mark.parametrize("make", [byte_haystack, word_haystack])
+def test_drills_without_room_for_a_question_say_every_needle_twice(make):
+    haystack, counts = make(), set()
+    least, most = haystack.least_drill(questions=False), haystack.least_drill() - 1
+    for length in (least, most):
+        for number in range(20):
+            drill = haystack.drill(length, number)
+            stated = re.findall(r"One secret number of (\S+) is (\d{7})\.", drill)
+            assert all(stated.count(fact) >= 2 for fact in stated) and len(dict(stated)) == len(set(stated))
+            assert "Question" not in drill and len(haystack.encode(drill)) <= length
+            counts.add(len(stated))
+    assert min(counts) == 2 < max(counts)
 
 
 def test_drills_have_few_needles_and_many_and_both_haystacks():
@@ -191,8 +207,8 @@ def test_drills_depend_on_their_number_length_and_seed_alone():
     haystack.drill(700, 4)
     assert one == haystack.drill(700, 3) == byte_haystack().drill(700, 3)
     assert len({one, haystack.drill(701, 3), haystack.drill(700, 4), haystack.drill(700, 3, seed=1)}) == 4
-    with pytest.raises(ValueError, match=r"length: got 100 tokens for a drill, wanted at least \d{3} with this"):
-        haystack.drill(100, 0)
+    with pytest.raises(ValueError, match=r"length: got 80 tokens for a drill, wanted at least \d+ here"):
+        haystack.drill(80, 0)
 
 
 @pytest.mark.parametrize("make", [byte_haystack, word_haystack])
@@ -214,7 +230,7 @@ def test_recitals_say_numbers_again_and_nothing_else(make):
 
 
 def test_drills_to_train_on_are_of_many_lengths_and_hold_nothing_that_is_to_be_unseen():
-    haystack, lengths = byte_haystack(), [256, 512, 1024]
+    haystack, lengths = byte_haystack(), [64, 256, 512, 1024]
     texts = list(training_drills(haystack, lengths, 60_000))
     sizes = [len(haystack.encode(text)) for text in texts]
     assert 60_000 <= sum(sizes) < 60_000 + 1024
@@ -225,7 +241,9 @@ def test_drills_to_train_on_are_of_many_lengths_and_hold_nothing_that_is_to_be_u
              for length in (512, 1024) for number in range(100)}  # fmt: skip
     assert not any(value in text for text in texts for value in asked)
     drilled = [size for text, size in zip(texts, sizes, strict=True) if "Question" in text]
-    assert sum(drilled) / sum(sizes) == pytest.approx(0.5, abs=0.1), "half of it recitals"
+    longer = sum(size for size in sizes if size > 64)
+    assert sum(drilled) / longer == pytest.approx(0.5, abs=0.12), "half of what is long enough for either"
+    assert 10_000 < sum(sizes) - longer < 20_000
     values = re.findall(r"\d{7}", texts[0])
     others = list(training_drills(haystack, lengths, 60_000, unseen=values))
     assert texts[0] not in others and others[:20] == texts[1:21]

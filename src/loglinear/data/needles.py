@@ -213,47 +213,58 @@ class Haystack:
             tokens = self.encode(prompt_of(sentences))
         return NeedleSample(name, length, depth, number, prompt_of(sentences), tokens, expected, room)
 
+    def least_drill(self, questions: bool = True) -> int:
+        """Tokens that a drill takes at least: one needle and a question, or without questions one needle twice."""
+        task = NEEDLE_TASKS[_DRILLED[0]]
+        needle = _needle(task, *_LONGEST)
+        return self._tokens(needle + (_exchange(task, *_LONGEST) if questions else f" {needle}") + "\n")
+
     def drill(self, length: int, number: int, seed: int = 0) -> str:
         """Drill `number` of a length: needles between sentences of a haystack, then questions with their answers, about
-        every needle at least once, both in any order.
+        every needle at least once, both in any order. Where no question fits, every needle is said at least twice.
 
         Drawn are the haystack, the number of needles (evenly by its logarithm, so that few are as common as many), and
         how the rest of the length is shared by needles that are said again, questions that are asked again, and the
         haystack. There is no preface, for which short drills have no room.
 
         Raises:
-            ValueError: a length that no needle with its question fits into.
+            ValueError: a length that no needle fits into twice.
         """
         draw = _generator(f"drill {seed} {length} {number}")
         task = NEEDLE_TASKS[draw.choice(_DRILLED)]
-        most = max(1, length // self._tokens(_needle(task, *_LONGEST) + _exchange(task, *_LONGEST)))
-        count = round(most ** draw.random())
+        asks = length >= self.least_drill()
+        count = round(max(1, length // self.least_drill(asks)) ** draw.random())
         keys = _distinct(lambda: _key(draw, task.keys), count)
         facts = list(zip(keys, _distinct(lambda: _value(draw, task.values), count), strict=True))
-        stated, asked = draw.sample(facts, count), draw.sample(facts, count)
+        places: list[float] = []
 
         def text_of(sentences: Sequence[str]) -> str:
             needles = [_needle(task, *fact) for fact in stated]
-            context = _hidden(sentences, [self._size(one) for one in sentences], needles, places[: len(needles)])
+            places.extend(draw.random() for _ in stated[len(places) :])
+            context = _hidden(sentences, [self._size(one) for one in sentences], needles, places)
             return context + "".join(_exchange(task, *fact) for fact in asked) + "\n"
 
-        places = [draw.random() for _ in stated]
-        left = length - self._tokens(text_of([]))
-        if left < 0:
-            wanted = length - left
-            raise ValueError(f"length: got {length} tokens for a drill, wanted at least {wanted} with this tokenizer")
+        while True:
+            stated = draw.sample(facts, len(facts))
+            asked = draw.sample(facts, len(facts)) if asks else []
+            stated += [] if asks else draw.sample(facts, len(facts))
+            if (left := length - self._tokens(text_of([]))) >= 0:
+                break
+            if len(facts) == 1:
+                raise ValueError(f"length: got {length} tokens for a drill, wanted at least {length - left} here")
+            facts.pop()
+        least_stated, least_asked = len(stated), len(asked)
         for again, write in ((stated, _needle), (asked, _exchange)):
-            room = left * draw.random()
+            room = left * draw.random() if again else -1
             while (size := self._tokens(" " + write(task, *(fact := draw.choice(facts))))) <= room:
                 again.append(fact)
                 room, left = room - size, left - size
-        places += [draw.random() for _ in stated[len(places) :]]
         hay, sentences = self._hay(task, draw, set()), []
         while (size := self._size(sentence := hay())) < left:
             sentences.append(sentence)
             left -= size
         while self._tokens(text := text_of(sentences)) > length:  # sizes do not quite add up
-            for more, least in ((sentences, 0), (asked, count), (stated, count)):
+            for more, least in ((sentences, 0), (asked, least_asked), (stated, least_stated)):
                 if len(more) > least:
                     more.pop()
                     break
@@ -273,10 +284,9 @@ class Haystack:
         if left < 0:
             wanted = length - left
             raise ValueError(f"length: got {length} tokens for a recital, wanted at least {wanted} with this tokenizer")
-        begun = self._tokens(separator)
-        while (size := self._tokens(separator + (value := draw.choice(values))) - begun) <= left:
-            said.append(value)
-            left -= size + 1
+        while left >= 0:
+            said.append(draw.choice(values))
+            left -= self._tokens(separator.join(said[-2:])) - self._tokens(said[-2])
         while self._tokens(text := separator.join(said) + "\n") > length:  # sizes do not quite add up
             said.pop()
         return text
@@ -402,18 +412,19 @@ def training_documents(
 def training_drills(
     haystack: Haystack, lengths: Sequence[int], tokens: int, seed: int = 0, unseen: Collection[str] = ()
 ) -> Iterator[str]:
-    """Drills and, evenly, recitals of `tokens` tokens at least together; lengths, seeds and what is `unseen` as in
-    `training_documents`.
+    """Drills and, evenly, recitals of `tokens` tokens at least together; recitals alone of lengths that are too short
+    for drills. Lengths, seeds and what is `unseen` as in `training_documents`.
 
     Raises:
-        ValueError: as `Haystack.drill`, or nothing to make.
+        ValueError: as `Haystack.recital`, or nothing to make.
     """
     if not lengths:
         raise ValueError("drills: got no lengths, wanted some")
     draw = random.Random(f"drills {seed}")
 
     def text(length: int, number: int) -> str:
-        make = haystack.recital if draw.random() < _RECITAL_SHARE else haystack.drill
+        recited = draw.random() < _RECITAL_SHARE or length < haystack.least_drill(questions=False)
+        make = haystack.recital if recited else haystack.drill
         return make(length, number, _TRAINING_SEEDS + seed)
 
     return _texts(haystack, text, draw, lengths, tokens, unseen)
