@@ -13,6 +13,7 @@ from loglinear.data.needles import (
     score,
     sentences_of,
     training_documents,
+    training_drills,
 )
 
 TEXT = [f"Sentence number {word} says little." for word in ("one", "two", "three", "four", "five", "six", "seven")]
@@ -143,3 +144,111 @@ def test_documents_to_train_on_are_answered_and_of_many_lengths():
     assert not any(value in "".join(texts) for values in evaluated for value in values)
     with pytest.raises(ValueError, match="wanted some of both"):
         next(training_documents(haystack, [], [600], 10))
+
+
+def facts_and_answers(drill: str) -> tuple[list[tuple[str, str]], list[tuple[str, str, str]]]:
+    """Needles (name, value) of a drill, and its questions (name in the question, in the answer, value)."""
+    context, *exchanges = drill.split("\n\nQuestion: ")
+    form = r"What is the secret number of (\S+) in the text above\?\nAnswer: The secret number of (\S+) is (\d{7})\.\n?"
+    asked = [re.fullmatch(form, exchange) for exchange in exchanges]
+    assert asked and all(asked), "the words of the tasks, and nothing else"
+    answers = [(one[1], one[2], one[3]) for one in asked if one]
+    return re.findall(r"One secret number of (\S+) is (\d{7})\.", context), answers
+
+
+@pytest.mark.parametrize("make", [byte_haystack, word_haystack])
+@pytest.mark.parametrize("length", [0, 256, 512, 2049])
+def test_drills_ask_for_every_needle_and_answer_right(make, length):
+    haystack, again, sizes = make(), False, []
+    length = length or haystack.least_drill()
+    for number in range(40):
+        drill = haystack.drill(length, number)
+        stated, asked = facts_and_answers(drill)
+        values = dict(stated)
+        assert len(set(values.values())) == len(values) == len(set(stated)), "a name has one value, a value one name"
+        assert {name for name, _, _ in asked} == set(values), "each is asked for, and nothing else"
+        for name, repeated, value in asked:
+            assert name == repeated and value == values[name]
+        assert drill.endswith(".\n") and drill.count("One secret") == len(stated)
+        again |= len(stated) > len(values) and len(asked) > len(values)
+        sizes.append(len(haystack.encode(drill)))
+    assert max(sizes) <= length
+    assert again == (length >= (512 if make is byte_haystack else 200)), "the shortest have no room to repeat both"
+    assert length < 2000 or min(sizes) > length - 150, "room for another sentence or needle was left"
+
+
+@pytest.mark.parametrize("make", [byte_haystack, word_haystack])
+def test_drills_without_room_for_a_question_say_every_needle_twice(make):
+    haystack, counts = make(), set()
+    least, most = haystack.least_drill(questions=False), haystack.least_drill() - 1
+    for length in (least, most):
+        for number in range(20):
+            drill = haystack.drill(length, number)
+            stated = re.findall(r"One secret number of (\S+) is (\d{7})\.", drill)
+            assert all(stated.count(fact) >= 2 for fact in stated) and len(dict(stated)) == len(set(stated))
+            assert "Question" not in drill and len(haystack.encode(drill)) <= length
+            counts.add(len(stated))
+    assert min(counts) == 2 < max(counts)
+
+
+def test_drills_have_few_needles_and_many_and_both_haystacks():
+    haystack = byte_haystack()
+    drills = [haystack.drill(4096, number) for number in range(60)]
+    counts = [len(set(facts_and_answers(drill)[0])) for drill in drills]
+    assert min(counts) == 1 and max(counts) >= 15
+    assert any("The river runs" in drill for drill in drills) and any(TEXT[0] in drill for drill in drills)
+    starts = [drill.index("One secret") for drill in drills]
+    assert min(starts) == 0 and max(starts) > 100, "needles stand anywhere"
+
+
+def test_drills_depend_on_their_number_length_and_seed_alone():
+    haystack = byte_haystack()
+    one = haystack.drill(700, 3)
+    haystack.drill(700, 4)
+    assert one == haystack.drill(700, 3) == byte_haystack().drill(700, 3)
+    assert len({one, haystack.drill(701, 3), haystack.drill(700, 4), haystack.drill(700, 3, seed=1)}) == 4
+    with pytest.raises(ValueError, match=r"length: got 80 tokens for a drill, wanted at least \d+ here"):
+        haystack.drill(80, 0)
+
+
+@pytest.mark.parametrize("make", [byte_haystack, word_haystack])
+def test_recitals_say_numbers_again_and_nothing_else(make):
+    haystack, counts = make(), []
+    for length in (30, 64, 700):
+        for number in range(30):
+            text = haystack.recital(length, number)
+            assert re.fullmatch(r"\d{7}(?:(\D{1,5})\d{7}(?:\1\d{7})*)\n", text), "one separator"
+            assert length - 16 < len(haystack.encode(text)) <= length
+            values = re.findall(r"\d+", text)
+            assert values[0] == values[1] and len(set(values)) <= max(1, length // 64)
+            counts.append(len(set(values)))
+    assert {1, 2, 3} <= set(counts) and max(counts) > 5
+    assert haystack.recital(64, 1) == make().recital(64, 1)
+    assert len({haystack.recital(64, 1), haystack.recital(64, 2), haystack.recital(64, 1, seed=1)}) == 3
+    with pytest.raises(ValueError, match="length: got 2 tokens for a recital, wanted at least"):
+        haystack.recital(2, 0)
+
+
+def test_drills_to_train_on_are_of_many_lengths_and_hold_nothing_that_is_to_be_unseen():
+    haystack, lengths = byte_haystack(), [64, 256, 512, 1024]
+    texts = list(training_drills(haystack, lengths, 60_000))
+    sizes = [len(haystack.encode(text)) for text in texts]
+    assert 60_000 <= sum(sizes) < 60_000 + 1024
+    assert sum(size for size in sizes if size > 512) > 10_000 and sum(size for size in sizes if size <= 256) > 10_000
+    assert texts == list(training_drills(haystack, lengths, 60_000))
+    assert texts != list(training_drills(haystack, lengths, 60_000, seed=1))
+    asked = {haystack.sample("niah_single_1", length, 0.5, number).expected[0]
+             for length in (512, 1024) for number in range(100)}  # fmt: skip
+    assert not any(value in text for text in texts for value in asked)
+    drilled = [size for text, size in zip(texts, sizes, strict=True) if "Question" in text]
+    longer = sum(size for size in sizes if size > 64)
+    assert sum(drilled) / longer == pytest.approx(0.5, abs=0.12), "half of what is long enough for either"
+    assert 10_000 < sum(sizes) - longer < 20_000
+    values = re.findall(r"\d{7}", texts[0])
+    others = list(training_drills(haystack, lengths, 60_000, unseen=values))
+    assert texts[0] not in others and others[:20] == texts[1:21]
+    documents = list(training_documents(haystack, ["niah_single_1"], [700], 6000))
+    (value,) = re.findall(r"is (\d{7})\.\n", documents[0])
+    assert next(training_documents(haystack, ["niah_single_1"], [700], 6000, unseen=[value])) != documents[0]
+    with pytest.raises(ValueError, match="drills: got no lengths"):
+        next(training_drills(haystack, [], 10))

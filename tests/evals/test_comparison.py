@@ -176,6 +176,20 @@ def test_a_share_of_the_training_is_needles_and_none_of_the_evaluation(done, tex
     assert held_out.count + real.count == 30
 
 
+def test_drills_are_a_share_of_the_needles_and_part_of_the_settings_where_there_are_any(done, texts, tmp_path):
+    plain, values = done[0], small(texts, seeds=[0])
+    values["needles"] |= {"drill_share": 0.6, "drill_lengths": [256, 400]}
+    config = config_of(tmp_path, values)
+    assert "drill" not in plain.runs()[0].settings() and config.runs()[0].key != plain.runs()[0].key
+    examiner = comparison._Examiner(config, tmp_path, torch.device("cpu"))
+    lines = [json.loads(line)["text"] for line in (tmp_path / "needles.jsonl").read_text().splitlines()]
+    sizes = {drill: sum(len(line) + 1 for line in lines if line.startswith("Secret") != drill) for drill in (0, 1)}
+    whole = examiner.real.num_tokens + sum(sizes.values())
+    assert sizes[1] / sum(sizes.values()) == pytest.approx(0.6, abs=0.02)
+    assert sum(sizes.values()) / whole == pytest.approx(0.3, abs=0.02)
+    assert not any(value in line for line in lines for sample in examiner.samples for value in sample.expected)
+
+
 def test_time_is_heeded_as_far_as_it_is_known(done, tmp_path, monkeypatch):
     config, folder, rows = done
     path = tmp_path / "comparison.csv"
@@ -226,6 +240,11 @@ def test_what_goes_wrong_is_rows_too(texts, tmp_path, monkeypatch):
         ({"train": {"steps": 2, "row": 1}}, "unknown training option 'row'; did you mean 'rows'"),
         ({"longest": 0}, "longest: got 0"),
         ({"needles": {"share": 0.5}}, "a share without train_tasks"),
+        ({"needles": {"share": 0.5, "drill_share": 1.5, "drill_lengths": [512]}}, "needles.drill_share: got 1.5"),
+        ({"needles": {"share": 0.5, "drill_share": 0.9, "drill_lengths": [512]}}, "a share without train_tasks"),
+        ({"needles": {"share": 0.5, "drill_share": 1.0}}, "got one of drill_share and drill_lengths"),
+        ({"needles": {"drill_lengths": [512]}}, "got one of drill_share and drill_lengths"),
+        ({"needles": {"drill_share": 1.0, "drill_lengths": [512]}}, "got drill_share without a share"),
         ({"needles": {"tasks": ["niah_9"], "lengths": [500]}}, "unknown task 'niah_9'"),
         ({"needles": {"tasks": ["niah_single_1"]}}, "got one of tasks and lengths"),
         ({"needles": {"part": 1}}, "unknown key 'needles.part'"),
@@ -248,6 +267,13 @@ def test_documents_that_are_missing_are_found_out_before_a_training(texts, tmp_p
         run_comparison(config_of(tmp_path, values), tmp_path, tmp_path / "work", "cpu")
 
 
+def test_needles_without_drills_stay_the_runs_that_were_measured():
+    """Rows from before there were drills are of settings that do not name them."""
+    config = ComparisonConfig.from_file(ROOT / "experiments" / "language-asked-once.yaml")
+    rows = read_rows(ROOT / "benchmarks" / "language-asked-once" / comparison.ROWS_FILE)
+    assert {run.key for run in config.runs()} == {row.key for row in rows}
+
+
 @pytest.mark.parametrize("name", ["language.yaml", "language-tiny.yaml"])
 def test_committed_files_can_be_read_and_their_twins_differ_in_levels_alone(name):
     path = ROOT / "experiments" / name
@@ -265,6 +291,7 @@ def test_committed_files_can_be_read_and_their_twins_differ_in_levels_alone(name
         assert 20e6 < min(parameters) < max(parameters) < 1.1 * min(parameters)
         assert config.positions == 4 * length == max(config.needles.lengths)
         assert set(config.needles.tasks) <= set(config.needles.train_tasks) <= set(NEEDLE_TASKS)
+    assert config.needles.drill_share and max(config.needles.drill_lengths) == length
 
 
 def test_the_command_runs_and_tells_what_is_left(texts, tmp_path, capsys):

@@ -6,6 +6,12 @@ numbers of one name. A prompt ends where the answer begins, so that a model whic
 
 A sample depends on the seed, the task, the length, the depth and its number; beyond that the tokenizer decides how much
 of the haystack fits into the length.
+
+Such texts are a poor lesson: an answer is seven characters of hundreds or thousands. For training there are drills
+beside them, which hide many needles, say them again, and ask for each of them in the words of the tasks; and recitals,
+which are numbers that come again and nothing else. Digits need those: names are found again by the words that they are
+made of, but every digit of a number is as likely as every other, so that nothing else in needles tells a model to keep
+them apart, and it takes all ten for one (docs/log.md, 2026-11-26).
 """
 
 import hashlib
@@ -13,7 +19,7 @@ import itertools
 import random
 import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -58,6 +64,9 @@ NEEDLE_TASKS = {
 }
 
 _TRAINING_SEEDS = 1_000_000  # and above; those of evaluations are below
+_DRILLED = ("niah_single_1", "niah_single_2")  # whose haystacks and questions drills have
+_RECITAL_SHARE = 0.5  # of the tokens of drills
+_RECITAL_SEPARATORS = (" ", ", ", ". ", " and ", "\n")
 
 _REPEATED = (
     "The river runs past the mill.",
@@ -74,6 +83,7 @@ _LAST = (
     "hammer harbor island kettle lantern marble meadow mirror orchard pebble ribbon saddle spindle timber valley willow"
 ).split()
 _NOUNS = {"number": ("number", "numbers"), "uuid": ("code", "codes")}
+_LONGEST = (f"{max(_FIRST, key=len)}-{max(_FIRST, key=len)}-{max(_LAST, key=len)}", "9999999")
 _VALUES = {"number": re.compile(r"\d+"), "uuid": re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")}
 
 
@@ -171,8 +181,7 @@ class Haystack:
         if not 0 <= depth <= 1:
             raise ValueError(f"depth: got {depth}, wanted 0 (the beginning) to 1 (the end)")
         task = NEEDLE_TASKS[name]
-        digest = hashlib.blake2b(f"{seed} {name} {length} {depth:.6f} {number}".encode(), digest_size=8).digest()
-        draw = random.Random(int.from_bytes(digest, "big"))
+        draw = _generator(f"{seed} {name} {length} {depth:.6f} {number}")
         keys = _distinct(lambda: _key(draw, task.keys), task.hidden)
         values = _distinct(lambda: _value(draw, task.values), task.hidden * task.each)
         facts = [(key, values[place * task.each + i]) for place, key in enumerate(keys) for i in range(task.each)]
@@ -204,6 +213,87 @@ class Haystack:
             tokens = self.encode(prompt_of(sentences))
         return NeedleSample(name, length, depth, number, prompt_of(sentences), tokens, expected, room)
 
+    def least_drill(self, questions: bool = True) -> int:
+        """Tokens that a drill takes at least: one needle and a question, or without questions one needle twice."""
+        task = NEEDLE_TASKS[_DRILLED[0]]
+        needle = _needle(task, *_LONGEST)
+        return self._tokens(needle + (_exchange(task, *_LONGEST) if questions else f" {needle}") + "\n")
+
+    def drill(self, length: int, number: int, seed: int = 0) -> str:
+        """Drill `number` of a length: needles between sentences of a haystack, then questions with their answers, about
+        every needle at least once, both in any order. Where no question fits, every needle is said at least twice.
+
+        Drawn are the haystack, the number of needles (evenly by its logarithm, so that few are as common as many), and
+        how the rest of the length is shared by needles that are said again, questions that are asked again, and the
+        haystack. There is no preface, for which short drills have no room.
+
+        Raises:
+            ValueError: a length that no needle fits into twice.
+        """
+        draw = _generator(f"drill {seed} {length} {number}")
+        task = NEEDLE_TASKS[draw.choice(_DRILLED)]
+        asks = length >= self.least_drill()
+        count = round(max(1, length // self.least_drill(asks)) ** draw.random())
+        keys = _distinct(lambda: _key(draw, task.keys), count)
+        facts = list(zip(keys, _distinct(lambda: _value(draw, task.values), count), strict=True))
+        places: list[float] = []
+
+        def text_of(sentences: Sequence[str]) -> str:
+            needles = [_needle(task, *fact) for fact in stated]
+            places.extend(draw.random() for _ in stated[len(places) :])
+            context = _hidden(sentences, [self._size(one) for one in sentences], needles, places)
+            return context + "".join(_exchange(task, *fact) for fact in asked) + "\n"
+
+        while True:
+            stated = draw.sample(facts, len(facts))
+            asked = draw.sample(facts, len(facts)) if asks else []
+            stated += [] if asks else draw.sample(facts, len(facts))
+            if (left := length - self._tokens(text_of([]))) >= 0:
+                break
+            if len(facts) == 1:
+                raise ValueError(f"length: got {length} tokens for a drill, wanted at least {length - left} here")
+            facts.pop()
+        least_stated, least_asked = len(stated), len(asked)
+        for again, write in ((stated, _needle), (asked, _exchange)):
+            room = left * draw.random() if again else -1
+            while (size := self._tokens(" " + write(task, *(fact := draw.choice(facts))))) <= room:
+                again.append(fact)
+                room, left = room - size, left - size
+        hay, sentences = self._hay(task, draw, set()), []
+        while (size := self._size(sentence := hay())) < left:
+            sentences.append(sentence)
+            left -= size
+        while self._tokens(text := text_of(sentences)) > length:  # sizes do not quite add up
+            for more, least in ((sentences, 0), (asked, least_asked), (stated, least_stated)):
+                if len(more) > least:
+                    more.pop()
+                    break
+        return text
+
+    def recital(self, length: int, number: int, seed: int = 0) -> str:
+        """Recital `number` of a length: some numbers in any order, each again and again, with one separator between
+        them. How many is drawn evenly by the logarithm, from one to one in 64 tokens.
+
+        Raises:
+            ValueError: a length that a number does not fit into twice.
+        """
+        draw = _generator(f"recital {seed} {length} {number}")
+        values = _distinct(lambda: _value(draw, "number"), round(max(1, length // 64) ** draw.random()))
+        separator, said = draw.choice(_RECITAL_SEPARATORS), [values[0], values[0]]
+        left = length - self._tokens(separator.join(said) + "\n")
+        if left < 0:
+            wanted = length - left
+            raise ValueError(f"length: got {length} tokens for a recital, wanted at least {wanted} with this tokenizer")
+        while left >= 0:
+            said.append(draw.choice(values))
+            left -= self._tokens(separator.join(said[-2:])) - self._tokens(said[-2])
+        while self._tokens(text := separator.join(said) + "\n") > length:  # sizes do not quite add up
+            said.pop()
+        return text
+
+    def _tokens(self, text: str) -> int:
+        return len(self.encode(text))
+
     def _size(self, sentence: str) -> int:
         if sentence not in self._sizes:
             self._sizes[sentence] = len(self.encode(f" {sentence}")) - len(self.encode(" "))
@@ -227,13 +317,9 @@ class Haystack:
         return lambda: text[next(place) % len(text)]
 
     def _prompt(self, task: NeedleTask, asked: Sequence[str], context: str) -> str:
-        noun = _NOUNS[task.values][task.wanted > 1]
-        verb, names = ("are" if task.wanted > 1 else "is"), _listed(asked)
-        text = (
-            f"Secret {_NOUNS[task.values][1]} are hidden in the text below. Remember them for a question.\n\n"
-            f"{context}\n\nQuestion: What {verb} the secret {noun} of {names} in the text above?\nAnswer:"
-        )
-        return self.wrap(text, f"The secret {noun} of {names} {verb}")
+        question, answer = _question(task, asked)
+        preface = f"Secret {_NOUNS[task.values][1]} are hidden in the text below. Remember them for a question."
+        return self.wrap(f"{preface}\n\n{context}{question}", answer)
 
 
 def _hidden(sentences: Sequence[str], sizes: Sequence[int], needles: Sequence[str], places: Sequence[float]) -> str:
@@ -244,6 +330,23 @@ def _hidden(sentences: Sequence[str], sizes: Sequence[int], needles: Sequence[st
     for order in sorted(range(len(needles)), key=lambda order: (spots[order], order), reverse=True):
         whole.insert(spots[order], needles[order])
     return " ".join(whole)
+
+
+def _question(task: NeedleTask, asked: Sequence[str]) -> tuple[str, str]:
+    """The question behind a haystack, and the beginning of its answer."""
+    noun = _NOUNS[task.values][task.wanted > 1]
+    verb, names = ("are" if task.wanted > 1 else "is"), _listed(asked)
+    question = f"\n\nQuestion: What {verb} the secret {noun} of {names} in the text above?\nAnswer:"
+    return question, f"The secret {noun} of {names} {verb}"
+
+
+def _exchange(task: NeedleTask, key: str, value: str) -> str:
+    """A question with its answer."""
+    return f"{' '.join(_question(task, [key]))} {value}."
+
+
+def _generator(what: str) -> random.Random:
+    return random.Random(int.from_bytes(hashlib.blake2b(what.encode(), digest_size=8).digest(), "big"))
 
 
 def _needle(task: NeedleTask, key: str, value: str) -> str:
@@ -279,12 +382,18 @@ def right_answer(sample: NeedleSample) -> str:
 
 
 def training_documents(
-    haystack: Haystack, tasks: Sequence[str], lengths: Sequence[int], tokens: int, seed: int = 0
+    haystack: Haystack,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    tokens: int,
+    seed: int = 0,
+    unseen: Collection[str] = (),
 ) -> Iterator[str]:
     """Texts to learn the tasks from: prompts with their right answers, of `tokens` tokens at least together.
 
     Each length has as many tokens in all as every other, so that short texts are many; tasks and depths are drawn
-    evenly. The seeds are none of those that samples are evaluated with.
+    evenly. The seeds are none of those that samples are evaluated with, and values that are to be `unseen` are in no
+    text.
 
     Raises:
         ValueError: as `Haystack.sample`, or nothing to make.
@@ -292,15 +401,52 @@ def training_documents(
     if not tasks or not lengths:
         raise ValueError(f"needles to train on: got tasks {[*tasks]} and lengths {[*lengths]}, wanted some of both")
     draw = random.Random(f"needles to train on {seed}")
-    weights = [1 / length for length in lengths]
+
+    def text(length: int, number: int) -> str:
+        sample = haystack.sample(draw.choice(tasks), length, draw.random(), number, _TRAINING_SEEDS + seed)
+        return f"{sample.prompt}{right_answer(sample)}.\n"
+
+    return _texts(haystack, text, draw, lengths, tokens, unseen)
+
+
+def training_drills(
+    haystack: Haystack, lengths: Sequence[int], tokens: int, seed: int = 0, unseen: Collection[str] = ()
+) -> Iterator[str]:
+    """Drills and, evenly, recitals of `tokens` tokens at least together; recitals alone of lengths that are too short
+    for drills. Lengths, seeds and what is `unseen` as in `training_documents`.
+
+    Raises:
+        ValueError: as `Haystack.recital`, or nothing to make.
+    """
+    if not lengths:
+        raise ValueError("drills: got no lengths, wanted some")
+    draw = random.Random(f"drills {seed}")
+
+    def text(length: int, number: int) -> str:
+        recited = draw.random() < _RECITAL_SHARE or length < haystack.least_drill(questions=False)
+        make = haystack.recital if recited else haystack.drill
+        return make(length, number, _TRAINING_SEEDS + seed)
+
+    return _texts(haystack, text, draw, lengths, tokens, unseen)
+
+
+def _texts(
+    haystack: Haystack,
+    make: Callable[[int, int], str],
+    draw: random.Random,
+    lengths: Sequence[int],
+    tokens: int,
+    unseen: Collection[str],
+) -> Iterator[str]:
+    weights, hidden = [1 / length for length in lengths], frozenset(unseen)
     for number in itertools.count():
         if tokens <= 0:
             return
         (length,) = draw.choices(lengths, weights)
-        sample = haystack.sample(draw.choice(tasks), length, draw.random(), number, _TRAINING_SEEDS + seed)
-        text = f"{sample.prompt}{right_answer(sample)}.\n"
-        tokens -= len(haystack.encode(text))
-        yield text
+        text = make(length, number)
+        if hidden.isdisjoint(value for kind in _VALUES.values() for value in kind.findall(text)):
+            tokens -= len(haystack.encode(text))
+            yield text
 
 
 @dataclass(frozen=True)

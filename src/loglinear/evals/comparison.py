@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loglinear.bench.rows import environment
 from loglinear.data import load_tokenizer
-from loglinear.data.needles import NEEDLE_TASKS, NeedleSample, training_documents
+from loglinear.data.needles import NEEDLE_TASKS, NeedleSample, training_documents, training_drills
 from loglinear.evals import inspection, needle, position_loss, rowfile
 from loglinear.evals.needle import DEPTHS
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
@@ -64,7 +64,9 @@ class Needles:
 
     Args:
         share: of the training tokens that are texts with needles.
-        train_tasks, train_lengths: of these texts.
+        train_tasks, train_lengths: of these texts, which ask what is asked afterwards.
+        drill_share, drill_lengths: share of the tokens of these texts that are drills instead, and their lengths
+            (`training_drills`).
         tasks, lengths, depths, samples: what is asked afterwards (`loglinear eval needle`); samples are of each task,
             length and depth.
     """
@@ -72,6 +74,8 @@ class Needles:
     share: float = 0.0
     train_tasks: list[str] = field(default_factory=list)
     train_lengths: list[int] = field(default_factory=list)
+    drill_share: float = 0.0
+    drill_lengths: list[int] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     depths: list[float] = field(default_factory=lambda: list(DEPTHS))
@@ -80,12 +84,18 @@ class Needles:
     def __post_init__(self):
         if not 0 <= self.share < 1:
             raise ValueError(f"needles.share: got {self.share}, wanted 0 to less than 1")
+        if not 0 <= self.drill_share <= 1:
+            raise ValueError(f"needles.drill_share: got {self.drill_share}, wanted 0 to 1")
         for name in ("train_tasks", "tasks"):
             unknown = [task for task in getattr(self, name) if task not in NEEDLE_TASKS]
             if unknown:
                 raise ValueError(f"needles.{name}: unknown task {unknown[0]!r}; known: {', '.join(NEEDLE_TASKS)}")
-        if self.share and not (self.train_tasks and self.train_lengths):
+        if self.share and self.drill_share < 1 and not (self.train_tasks and self.train_lengths):
             raise ValueError("needles: got a share without train_tasks and train_lengths, wanted both")
+        if bool(self.drill_share) != bool(self.drill_lengths):
+            raise ValueError("needles: got one of drill_share and drill_lengths, wanted both or none")
+        if self.drill_share and not self.share:
+            raise ValueError("needles: got drill_share without a share, of which it is a part; wanted both")
         if bool(self.tasks) != bool(self.lengths):
             raise ValueError("needles: got one of tasks and lengths, wanted both or none")
         if self.samples < 1:
@@ -204,7 +214,9 @@ class ComparisonRun:
             raise type(error)(f"models.{self.model}: {error}") from error
 
     def settings(self) -> str:
-        """Everything that makes the run what it is, as JSON; what may differ without that is left out."""
+        """Everything that makes the run what it is, as JSON; what may differ without that is left out, and so are
+        drills where there are none: rows that know nothing of them are of such runs.
+        """
         comparison, training = self.comparison, self.comparison.training(self.seed)
         left_out = {"model", "model_options", "seed", "output", "device", "compile", "cache"}
         shared = {
@@ -212,10 +224,13 @@ class ComparisonRun:
             for one in fields(TrainConfig)
             if (one.name == "steps" or not one.metadata["resumable"]) and one.name not in left_out
         }
+        needles = dataclasses.asdict(comparison.needles)
+        if not comparison.needles.drill_share:
+            needles = {name: value for name, value in needles.items() if not name.startswith("drill_")}
         whole = {
             "model": self.options,
             "train": shared,
-            "needles": dataclasses.asdict(comparison.needles),
+            "needles": needles,
             "positions": comparison.positions,
             "documents": comparison.documents,
             "level_tokens": comparison.level_tokens,
@@ -502,9 +517,6 @@ class _Examiner:
         if held_out is None:
             raise ValueError("held_out_fraction: got 0, wanted documents to compare on")
         self.real, self.held_out = training, held_out
-        self.data = list(self.base.data)
-        if config.needles.share:
-            self.data.append(str(self._write_needles()))
         # Documents and samples are chosen before anything is trained: what is missing is found out now.
         trained, longest = self.base.sequence_length, config.positions
         self.any_documents = position_loss.choose_documents(held_out, trained, False, _HELD_OUT_DOCUMENTS)
@@ -516,14 +528,25 @@ class _Examiner:
         if config.needles.tasks:
             needles, haystack = config.needles, needle.haystack_for(self.tokenizer)
             self.samples = needle.samples_of(haystack, needles.tasks, needles.lengths, needles.depths, needles.samples)
+        self.data = list(self.base.data)
+        if config.needles.share:
+            self.data.append(str(self._write_needles()))
         self.tokens_per_batch = 65_536 if device.type == "cuda" else 16_384
 
     def _write_needles(self) -> Path:
-        """Texts with needles, as many that they are the wanted share of all tokens. The same for all runs."""
+        """Texts with needles, as many that they are the wanted share of all tokens. The same for all runs; no value
+        that is asked for afterwards is in them.
+        """
         needles, path = self.config.needles, self.work / NEEDLES_FILE
         tokens = round(self.real.num_tokens * needles.share / (1 - needles.share))
         haystack = needle.haystack_for(self.tokenizer)
-        made = training_documents(haystack, needles.train_tasks, needles.train_lengths, tokens)
+        asked = [value for sample in self.samples for value in sample.expected]
+        drilled, made = round(tokens * needles.drill_share), []
+        if tokens > drilled:
+            rest = tokens - drilled
+            made += training_documents(haystack, needles.train_tasks, needles.train_lengths, rest, unseen=asked)
+        if drilled:
+            made += training_drills(haystack, needles.drill_lengths, drilled, unseen=asked)
         text = "".join(json.dumps({"text": text}) + "\n" for text in made)
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)

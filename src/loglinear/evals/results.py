@@ -402,11 +402,15 @@ def _needle_parts(
         return []
     needles = config.needles
     lengths = sorted({place[1] or 0 for place in whole})
+    drills = ""
+    if needles.drill_share:
+        sizes = ", ".join(f"{length:,}" for length in needles.drill_lengths)
+        drills = f" {needles.drill_share:.0%} of the tokens of such texts are drills of {sizes} tokens."
     parts = [
         "### Needles",
         f"{needles.samples * len(needles.depths)} samples of each task and length, at {len(needles.depths)} depths. "
         f"Trained on {', '.join(needles.train_tasks) or 'none'} in texts of "
-        f"{', '.join(f'{length:,}' for length in needles.train_lengths) or 'no'} tokens.",
+        f"{', '.join(f'{length:,}' for length in needles.train_lengths) or 'no'} tokens.{drills}",
     ]
     for metric, what, decimals, factor in (
         ("needle", "Exact answers (%)", 0, 100.0),

@@ -46,7 +46,7 @@ def cdiv(size: int, part: int) -> int:
 
 def next_power_of_2(size: int) -> int:
     """The least that is not less than a size of at least 1."""
-    return 1 << (size - 1).bit_length()
+    return 2 ** (size - 1).bit_length()
 
 
 def programs(width: int, slots: int) -> tuple[int, int, int]:
