@@ -6,6 +6,7 @@ Legend
 
 from __future__ import annotations
 
+import functools
 import types
 
 import triton
@@ -36,17 +37,9 @@ def program_place():
     return tl.program_id(0), tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
 
 
-# Triton's own of these take microseconds a call on the host, for they serve kernels as well.
-
-
-def cdiv(size: int, part: int) -> int:
-    """How many parts cover a size."""
-    return -(-size // part)
-
-
-def next_power_of_2(size: int) -> int:
-    """The least that is not less than a size of at least 1."""
-    return 2 ** (size - 1).bit_length()
+# They take microseconds a call on the host, for they serve kernels as well.
+cdiv = functools.lru_cache(1024)(triton.cdiv)
+next_power_of_2 = functools.lru_cache(1024)(triton.next_power_of_2)
 
 
 def programs(width: int, slots: int) -> tuple[int, int, int]:
