@@ -325,8 +325,8 @@ def make_chunks(q, k, v, scales, log_decay, beta, slots: Slots, places: Tensor, 
     _scores_kernel[programs(2 * heads, num_slots)](
         q, k, lam, beta, made.inverse, made.scores, made.seen, made.gamma, made.mixed, *rows, slots.reads, places,
         num_slots, heads, groups, scale, *of_q, *of_k, *of_scales, beta.stride(0), key_dim,
-        lam.shape[-1] if scaled else 1, HEIGHT=height - 1, SCALED=scaled, PARTS=parts_of(k),
-        num_stages=1, **tiles,
+        lam.shape[-1] if scaled else 1, HEIGHT=height - 1, SCALED=scaled, PARTS=parts_of(k), num_stages=1,
+        **tiles,
     )  # fmt: skip
     return made
 
