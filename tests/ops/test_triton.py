@@ -222,6 +222,39 @@ def test_on_gpu(shape, dtype):
     on_device(inputs)
 
 
+@pytest.fixture
+def told_to():
+    """Tells torch how to multiply float32, for one test."""
+    before = torch.backends.cuda.matmul.fp32_precision
+
+    def tell(precision):
+        torch.backends.cuda.matmul.fp32_precision = precision
+
+    yield tell
+    tell(before)
+
+
+@pytest.mark.parametrize(
+    ("told", "dtype", "wanted"),
+    [
+        ("none", torch.float32, "tf32x3"),
+        ("ieee", torch.float32, "ieee"),
+        ("tf32", torch.float32, "tf32"),
+        ("ieee", torch.bfloat16, "tf32"),
+    ],
+)
+def test_float32_is_multiplied_as_torch_is_told(told_to, told, dtype, wanted):
+    told_to(told)
+    assert scalar.precision_of(torch.zeros(1, dtype=dtype)) == wanted
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", ["mamba2", "gated_deltanet"])
+def test_plain_float32_on_gpu(told_to, mixer):
+    told_to("ieee")
+    on_device(make_inputs(mixer, Shape(B=1, T=333, G=1, H=2, K=64, V=64, L=10), torch.float32, "cuda", decay=0.1))
+
+
 def on_device(inputs, cu_seqlens=None, state=None):
     """`compare_with_tree`, with the float64 side on the GPU too."""
     results = []

@@ -106,8 +106,9 @@ def log_linear_attention(
 
     Under autocast q, k and v are cast to its dtype. The reference and the torch backend compute in float32 (float64 for
     float64 inputs), sums of decays in float64. The kernels multiply 16-bit operands and store states in 16 bits for
-    bfloat16, multiply float16 as tf32 and float32 as torch does (`torch.backends.cuda.matmul.fp32_precision`; in full
-    as three products of tf32 parts, off by 2^-21), and always accumulate in float32.
+    bfloat16, multiply float16 as tf32 and float32 as torch is told to (`torch.backends.cuda.matmul.fp32_precision`:
+    "ieee" or "tf32"; if nothing, as three products of tf32 parts, off by 2^-21, of which infinities make NaN), and
+    always accumulate in float32.
 
     Example:
         >>> import torch

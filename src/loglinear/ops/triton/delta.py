@@ -26,7 +26,7 @@ from loglinear.ops.triton.delta_chunks import Chunks
 from loglinear.ops.triton.delta_halves import make_chunks
 from loglinear.ops.triton.delta_nodes import Carried, Leaving, Nodes, leaving, make_nodes
 from loglinear.ops.triton.delta_read import descend, read, walk, walks
-from loglinear.ops.triton.scalar import EXACT, INTERPRETED, MOST_LEVELS, MOST_PROGRAMS, as_rows, slots_of
+from loglinear.ops.triton.scalar import INTERPRETED, MOST_LEVELS, MOST_PROGRAMS, as_rows, precision_of, slots_of
 
 WIDEST_KEY = 256
 CHUNK = 32 if INTERPRETED else 64  # a program has half of the rows, and a product 16 at least
@@ -151,10 +151,9 @@ def _prepare(
     if q.dtype == torch.float16 or INTERPRETED:
         inputs[:3] = [x.float() for x in inputs[:3]]
     rows = [None if x is None else as_rows(x) for x in inputs]
-    # products of float32 in single tf32 parts, which the hardware cuts off and does not round, err by 9e-3
-    exact = v.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-    wide = rows[2].dtype == torch.float32
-    precision = EXACT if exact else "tf32x3" if wide else "tf32"
+    precision = precision_of(v)
+    if precision == "tf32" and rows[2].dtype == torch.float32:
+        precision = "tf32x3"  # single tf32 parts, which the hardware cuts off and does not round, err by 9e-3
     chunk, num_levels = _chunk_of(v), 1 if level_scales is None else level_scales.shape[-1]
     slots = slots_of(batch, tokens, chunk, num_levels, v.device, cu_seqlens, positions, return_state)
     variants = fenwick.variants(slots)

@@ -29,9 +29,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CHUNK = 16 if INTERPRETED else 64  # the interpreter pays by the product, and small chunks make more of a tree
 WIDEST_KEY = 128  # wider states are taken apart: every tile of a state is a state of its own
 WIDEST_VALUE = {torch.bfloat16: 128, torch.float16: 64, torch.float32: 64}  # float16 is computed in float32
-# Products of float32, each as three of tf32 parts on tensor cores: off by 2^-21. Without those ("ieee") tiles of 64 do
-# not fit into registers, and a kernel takes up to 30 times as long.
-EXACT = "tf32x3"
 MOST_PROGRAMS = 2**31 - 1  # of a launch
 MOST_LEVELS = 32  # of carried states: blocks of 2^26 chunks still count in 32 bits
 
@@ -129,8 +126,20 @@ def _prepare(q, k, v, level_scales, log_decay, cu_seqlens, positions, return_sta
     rows = [None if x is None else as_rows(x) for x in inputs]
     num_levels = 1 if level_scales is None else level_scales.shape[-1]
     slots = slots_of(batch, tokens, CHUNK, num_levels, v.device, cu_seqlens, positions, return_state)
-    exact = v.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-    return rows, slots, EXACT if exact else "tf32"
+    return rows, slots, precision_of(v)
+
+
+def precision_of(v: Tensor) -> str:
+    """How products of float32 are multiplied in a call with values v.
+
+    float32 as torch is told to (`torch.backends.cuda.matmul.fp32_precision`), and where it is told nothing as three
+    products of tf32 parts, off by 2^-21. As plain float32 ("ieee") tiles of 64 do not fit into registers, and a kernel
+    takes up to 30 times as long.
+    """
+    if v.dtype != torch.float32:
+        return "tf32"
+    told = torch.backends.cuda.matmul.fp32_precision
+    return told if told in ("ieee", "tf32") else "tf32x3"
 
 
 _known: weakref.WeakValueDictionary[tuple, Slots] = weakref.WeakValueDictionary()
