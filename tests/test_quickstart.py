@@ -3,8 +3,11 @@ alone.
 """
 
 import csv
+import itertools
 import json
+import time
 from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,8 +129,25 @@ def test_the_time_of_a_step_is_measured(tmp_path):
         "cpu", "tiny-gated-deltanet", output=str(tmp_path / "out"), sequence_length=32, rows=1, max_documents=20,
         cache=str(tmp_path / "cache"),
     )  # fmt: skip
-    assert 0 < quickstart.seconds_per_step(quickstart._train_config(config, "log-linear", 1)) < 60
+    training = quickstart._train_config(config, "log-linear", 1)
+    assert 0 < quickstart.seconds_per_step(training) < 60
+    began = time.perf_counter()
+    assert 0 < quickstart.seconds_per_step(training, seconds=1.0) < 60
+    assert time.perf_counter() - began > 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_processor_that_tires_is_taken_as_it_is_in_the_end(tmp_path, monkeypatch):
+    """Ten steps of a second, then as many of two as there is time for."""
+    config = quickstart.choose(
+        "cpu", "tiny-gated-deltanet", output=str(tmp_path / "out"), sequence_length=32, rows=1, max_documents=20,
+        cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    lengths = itertools.chain([1.0] * 10, itertools.repeat(2.0))
+    clock = itertools.accumulate(itertools.chain.from_iterable((0.0, length) for length in lengths))
+    monkeypatch.setattr(quickstart, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    training = quickstart._train_config(config, "log-linear", 1)
+    assert quickstart.seconds_per_step(training, seconds=40.0) == 2.0
 
 
 def test_the_commands_from_quickstart_to_inspect(tmp_path, capsys):

@@ -44,7 +44,7 @@ MIXER_NAMES = {
     "kda": "KDA",
 }
 PROMPT = "import os\n\n\ndef read_lines(path):\n"
-_CALIBRATION_STEPS = 6
+_CALIBRATION_STEPS, _CALIBRATION_SHARE = 6, 0.06  # for each twin at least so many, and so much of the time
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,8 @@ def run(config: QuickstartConfig, console: Console | None = None) -> QuickstartR
         console.print(_short_documents(config), highlight=False)
     steps = config.steps
     if steps is None:
-        speeds = {name: seconds_per_step(configs[name]) for name in configs}
+        calibration = _CALIBRATION_SHARE * config.training_seconds
+        speeds = {name: seconds_per_step(configs[name], calibration) for name in configs}
         steps = max(2, int(config.training_seconds / sum(speeds.values())))
         console.print(
             f"One step takes {speeds[LINEAR]:.2f} s (linear) and {speeds[LOG_LINEAR]:.2f} s (log-linear) here: "
@@ -277,8 +278,9 @@ def _train_config(config: QuickstartConfig, name: str, steps: int) -> TrainConfi
     )
 
 
-def seconds_per_step(config: TrainConfig) -> float:
-    """How long a training step takes here, from a few steps on the run's own first rows; nothing is kept."""
+def seconds_per_step(config: TrainConfig, seconds: float = 0.0) -> float:
+    """How long a training step takes here, from steps on the run's own first rows for at least so many seconds;
+    nothing is kept."""
     device, dtype = choose_device(config.device, config.precision)
     with quiet_transformers():
         tokenizer = load_tokenizer(config.tokenizer)
@@ -288,7 +290,8 @@ def seconds_per_step(config: TrainConfig) -> float:
     rows = PackedRows(training, config.sequence_length, config.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     times = []
-    for step in range(_CALIBRATION_STEPS):
+    while len(times) < _CALIBRATION_STEPS or sum(times) < seconds:
+        step = len(times)
         if device.type == "cuda":
             torch.cuda.synchronize()
         began = time.perf_counter()
@@ -302,8 +305,9 @@ def seconds_per_step(config: TrainConfig) -> float:
         optimizer.zero_grad()
         float(loss.detach())
         times.append(time.perf_counter() - began)
-    # The first step also starts threads and fills caches; a median is not fooled by one interruption.
-    return statistics.median(times[1:])
+    # The first steps start threads, fill caches, and find a cool processor, which is twice as fast as it can stay; a
+    # median is not fooled by one interruption.
+    return statistics.median(times[len(times) // 2 :])
 
 
 def _write_files(
