@@ -305,8 +305,7 @@ def seconds_per_step(config: TrainConfig, seconds: float = 0.0) -> float:
         optimizer.zero_grad()
         float(loss.detach())
         times.append(time.perf_counter() - began)
-    # The first steps start threads, fill caches, and find a cool processor, which is twice as fast as it can stay; a
-    # median is not fooled by one interruption.
+    # The first steps start threads, fill caches, and find a cool processor; a median is not fooled by one interruption.
     return statistics.median(times[len(times) // 2 :])
 
 

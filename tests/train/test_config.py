@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import platform
+import subprocess
+import sys
 from typing import get_args, get_type_hints
 
 import pytest
@@ -146,3 +149,16 @@ def test_what_is_no_number_stays_a_text(text):
 def test_a_value_that_is_no_yaml_is_refused():
     with pytest.raises(ValueError, match=r"^got '\[1, ', wanted YAML: [^\n]+$"):
         parse_yaml("[1, ")
+
+
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64", "aarch64", "arm64"), reason="a setting of the processor"
+)
+def test_subnormal_numbers_are_zero_in_all_threads_of_a_run_on_the_processor():
+    """In a process of its own, which has begun no threads yet; enough numbers that two of them share the work."""
+    program = (
+        "import torch; from loglinear.train.checkpoints import choose_device; torch.set_num_threads(2);"
+        "choose_device('cpu'); print(int((torch.full((2**20,), 2.0**-126) / 4 != 0).sum()))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "0"

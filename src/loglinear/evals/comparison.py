@@ -431,6 +431,7 @@ def _begin_worker(places: Any, threads: int, config: ComparisonConfig, work: Pat
     if place is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = place
     torch.set_num_threads(threads)
+    choose_device(device.type)
     _examiner = _Examiner(config, work, device, progress=False)
 
 
