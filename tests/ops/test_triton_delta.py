@@ -508,8 +508,8 @@ def test_well_formed_operators(carried):
         near = torch.randn(2, 1, 16, 16, requires_grad=True)
     torch.library.opcheck(delta._forward_op, (*inputs, 0.7, None, positions, far, near, carried))
     plain = [None if x is None else x.detach() for x in (*inputs, None, positions, far, near)]
-    outputs = delta._forward_op(*plain[:6], 0.7, *plain[6:], carried)
-    backward = (*map(torch.randn_like, outputs), *plain, 0.7, carried)
+    o, inverse, gamma, *leaving = delta._forward_op(*plain[:6], 0.7, *plain[6:], carried)
+    backward = (*map(torch.randn_like, (o, *leaving)), *plain, inverse, gamma, 0.7, carried)
     torch.library.opcheck(delta._backward_op, backward, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -161,8 +161,16 @@ def slots_of(batch, tokens, chunk, num_levels, device, cu_seqlens, positions, re
         _held[sizes] = slots
         return slots
     bounds = torch.arange(batch + 1, device=device) * tokens if cu_seqlens is None else cu_seqlens
-    count = fenwick.num_slots(batch * tokens, len(bounds) - 1, chunk, num_levels, positions is not None)
+    count = count_slots(batch, tokens, chunk, num_levels, cu_seqlens, positions, return_state)
     return fenwick.slots(bounds, count, chunk, num_levels, positions, has_ends)
+
+
+def count_slots(batch, tokens, chunk, num_levels, cu_seqlens, positions, return_state) -> int:
+    """How many `slots_of` has."""
+    if cu_seqlens is None and positions is None:
+        return batch * (tokens // chunk + 1 if return_state else (tokens + chunk - 1) // chunk)
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return fenwick.num_slots(batch * tokens, sequences, chunk, num_levels, positions is not None)
 
 
 def as_rows(x: Tensor) -> Tensor:
