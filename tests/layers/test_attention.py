@@ -1,4 +1,4 @@
-import copy
+from copy import deepcopy
 
 import pytest
 import torch
@@ -135,7 +135,7 @@ def test_packed_on_gpu(dtype, shared):
     """By the kernel for sequences of any lengths, an empty one among them, against float64 on the processor."""
     options = {"hidden_size": 64, "num_heads": 4, "num_key_value_heads": shared, "attention_head_dim": 16}
     exact = small_mixer("attention", **options)
-    layer = copy.deepcopy(exact).to("cuda", dtype)
+    layer = deepcopy(exact).to("cuda", dtype)
     assert layer._has_kernel(torch.empty(1, device="cuda", dtype=dtype)) == (dtype == torch.bfloat16)
     x = torch.randn(1, 300, 64, dtype=torch.float64)
     bounds = torch.tensor([0, 130, 130, 131, 300])

@@ -1,8 +1,8 @@
 """The delta rule with one decay per head, or none (DeltaNet, Gated DeltaNet), on Triton kernels.
 
 Forward: `delta_halves.py` (chunks: see `delta_chunks.py`), `delta_nodes.py`, `delta_read.py`. Backward:
-`delta_backward.py`, and `delta_backward_halves.py` for the chunks; of the forward the inverses of chunks are kept for it
-(as much memory as q and k in 16 bits where K = 128), and all else is made again. States that are carried in and out: `delta_carried.py` for the chunks at both ends, the kernels for what is whole.
+`delta_backward.py`, and `delta_backward_halves.py` for the chunks. Of the forward the inverses of chunks are kept for it
+(as many bytes as q and k have with K = 128 and 16 bits), and all else is made again. States that are carried in and out: `delta_carried.py` for the chunks at both ends, the kernels for what is whole.
 
 Legend
     B batch, T tokens, G groups, H heads, K key width, V value width, L levels, S sequences (B, or the packed ones)
@@ -112,8 +112,8 @@ def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None, beta: Tensor, scale: float,
     cu_seqlens: Tensor | None, positions: Tensor | None, far: Tensor | None, near: Tensor | None, return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """o; inverse and gamma of the chunks, for the backward; and `Leaving`: the nodes that far buckets of the final state
-    are (none of them unless `return_state`)."""
+    """o; inverse and gamma of the chunks, for the backward; and `Leaving`: the nodes that far buckets of the final
+    state are (none of them unless `return_state`)."""
     if cu_seqlens is not None:
         check_bounds(cu_seqlens, v.shape[1])
     if positions is not None:
@@ -228,9 +228,9 @@ def _backward_op(
     with torch.cuda.device_of(v):
         call = _prepare(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, near, return_state)
         queries, keys, values, scales, _, strengths = call.rows
+        remade, left = Remade(*_tree(call, (inverse, gamma))), Leaving(grad_added, grad_maps) if return_state else None
         found = gradients(
-            queries, keys, values, scales, strengths, as_rows(grad_o.to(values.dtype)),
-            Leaving(grad_added, grad_maps) if return_state else None, Remade(*_tree(call, (inverse, gamma))), call.slots,
+            queries, keys, values, scales, strengths, as_rows(grad_o.to(values.dtype)), left, remade, call.slots,
             call.variants, call.places, call.chunk, call.height, scale, call.precision,
         )  # fmt: skip
     inputs = (q, k, v, level_scales, log_decay, beta, far, near)
