@@ -141,7 +141,9 @@ class Attention(nn.Module):
             repeats = self.num_heads // self.num_key_value_heads
             k, v = (x[0].to(q.dtype).repeat_interleave(repeats, 1) for x in (k, v))
             ends, longest = bounds.int(), max(layout.lengths)
-            return varlen_attn(q[0], k, v, ends, ends, longest, longest, window_size=(-1, 0))[None]
+            o = varlen_attn(q[0], k, v, ends, ends, longest, longest, window_size=(-1, 0))
+            assert isinstance(o, Tensor)  # and nothing beside it, which was not asked for
+            return o[None]
         outputs, tokens = [], []
         for block in layout.buckets():
             gathered = (part[0][block.indices] for part in (q, k, v))
