@@ -19,7 +19,7 @@ from torch import Tensor
 from loglinear import fenwick
 from loglinear.fenwick import Slots
 from loglinear.ops import stacked
-from loglinear.ops.packing import check_bounds, check_positions
+from loglinear.ops.packing import Known, capturing, check_bounds, check_positions
 from loglinear.ops.triton import carried
 from loglinear.ops.triton.backward import gradients
 from loglinear.ops.triton.nodes import Carried, decay_offsets, leaving, make_nodes
@@ -144,6 +144,7 @@ def precision_of(v: Tensor) -> str:
 
 _known: weakref.WeakValueDictionary[tuple, Slots] = weakref.WeakValueDictionary()
 _held: dict[tuple, Slots] = {}
+_planned = Known()  # slots of packed sequences, whose bounds `check_bounds` keeps an eye on
 
 
 def slots_of(batch, tokens, chunk, num_levels, device, cu_seqlens, positions, return_state) -> Slots:
@@ -162,7 +163,14 @@ def slots_of(batch, tokens, chunk, num_levels, device, cu_seqlens, positions, re
         return slots
     bounds = torch.arange(batch + 1, device=device) * tokens if cu_seqlens is None else cu_seqlens
     count = count_slots(batch, tokens, chunk, num_levels, cu_seqlens, positions, return_state)
-    return fenwick.slots(bounds, count, chunk, num_levels, positions, has_ends)
+    if positions is not None or capturing(bounds):
+        return fenwick.slots(bounds, count, chunk, num_levels, positions, has_ends)
+    # a hundred small kernels, for all layers of a model, and again for their backward
+    planned, sizes = _planned.of(bounds), (count, chunk, num_levels, has_ends)
+    if sizes not in planned:
+        with torch.inference_mode(False), torch.no_grad():  # a training may be given them later
+            planned[sizes] = fenwick.slots(bounds, count, chunk, num_levels, positions, has_ends)
+    return planned[sizes]
 
 
 def count_slots(batch, tokens, chunk, num_levels, cu_seqlens, positions, return_state) -> int:
