@@ -513,8 +513,9 @@ def num_slots(tokens: int, sequences: int, chunk: int, num_levels: int, state: b
 
     `state`: they carry a state in.
     """
-    chunks = tokens // chunk + sequences * (1 + state)
-    return chunks + sequences * num_far_buckets(num_levels, chunk) * state
+    if not state:
+        return tokens // chunk + sequences
+    return tokens // chunk + sequences * (2 + num_far_buckets(num_levels, chunk))
 
 
 def most_reads(num_slots: int, cap: int) -> int:

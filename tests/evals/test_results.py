@@ -130,10 +130,12 @@ def test_what_is_missing_or_went_wrong_is_said(tmp_path):
                 row = dataclasses.replace(row, detail="other")
             if (row.model, row.seed) != ("attention", 1):
                 kept.append(row)
+        kept.insert(0, dataclasses.replace(kept[0], metric="tokens_per_second", value=9.0, count=2))
         return kept
 
     write_language(tmp_path, better_with_levels, status=status)
     page = write_page(tmp_path / "experiments", tmp_path / "benchmarks", tmp_path / "results.md")[0].read_text()
+    assert "Up to 2 runs shared a device, and its speed." in page
     assert "9 of 10 runs are done; the rest is missing." in page
     assert "mamba2, seed 1: step 3 was not finite" in page
     assert "of one seed, which says nothing of how much seeds differ" in page

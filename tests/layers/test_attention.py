@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -124,6 +126,27 @@ def test_packed_gradients_equal_separate(attention):
     separate = sum(attention(x[:, begin:end])[0].square().sum() for begin, end in ((0, 2), (2, 9)))
     (expected,) = torch.autograd.grad(separate, x)
     assert relative_error(packed, expected) < TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packed_on_gpu(dtype, shared):
+    """By the kernel for sequences of any lengths, an empty one among them, against float64 on the processor."""
+    options = {"hidden_size": 64, "num_heads": 4, "num_key_value_heads": shared, "attention_head_dim": 16}
+    exact = small_mixer("attention", **options)
+    layer = deepcopy(exact).to("cuda", dtype)
+    assert layer._has_kernel(torch.empty(1, device="cuda", dtype=dtype)) == (dtype == torch.bfloat16)
+    x = torch.randn(1, 300, 64, dtype=torch.float64)
+    bounds = torch.tensor([0, 130, 130, 131, 300])
+    results = []
+    for module, given in ((layer, x.to("cuda", dtype)), (exact, x)):
+        given.requires_grad_()
+        o, _ = module(given, cu_seqlens=bounds.to(given.device))
+        o.square().sum().backward()
+        results.append((o, given.grad, module.qkv_proj.weight.grad))
+    for got, wanted in zip(*results, strict=True):
+        assert relative_error(got.detach().cpu().double(), wanted) < (2e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_full_static_cache_is_refused(attention):

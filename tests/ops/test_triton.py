@@ -33,7 +33,6 @@ each_device = pytest.mark.parametrize(
         pytest.param("cuda", marks=pytest.mark.gpu),
     ],
 )
-needs_interpreter = pytest.mark.skipif(not scalar.INTERPRETED, reason="kernels are not interpreted here")
 CHUNK = scalar.CHUNK
 
 
@@ -392,6 +391,32 @@ def test_wrong_bounds(bounds, device):
     for _ in range(2):  # the second time, too
         with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the 20 tokens"):
             runner("triton", torch.tensor(bounds, device=device), returns_state=False)(inputs, None)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("mixer", ["mamba2", "gated_deltanet"])
+def test_slots_of_packed_sequences_are_made_once(mixer, monkeypatch):
+    """For all layers that are given the same bounds, and their backward, until these are written to."""
+    made = []
+    slots = fenwick.slots
+    monkeypatch.setattr(fenwick, "slots", lambda *arguments: made.append(1) or slots(*arguments))
+    inputs = make_inputs(mixer, Shape(B=1, T=70, G=1, H=1, K=16, V=16, L=8), torch.float32)
+    bounds = torch.tensor([0, 40, 70])
+
+    def gradients_of(bounds):
+        leaves = inputs.leaves()
+        o, _ = log_linear_attention(**leaves.arguments(), cu_seqlens=bounds, backend="triton")
+        return torch.autograd.grad(o.square().sum(), list(leaves.present().values()))
+
+    first, second = gradients_of(bounds), gradients_of(bounds)
+    assert len(made) == 1 and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    bounds[1] = 33
+    third = gradients_of(bounds)
+    assert len(made) == 2
+    assert all(torch.equal(a, b) for a, b in zip(third, gradients_of(bounds.clone()), strict=True))
+    bounds.data[1] = 20
+    with pytest.raises(RuntimeError, match="cu_seqlens was changed, and torch was not told"):
+        gradients_of(bounds)
 
 
 @each_device

@@ -52,7 +52,7 @@ def compare_with_tree(inputs, state=None, cu_seqlens=None, returns_state=False, 
 INTERPRETED = [
     Shape(B=1, T=1, G=1, H=1, K=16, V=16, L=1),
     Shape(B=1, T=75, G=2, H=4, K=20, V=24, L=8),
-    Shape(B=1, T=258, G=1, H=1, K=16, V=16, L=10),
+    Shape(B=1, T=258, G=1, H=1, K=80, V=72, L=10),  # two tiles of keys and of values
     Shape(B=1, T=225, G=1, H=1, K=80, V=16, L=3),
     Shape(B=1, T=289, G=1, H=1, K=16, V=144, L=None),  # too wide for `walk`
     Shape(B=1, T=289, G=1, H=1, K=16, V=16, L=8),
@@ -60,8 +60,10 @@ INTERPRETED = [
 
 
 @needs_interpreter
-@pytest.mark.parametrize("shape", INTERPRETED)
-@pytest.mark.parametrize("mixer", ["delta_net", "gated_deltanet"])
+@pytest.mark.parametrize(
+    ("mixer", "shape"),
+    [*(("gated_deltanet", shape) for shape in INTERPRETED), *(("delta_net", INTERPRETED[place]) for place in (1, 5))],
+)
 def test_interpreted(mixer, shape):
     compare_with_tree(make_inputs(mixer, shape, torch.float32, key_norm=1.2).map(poisoned))
 
@@ -508,8 +510,8 @@ def test_well_formed_operators(carried):
         near = torch.randn(2, 1, 16, 16, requires_grad=True)
     torch.library.opcheck(delta._forward_op, (*inputs, 0.7, None, positions, far, near, carried))
     plain = [None if x is None else x.detach() for x in (*inputs, None, positions, far, near)]
-    outputs = delta._forward_op(*plain[:6], 0.7, *plain[6:], carried)
-    backward = (*map(torch.randn_like, outputs), *plain, 0.7, carried)
+    o, inverse, gamma, *leaving = delta._forward_op(*plain[:6], 0.7, *plain[6:], carried)
+    backward = (*map(torch.randn_like, (o, *leaving)), *plain, inverse, gamma, 0.7, carried)
     torch.library.opcheck(delta._backward_op, backward, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -253,7 +253,8 @@ class ComparisonRow:
     | metric | value | count | position, until |
     |---|---|---|---|
     | `run` | seconds, training and examination | steps | |
-    | `parameters`, `tokens`, `tokens_per_second`, `memory_bytes`, `training_loss` | of the training | | |
+    | `parameters`, `tokens`, `memory_bytes`, `training_loss` | of the training | | |
+    | `tokens_per_second` | of the training | runs that shared the device, this one included | |
     | `state_bytes` (and `_one_level`), `kv_cache_bytes`, … | of a sequence of the trained length | | |
     | `corpus_tokens`, `held_out_tokens` | real documents; `detail`: their identity | documents | |
     | `held_out_loss` | nats per token up to the trained length | documents | |
@@ -397,7 +398,8 @@ def _side_by_side(
     for number in range(workers):
         places.put(_visible_device(number % gpus) if gpus else None)
     threads = max(1, (os.cpu_count() or 1) // workers)
-    shared = (places, threads, examiner.config, examiner.work, examiner.device)
+    sharing = -(-workers // max(1, gpus))
+    shared = (places, threads, examiner.config, examiner.work, examiner.device, sharing)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=shared)
     under_way: dict[Future, ComparisonRun] = {pool.submit(_rows_in_worker, first): first}
     try:
@@ -424,7 +426,9 @@ def _visible_device(number: int) -> str:
     return seen.split(",")[number] if seen else str(number)
 
 
-def _begin_worker(places: Any, threads: int, config: ComparisonConfig, work: Path, device: torch.device) -> None:
+def _begin_worker(
+    places: Any, threads: int, config: ComparisonConfig, work: Path, device: torch.device, sharing: int
+) -> None:
     """Of a process that has not used CUDA yet."""
     global _examiner
     place = places.get()
@@ -432,7 +436,7 @@ def _begin_worker(places: Any, threads: int, config: ComparisonConfig, work: Pat
         os.environ["CUDA_VISIBLE_DEVICES"] = place
     torch.set_num_threads(threads)
     choose_device(device.type)
-    _examiner = _Examiner(config, work, device, progress=False)
+    _examiner = _Examiner(config, work, device, sharing, progress=False)
 
 
 _examiner: "_Examiner | None" = None  # of a worker
@@ -467,7 +471,7 @@ def _rows_of(run: ComparisonRun, examiner: "_Examiner") -> list[ComparisonRow]:
         result = train(training, prepare=lambda network: initialize_by_name(network, seed))
         steps = result.steps
         found += [_number("training_loss", result.loss), _number("tokens", result.tokens)]
-        found += _speed(Path(training.output))
+        found += _speed(Path(training.output), examiner.sharing)
         found += list(examiner.examine(Path(training.output)))
     except NonFiniteError as error:
         status, detail = DIVERGED, " ".join(str(error).split())
@@ -497,11 +501,13 @@ def _costs(run: ComparisonRun, training: TrainConfig) -> Iterator[dict[str, Any]
     yield _number("kv_cache_bytes", cost.kv_cache_bytes if "attention" in config.mixers else 0)
 
 
-def _speed(output: Path) -> Iterator[dict[str, Any]]:
-    """Of a training, from its metrics: the median over its reports, the first ones aside, which begin everything."""
+def _speed(output: Path, sharing: int) -> Iterator[dict[str, Any]]:
+    """Of a training, from its metrics: the median over its reports, the first ones aside, which begin everything.
+    `sharing` runs were on the device."""
     reports = [row for row in read_metrics(output / METRICS_FILE) if "tokens_per_second" in row]
     later = reports[len(reports) // 4 :] if len(reports) > 1 else reports
-    yield _number("tokens_per_second", statistics.median(row["tokens_per_second"] for row in later))
+    speed = statistics.median(row["tokens_per_second"] for row in later)
+    yield _number("tokens_per_second", speed, count=sharing)
     if "memory_bytes" in reports[-1]:
         yield _number("memory_bytes", reports[-1]["memory_bytes"])
 
@@ -509,8 +515,11 @@ def _speed(output: Path) -> Iterator[dict[str, Any]]:
 class _Examiner:
     """What all runs of a comparison share: the data, and what is asked of a trained model."""
 
-    def __init__(self, config: ComparisonConfig, work: Path, device: torch.device, progress: bool = True):
-        self.config, self.work, self.device, self.progress = config, work, device, progress
+    def __init__(
+        self, config: ComparisonConfig, work: Path, device: torch.device, sharing: int = 1, progress: bool = True
+    ):
+        self.config, self.work, self.device = config, work, device
+        self.sharing, self.progress = sharing, progress
         self.base = config.training(config.seeds[0])
         with quiet_transformers():
             self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.base.tokenizer)

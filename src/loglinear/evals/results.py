@@ -261,7 +261,9 @@ def language_section(file: Path, config: ComparisonConfig, rows: Sequence[Compar
     )
     if not ends:
         return "\n\n".join(parts)
-    parts += ["### Loss and cost", markdown(*_cost_table(values, models)), _COST_NOTE]
+    sharing = max((row.count or 1 for row in rows if row.metric == "tokens_per_second"), default=1)
+    shared = f" Up to {sharing} runs shared a device, and its speed." if sharing > 1 else ""
+    parts += ["### Loss and cost", markdown(*_cost_table(values, models)), _COST_NOTE + shared]
     parts += ["### Loss by position", markdown(*_position_table(values, models)), "Nats per token, mean ± standard "
               "deviation over seeds, on the same held-out documents."]  # fmt: skip
     figure = plots.save(_plot_positions(values, models, pairs, trained), output / f"{file.stem}-positions.png")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from loglinear.layers import fused
 from loglinear.layers.packing import PackedLayout, SequenceRows, token_positions, token_rows
@@ -97,7 +98,7 @@ class Attention(nn.Module):
         elif layout is None:
             o = self._attend(q, k, v)
         else:
-            o = self._over_sequences(q, k, v, layout)
+            o = self._over_sequences(q, k, v, layout, cu_seqlens)
         return self.out_proj(o.flatten(-2)), state if return_state else None
 
     def _store(
@@ -133,14 +134,33 @@ class Attention(nn.Module):
         )
         return o.transpose(1, 2)
 
-    def _over_sequences(self, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
-        """Causal attention inside each packed sequence, in blocks of sequences of similar length."""
+    def _over_sequences(self, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, bounds: Tensor | None) -> Tensor:
+        """Causal attention inside each packed sequence: by torch's kernel for sequences of any lengths, or in blocks of
+        sequences of similar length."""
+        if bounds is not None and self._has_kernel(q):
+            repeats = self.num_heads // self.num_key_value_heads
+            k, v = (x[0].to(q.dtype).repeat_interleave(repeats, 1) for x in (k, v))
+            ends, longest = bounds.int(), max(layout.lengths)
+            o = varlen_attn(q[0], k, v, ends, ends, longest, longest, window_size=(-1, 0))
+            assert isinstance(o, Tensor)  # and nothing beside it, which was not asked for
+            return o[None]
         outputs, tokens = [], []
         for block in layout.buckets():
             gathered = (part[0][block.indices] for part in (q, k, v))
             outputs.append(self._attend(*gathered)[block.valid])
             tokens.append(block.indices[block.valid])
         return torch.zeros_like(q[0]).index_copy(0, torch.cat(tokens), torch.cat(outputs))[None]
+
+    def _has_kernel(self, q: Tensor) -> bool:
+        """Whether torch's flash attention takes these queries: 16 bits, and a GPU from Ampere on."""
+        return (
+            q.is_cuda
+            and torch.version.cuda is not None
+            and q.dtype in (torch.float16, torch.bfloat16)
+            and self.head_dim % 8 == 0
+            and self.head_dim <= 256
+            and torch.cuda.get_device_capability(q.device)[0] >= 8
+        )
 
     def _over_cache(self, q: Tensor, state: AttentionState, positions: Tensor, layout: PackedLayout | None) -> Tensor:
         """Attention of the newest tokens to everything in the cache up to themselves, each row by its own

@@ -9,24 +9,28 @@ from torch.utils.weak import WeakIdKeyDictionary
 FURTHEST = 2**62  # positions below this, and the lengths of sequences, add up in 64 bits
 
 
-class _Checked:
-    """Tensors that the host has looked at, for as long as they live and are not written to.
+class Known:
+    """What is known of the values of tensors, for as long as these live and are not written to, as far as torch knows.
 
-    Layers of a model are given the same `cu_seqlens` one after the other: the host waits for the device once.
+    Layers of a model are given the same `cu_seqlens` one after the other: what takes the host's time, or its wait for
+    the device, is done once.
     """
 
     def __init__(self):
-        self._versions = WeakIdKeyDictionary()
+        self._facts = WeakIdKeyDictionary()
 
-    def __contains__(self, x: Tensor) -> bool:
-        return not x.is_inference() and x in self._versions and self._versions[x] == x._version
+    def of(self, x: Tensor) -> dict:
+        """To read from, and to write to."""
+        if x.is_inference():  # which counts no writes
+            return {}
+        version, facts = self._facts.get(x, (None, {}))
+        if version != x._version:
+            facts = {}
+            self._facts[x] = x._version, facts
+        return facts
 
-    def add(self, x: Tensor) -> None:
-        if not x.is_inference():  # which counts no writes
-            self._versions[x] = x._version
 
-
-_checked = _Checked()
+_checked = Known()  # a copy of them, by the number of tokens
 
 
 def check_packing(cu_seqlens: Tensor) -> None:
@@ -43,7 +47,8 @@ def check_packing(cu_seqlens: Tensor) -> None:
         raise ValueError(f"cu_seqlens must be [number of sequences + 1], got shape {list(cu_seqlens.shape)}")
 
 
-def _capturing(x: Tensor) -> bool:
+def capturing(x: Tensor) -> bool:
+    """Whether what is done to a tensor now is done again at every replay of a CUDA graph, with other values maybe."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -75,22 +80,28 @@ def start_positions(positions: Tensor) -> list[int]:
 def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
     """`sequence_bounds`, for who needs no more than that they are right.
 
-    The host waits for tensors that it sees for the first time. Others (and all of them while a CUDA graph is captured,
-    where it cannot wait) are checked by the device, which stops if they were changed behind torch's back.
+    The host waits for tensors that it sees for the first time. Of others the device checks that they are what they
+    were, and stops if they were changed behind torch's back; while a CUDA graph is captured, where nobody can wait, it
+    checks what they are.
     """
-    if cu_seqlens in _checked or _capturing(cu_seqlens):
+    if capturing(cu_seqlens):
         rising = (cu_seqlens[0] == 0).logical_and(cu_seqlens[-1] == tokens).logical_and((cu_seqlens.diff() >= 0).all())
         torch._assert_async(rising, f"cu_seqlens must rise from 0 to the {tokens} tokens")
+        return
+    checked = _checked.of(cu_seqlens)
+    if tokens in checked:
+        torch._assert_async((cu_seqlens == checked[tokens]).all(), "cu_seqlens was changed, and torch was not told")
     else:
         sequence_bounds(cu_seqlens, tokens)
-        _checked.add(cu_seqlens)
+        checked[tokens] = cu_seqlens.clone()
 
 
 def check_positions(positions: Tensor) -> None:
-    """`start_positions`, in the same way."""
-    if positions in _checked or _capturing(positions):
+    """`start_positions`; the device checks those that the host knows."""
+    checked = {} if capturing(positions) else _checked.of(positions)
+    if checked or capturing(positions):
         right = (positions >= 0).logical_and(positions < FURTHEST).all()
         torch._assert_async(right, f"the state's positions must be at least 0 and below {FURTHEST}")
     else:
         start_positions(positions)
-        _checked.add(positions)
+        checked["positions"] = True

@@ -1,8 +1,9 @@
 """The delta rule with one decay per head, or none (DeltaNet, Gated DeltaNet), on Triton kernels.
 
 Forward: `delta_halves.py` (chunks: see `delta_chunks.py`), `delta_nodes.py`, `delta_read.py`. Backward:
-`delta_backward.py`, and `delta_backward_halves.py` for the chunks; all of the forward is made again for it rather than
-kept. States that are carried in and out: `delta_carried.py` for the chunks at both ends, the kernels for what is whole.
+`delta_backward.py`, and `delta_backward_halves.py` for the chunks. Of the forward the inverses of chunks are kept for
+it (as many bytes as q and k have with K = 128 in 16 bits), and all else is made again. States that are carried in and
+out: `delta_carried.py` for the chunks at both ends, the kernels for what is whole.
 
 Legend
     B batch, T tokens, G groups, H heads, K key width, V value width, L levels, S sequences (B, or the packed ones)
@@ -26,7 +27,15 @@ from loglinear.ops.triton.delta_chunks import Chunks
 from loglinear.ops.triton.delta_halves import make_chunks
 from loglinear.ops.triton.delta_nodes import Carried, Leaving, Nodes, leaving, make_nodes
 from loglinear.ops.triton.delta_read import descend, read, walk, walks
-from loglinear.ops.triton.scalar import INTERPRETED, MOST_LEVELS, MOST_PROGRAMS, as_rows, precision_of, slots_of
+from loglinear.ops.triton.scalar import (
+    INTERPRETED,
+    MOST_LEVELS,
+    MOST_PROGRAMS,
+    as_rows,
+    count_slots,
+    precision_of,
+    slots_of,
+)
 
 WIDEST_KEY = 256
 CHUNK = 32 if INTERPRETED else 64  # a program has half of the rows, and a product 16 at least
@@ -62,7 +71,7 @@ def log_linear_attention_delta(
     """
     assert beta is not None  # see `unsupported`
     if initial_state is None and not return_state:
-        o, _, _ = _forward_op(
+        o, *_ = _forward_op(
             q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, None, None, None, return_state
         )  # fmt: skip
         return o, None, None
@@ -78,7 +87,7 @@ def log_linear_attention_delta(
             near = near_buckets(buckets, edges)
             first = delta_carried.chunk_factors(q, k, log_decay, beta, edges.first_rows, edges.first_exist, scale)
             written = delta_carried.written_by_near(near, first)
-    o, added, maps = _forward_op(
+    o, _, _, added, maps = _forward_op(
         q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, written, return_state
     )  # fmt: skip
     if near is not None and first is not None and level_scales is not None:
@@ -103,15 +112,16 @@ def _chunk_of(v: Tensor) -> int:
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None, beta: Tensor, scale: float,
     cu_seqlens: Tensor | None, positions: Tensor | None, far: Tensor | None, near: Tensor | None, return_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """o, and `Leaving`: the nodes that far buckets of the final state are (none of them unless `return_state`)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """o; inverse and gamma of the chunks, for the backward; and `Leaving`: the nodes that far buckets of the final
+    state are (none of them unless `return_state`)."""
     if cu_seqlens is not None:
         check_bounds(cu_seqlens, v.shape[1])
     if positions is not None:
         check_positions(positions)
     with torch.cuda.device_of(v):  # kernels are launched on the current device
         call = _prepare(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, near, return_state)
-        chunks, nodes, _ = _tree(call, backward=False)
+        chunks, nodes, _ = _tree(call)
         _, _, values, scales, _, _ = call.rows
         if _walks(call):
             o = walk(values, scales, chunks, nodes, call.slots, call.chunk, call.height, call.precision)
@@ -123,7 +133,7 @@ def _forward_op(
         left = Leaving(*(v.new_empty(0, dtype=torch.float32) for _ in range(2)))
         if return_state:
             left = leaving(nodes, call.state, call.slots)
-    return o.view(v.shape).to(v.dtype), *left
+    return o.view(v.shape).to(v.dtype), chunks.inverse, chunks.gamma, *left
 
 
 class _Call(NamedTuple):
@@ -167,10 +177,11 @@ def _walks(call: _Call) -> bool:
     return walks(keys, values.shape[-1])
 
 
-def _tree(call: _Call, backward: bool) -> tuple[Chunks, Nodes, Tensor | None]:
+def _tree(call: _Call, kept: tuple[Tensor, Tensor] | None = None) -> tuple[Chunks, Nodes, Tensor | None]:
     """Chunks and nodes; the queries on their way down, unless they are to `walk` it; and P of right siblings for the
-    backward."""
+    backward, which has `kept` inverse and gamma."""
     queries, keys, values, scales, decays, strengths = call.rows
+    backward = kept is not None
     slots, places, descends = call.slots, call.places, backward or not _walks(call)
     if not descends:
         room = len(slots.token)
@@ -181,7 +192,7 @@ def _tree(call: _Call, backward: bool) -> tuple[Chunks, Nodes, Tensor | None]:
         room = fenwick.most_variants(len(slots.token) - slots.ends.bucket.numel(), slots.cap, len(slots.base))
     chunks = make_chunks(
         queries, keys, values, scales, decays, strengths, slots, places, room, call.chunk, call.height,
-        call.scale, call.precision, backward,
+        call.scale, call.precision, kept,
     )  # fmt: skip
     rights = None
     if backward:
@@ -194,28 +205,33 @@ def _tree(call: _Call, backward: bool) -> tuple[Chunks, Nodes, Tensor | None]:
 
 @_forward_op.register_fake
 def _(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, near, return_state):
+    (batch, tokens, heads, value_dim), key_dim, chunk = v.shape, q.shape[-1], _chunk_of(v)
+    num_levels = 1 if level_scales is None else level_scales.shape[-1]
+    count = count_slots(batch, tokens, chunk, num_levels, cu_seqlens, positions, return_state)
+    inverse = v.new_empty(count, heads, chunk, chunk, dtype=torch.float32)
+    gamma = v.new_empty(heads, count, chunk, dtype=torch.float32)
     added, maps = (v.new_empty(0, dtype=torch.float32) for _ in range(2))
     if return_state:
-        sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        num_far = fenwick.num_far_buckets(1 if level_scales is None else level_scales.shape[-1], _chunk_of(v))
-        heads, key_dim, value_dim = v.shape[2], q.shape[-1], v.shape[-1]
+        sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        num_far = fenwick.num_far_buckets(num_levels, chunk)
         added = v.new_empty(sequences, num_far, heads, key_dim, value_dim, dtype=torch.float32)
         maps = v.new_empty(sequences, num_far - 1, heads, key_dim, key_dim, dtype=torch.float32)
-    return torch.empty_like(v, memory_format=torch.contiguous_format), added, maps
+    return torch.empty_like(v, memory_format=torch.contiguous_format), inverse, gamma, added, maps
 
 
 @torch.library.custom_op("loglinear::delta_backward", mutates_args=())
 def _backward_op(
     grad_o: Tensor, grad_added: Tensor, grad_maps: Tensor, q: Tensor, k: Tensor, v: Tensor,
     level_scales: Tensor | None, log_decay: Tensor | None, beta: Tensor, cu_seqlens: Tensor | None,
-    positions: Tensor | None, far: Tensor | None, near: Tensor | None, scale: float, return_state: bool,
+    positions: Tensor | None, far: Tensor | None, near: Tensor | None, inverse: Tensor, gamma: Tensor, scale: float,
+    return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(v):
         call = _prepare(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, near, return_state)
         queries, keys, values, scales, _, strengths = call.rows
+        remade, left = Remade(*_tree(call, (inverse, gamma))), Leaving(grad_added, grad_maps) if return_state else None
         found = gradients(
-            queries, keys, values, scales, strengths, as_rows(grad_o.to(values.dtype)),
-            Leaving(grad_added, grad_maps) if return_state else None, Remade(*_tree(call, backward=True)), call.slots,
+            queries, keys, values, scales, strengths, as_rows(grad_o.to(values.dtype)), left, remade, call.slots,
             call.variants, call.places, call.chunk, call.height, scale, call.precision,
         )  # fmt: skip
     inputs = (q, k, v, level_scales, log_decay, beta, far, near)
@@ -227,8 +243,8 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(
-    grad_o, grad_added, grad_maps, q, k, v, level_scales, log_decay, beta, cu_seqlens, positions, far, near, scale,
-    return_state,
+    grad_o, grad_added, grad_maps, q, k, v, level_scales, log_decay, beta, cu_seqlens, positions, far, near, inverse,
+    gamma, scale, return_state,
 ):  # fmt: skip
     inputs = (q, k, v, level_scales, log_decay, beta, far, near)
     return tuple(
@@ -238,13 +254,21 @@ def _(
 
 def _keep_inputs(ctx, inputs, output):
     *tensors, ctx.scale, cu_seqlens, positions, far, near, ctx.return_state = inputs
-    ctx.save_for_backward(*tensors, cu_seqlens, positions, far, near)
+    o, inverse, gamma, added, maps = output
+    ctx.save_for_backward(*tensors, cu_seqlens, positions, far, near, inverse, gamma)
+    ctx.mark_non_differentiable(inverse, gamma)
+    ctx.set_materialize_grads(False)  # of the inverse, whose gradients nobody wants
+    ctx.shapes = [x.shape for x in (o, added, maps)]
 
 
-def _run_backward(ctx, grad_o, grad_added, grad_maps):
-    *tensors, cu_seqlens, positions, far, near = ctx.saved_tensors
+def _run_backward(ctx, grad_o, _, __, grad_added, grad_maps):
+    *tensors, cu_seqlens, positions, far, near, inverse, gamma = ctx.saved_tensors
+    given = [
+        inverse.new_zeros(shape) if grad is None else grad
+        for grad, shape in zip((grad_o, grad_added, grad_maps), ctx.shapes, strict=True)
+    ]
     found = _backward_op(
-        grad_o, grad_added, grad_maps, *tensors, cu_seqlens, positions, far, near, ctx.scale, ctx.return_state
+        *given, *tensors, cu_seqlens, positions, far, near, inverse, gamma, ctx.scale, ctx.return_state
     )
     *grads, grad_far, grad_near = (
         g if x is not None else None for g, x in zip(found, (*tensors, far, near), strict=True)

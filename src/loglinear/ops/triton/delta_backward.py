@@ -50,7 +50,7 @@ from loglinear.ops.triton.common import (
     row_exists,
 )
 from loglinear.ops.triton.delta_backward_halves import chunk_gradients
-from loglinear.ops.triton.delta_chunks import Chunks, load_block, load_tile, store_block, tile_width
+from loglinear.ops.triton.delta_chunks import Chunks, load_block, load_tile, store_block, tile_width, warps_of
 from loglinear.ops.triton.delta_nodes import (
     Leaving,
     Nodes,
@@ -61,7 +61,7 @@ from loglinear.ops.triton.delta_nodes import (
     running_tables,
     sibling_tables,
 )
-from loglinear.ops.triton.delta_read import reading_tables
+from loglinear.ops.triton.delta_read import WALKED, reading_tables, walks
 
 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
@@ -150,6 +150,64 @@ def _ascend_kernel(pulled, maps, rows_of, blocks, heights, variants, places, N, 
                 total = tl.dot(after, tl.trans(part), total, input_precision=PRECISION)
             store_block(pulled + here, total, 0, C, C, column * BK, K, BK)
         tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
+def _climb_kernel(grad_o, scales, seen, added, maps, pulled, dscales, tokens, firsts, rows_of, blocks, origins, oldests,
+                  heights, reads, variants, places, N, H, stride_g, stride_gh, stride_s, stride_sh, K, V, L,
+                  C: tl.constexpr, HEIGHT: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                  PARTS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """`_pull_kernel` and `_ascend_kernel` in one, with all columns of ROWS rows: from the farthest node to the
+    nearest."""
+    part, slot = program_place()
+    head, start = part // (C // ROWS), part % (C // ROWS) * ROWS
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
+    if rows == 0:
+        return
+    token, block, count = tl.load(tokens + slot), tl.load(blocks + slot), tl.load(reads + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    origin = None if origins is None else tl.load(origins + slot)
+    oldest = None if oldests is None else tl.load(oldests + slot)
+    different = count if variants is None else tl.load(variants + slot)
+    token, rows = token + start, rows - start
+    first = None if first is None else first - start
+    row = tl.arange(0, ROWS)
+    exists = row_exists(row, first, rows)
+    base = (tl.load(places + slot).to(tl.int64) * H + head) * C * K
+    lam, dlam = scales + head.to(tl.int64) * stride_sh, dscales + (token + row).to(tl.int64) * H * L + head * L
+    grad = load_tile(grad_o + head.to(tl.int64) * stride_gh, token, first, rows, stride_g, ROWS, 0, V, BV)
+    dtype = pulled.dtype.element_ty
+    total = tl.zeros((ROWS, BK), tl.float32)
+    last = tl.zeros((ROWS,), tl.float32)
+    for step in range(count):
+        number = count - 1 - step
+        rest = block
+        for _ in range(number):
+            rest = drop_lowest_bit(rest)
+        node = place_of_node(slot, block, origin, oldest, rest, count - number)
+        height = tl.load(heights + node)
+        place = node.to(tl.int64) * H + head
+        here = base + tl.minimum(number, different - 1).to(tl.int64) * H * C * K
+        state = load_block(added + place * K * V, 0, K, BK, 0, V, BV)
+        pull = tl.dot(grad, tl.trans(state), input_precision=PRECISION)
+        if SCALED:
+            level = tl.minimum(HEIGHT + 1 + height, L - 1)
+            queries = load_block(seen + here, start, C, ROWS, 0, K, BK).to(tl.float32)
+            found = tl.sum(queries * pull, 1)
+            if level < L - 1:
+                tl.store(dlam + level, found, mask=exists)
+            else:
+                last += found
+            pull *= load_column(lam + level, token, first, rows, stride_s, ROWS)[:, None]
+        if number + 1 < different:  # what is read after this node has passed it
+            map = maps + ((height % 2).to(tl.int64) * N * H + place) * PARTS * K * K
+            turned = tl.trans(load_block(map, 0, K, BK, 0, K, BK))
+            total = tl.dot(total.to(dtype), turned, pull, input_precision=PRECISION)
+        else:
+            total += pull
+        store_block(pulled + here, total, start, C, ROWS, 0, K, BK)
+    if SCALED:
+        tl.store(dlam + L - 1, last, mask=exists)
 
 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
@@ -358,15 +416,23 @@ def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: 
     del remade.chunks, remade.nodes, remade.rights
     parts = nodes.maps.shape[3]
     pulled = torch.empty_like(chunks.seen)
-    _pull_kernel[programs(heads, num_slots)](
-        grad_o, lam, chunks.seen, nodes.added, pulled, dscales, slots.token, slots.first, slots.rows,
-        *reading_tables(slots, variants), places, num_slots, heads, *of_g, *of_s, key_dim, value_dim, num_levels,
-        HEIGHT=height, C=chunk, SCALED=scaled, num_warps=8 if key_dim > 128 else 4, num_stages=stages, **keys, **values,
-    )  # fmt: skip
-    _ascend_kernel[programs(heads, num_slots)](
-        pulled, nodes.maps, slots.rows, slots.block, slots.height, variants, places, num_slots, heads, key_dim,
-        C=chunk, PARTS=parts, num_warps=4, num_stages=stages, **keys,
-    )  # fmt: skip
+    read = (slots.token, slots.first, slots.rows, *reading_tables(slots, variants), places, num_slots, heads)
+    shape = (*of_g, *of_s, key_dim, value_dim, num_levels)
+    if walks(k, value_dim):
+        _climb_kernel[programs(heads, num_slots)](
+            grad_o, lam, chunks.seen, *nodes, pulled, dscales, *read, *shape, C=chunk, HEIGHT=height, ROWS=chunk,
+            BK=tile_width(key_dim, WALKED), BV=tile_width(value_dim, WALKED), PARTS=parts, SCALED=scaled,
+            PRECISION=precision, num_warps=warps_of(chunk), num_stages=1,
+        )  # fmt: skip
+    else:
+        _pull_kernel[programs(heads, num_slots)](
+            grad_o, lam, chunks.seen, nodes.added, pulled, dscales, *read, *shape, HEIGHT=height, C=chunk,
+            SCALED=scaled, num_warps=8 if key_dim > 128 else 4, num_stages=stages, **keys, **values,
+        )  # fmt: skip
+        _ascend_kernel[programs(heads, num_slots)](
+            pulled, nodes.maps, slots.rows, slots.block, slots.height, variants, places, num_slots, heads, key_dim,
+            C=chunk, PARTS=parts, num_warps=4, num_stages=stages, **keys,
+        )  # fmt: skip
     tiled = row_tiles(key_dim) | {"num_stages": 1}
     all_rows = {"num_warps": 8 if rows > 128 else 4, "num_stages": 2, "ROWS": rows}
     # what has no rows reads nothing, and nobody fills in the gradients of a bucket that nothing reads

@@ -15,7 +15,7 @@ the backward finds them.
 Legend
     N chunks (slots), C rows of a chunk, H heads, G groups, K key width, V value width, L levels
     M variants of the queries of all chunks: see `delta_read.py`
-    inverse [N, H, C, C] (I + A)⁻¹, float32, whose upper right quarter nobody writes; scores [N, H, C, C]
+    inverse [N, H, C, C] (I + A)⁻¹, float32; scores [N, H, C, C]
     seen [M, H, C, K] variants of the queries, of which the first of each chunk is filled by what makes it
     gamma [H, N, C] inclusive sums of the base-2 log decay
     for the backward: erase [N, H, C, K] W; written [N, H, C, V] T v; mixed [N, H, C, C] scores before λ

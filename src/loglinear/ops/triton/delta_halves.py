@@ -55,11 +55,19 @@ def _overlap_kernel(k, log_decay, beta, lower, gamma, tokens, firsts, rows_of, N
                     stride_b, K, E: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr,
                     PRECISION: tl.constexpr):  # fmt: skip
     """A quarter of A, and gamma: quarters 0 and 2 are what a half has with itself, 1 what the second has with the
-    first."""
+    first, whose program fills the quarter above the diagonal too."""
     part, slot = program_place()
     head, quarter = part // 3, part % 3
-    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
+    if slot >= N:
+        return
+    above, left = tl.minimum(quarter, 1) * E, (quarter // 2) * E  # its first row and column
+    lower += (slot.to(tl.int64) * H + head) * 4 * E * E
+    nothing = tl.zeros((E, E), tl.float32)
+    if quarter == 1:
+        store_block(lower, nothing, 0, 2 * E, E, E, 2 * E, E)
+    rows = tl.load(rows_of + slot)
     if rows == 0:
+        store_block(lower, nothing, above, 2 * E, E, left, 2 * E, E)
         return
     token = tl.load(tokens + slot)
     first = None if firsts is None else tl.load(firsts + slot)
@@ -69,14 +77,13 @@ def _overlap_kernel(k, log_decay, beta, lower, gamma, tokens, firsts, rows_of, N
     sums = tl.cumsum(log2_decays(log_decay + head, token, first, rows, stride_d, E), 0)
     before = tl.sum(tl.where(row == E - 1, sums, 0.0), 0)
     later_sums = before + tl.cumsum(log2_decays(log_decay + head, token + E, later, rows - E, stride_d, E), 0)
-    above, left = tl.minimum(quarter, 1) * E, (quarter // 2) * E  # its first row and column
     row_sums = tl.where(quarter == 0, sums, later_sums)
     column_sums = tl.where(quarter == 2, later_sums, sums)
     if quarter != 1:
         tl.store(gamma + (head.to(tl.int64) * N + slot) * 2 * E + above + row, row_sums)
     first_row = None if first is None else first - above
     first_column = None if first is None else first - left
-    overlap = tl.zeros((E, E), tl.float32)
+    overlap = nothing
     for tile in range(KT):
         keys = load_tile(k, token + above, first_row, rows - above, stride_k, E, tile * BK, K, BK)
         others = load_tile(k, token + left, first_column, rows - left, stride_k, E, tile * BK, K, BK)
@@ -84,7 +91,7 @@ def _overlap_kernel(k, log_decay, beta, lower, gamma, tokens, firsts, rows_of, N
     strength = load_column(beta + head, token + above, first_row, rows - above, stride_b, E)
     strict = (row[:, None] > row[None, :]) | (quarter == 1)
     overlap = tl.where(strict, overlap * decays_across(row_sums, column_sums) * strength[:, None], 0.0)
-    store_block(lower + (slot.to(tl.int64) * H + head) * 4 * E * E, overlap, above, 2 * E, E, left, 2 * E, E)
+    store_block(lower, overlap, above, 2 * E, E, left, 2 * E, E)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -287,48 +294,59 @@ def _leaves_kernel(k, v, beta, inverse, erase, written, gamma, added, maps, toke
 
 
 def make_chunks(q, k, v, scales, log_decay, beta, slots: Slots, places: Tensor, num_variants: int, chunk: int,
-                height: int, scale: float, precision: str, backward: bool = False) -> Chunks:  # fmt: skip
+                height: int, scale: float, precision: str, kept: tuple[Tensor, Tensor] | None = None,
+                ) -> Chunks:  # fmt: skip
     """Chunks of q, k [T, G, K], v [T, H, V], level scales [T, H, L] (None: 1), log_decay and beta [T, H].
 
-    places [N]: for each slot the first variant of its queries, of which there are at most `num_variants`. `backward`:
-    with what that alone needs, of which W and T v are left to `make_leaves`.
+    places [N]: for each slot the first variant of its queries, of which there are at most `num_variants`. kept: the
+    inverse and gamma of the forward, for the backward: with what that alone needs, of which W and T v are left to
+    `make_leaves`.
     """
     num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), q.shape, v.shape
+    backward = kept is not None
+    inverse, gamma = _inverses(k, log_decay, beta, slots, chunk, precision) if kept is None else kept
     made = Chunks(
-        inverse=k.new_empty(num_slots, heads, chunk, chunk, dtype=torch.float32),
+        inverse=inverse, gamma=gamma,
         erase=k.new_empty(num_slots, heads, chunk, key_dim) if backward else None,
         written=k.new_empty(num_slots, heads, chunk, value_dim) if backward else None,
         scores=k.new_empty(num_slots, heads, chunk, chunk), seen=k.new_empty(num_variants, heads, chunk, key_dim),
-        gamma=k.new_zeros(heads, num_slots, chunk, dtype=torch.float32),
         mixed=k.new_empty(num_slots, heads, chunk, chunk) if backward else None,
     )  # fmt: skip
     scaled = scales is not None
     lam = scales if scaled else k
     block = tile_width(key_dim)
-    tiles = {"E": chunk // 2, "KT": cdiv(key_dim, block), "BK": block, "PRECISION": precision, "num_warps": 4}
-    exact = precision if k.dtype == torch.float32 else "tf32x3"
-    of_q, of_k, of_scales = q.stride()[:2], k.stride()[:2], lam.stride()[:2]
-    rows = (slots.token, slots.first, slots.rows)
-    _overlap_kernel[programs(3 * heads, num_slots)](
-        k, log_decay, beta, made.inverse, made.gamma, *rows, num_slots, heads, groups, *of_k, log_decay.stride(0),
-        beta.stride(0), key_dim, num_stages=2, **tiles,
-    )  # fmt: skip
-    size = 16
-    _substitute_kernel[programs(chunk // size * heads, num_slots)](
-        made.inverse, slots.rows, num_slots, heads, C=chunk, BASE=size, num_warps=1
-    )
-    while size < chunk:
-        _join_kernel[programs(chunk // (2 * size) * heads, num_slots)](
-            made.inverse, slots.rows, num_slots, heads, C=chunk, SIZE=size, PRECISION=exact, num_warps=size // 16
-        )
-        size *= 2
     _scores_kernel[programs(2 * heads, num_slots)](
-        q, k, lam, beta, made.inverse, made.scores, made.seen, made.gamma, made.mixed, *rows, slots.reads, places,
-        num_slots, heads, groups, scale, *of_q, *of_k, *of_scales, beta.stride(0), key_dim,
-        lam.shape[-1] if scaled else 1, HEIGHT=height - 1, SCALED=scaled, PARTS=parts_of(k), num_stages=1,
-        **tiles,
+        q, k, lam, beta, inverse, made.scores, made.seen, gamma, made.mixed, slots.token, slots.first, slots.rows,
+        slots.reads, places, num_slots, heads, groups, scale, *q.stride()[:2], *k.stride()[:2], *lam.stride()[:2],
+        beta.stride(0), key_dim, lam.shape[-1] if scaled else 1, E=chunk // 2, HEIGHT=height - 1,
+        KT=cdiv(key_dim, block), BK=block, SCALED=scaled, PARTS=parts_of(k), PRECISION=precision, num_warps=4,
+        num_stages=1,
     )  # fmt: skip
     return made
+
+
+def _inverses(k: Tensor, log_decay: Tensor, beta: Tensor, slots: Slots, chunk: int, precision: str,
+              ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`inverse` and `gamma` of chunks of k [T, G, K], log_decay and beta [T, H]."""
+    num_slots, (_, groups, key_dim), heads = len(slots.token), k.shape, beta.shape[-1]
+    inverse = k.new_empty(num_slots, heads, chunk, chunk, dtype=torch.float32)
+    gamma = k.new_zeros(heads, num_slots, chunk, dtype=torch.float32)
+    block, size = tile_width(key_dim), 16
+    _overlap_kernel[programs(3 * heads, num_slots)](
+        k, log_decay, beta, inverse, gamma, slots.token, slots.first, slots.rows, num_slots, heads, groups,
+        *k.stride()[:2], log_decay.stride(0), beta.stride(0), key_dim, E=chunk // 2, KT=cdiv(key_dim, block), BK=block,
+        PRECISION=precision, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    _substitute_kernel[programs(chunk // size * heads, num_slots)](
+        inverse, slots.rows, num_slots, heads, C=chunk, BASE=size, num_warps=1
+    )
+    exact = precision if k.dtype == torch.float32 else "tf32x3"
+    while size < chunk:
+        _join_kernel[programs(chunk // (2 * size) * heads, num_slots)](
+            inverse, slots.rows, num_slots, heads, C=chunk, SIZE=size, PRECISION=exact, num_warps=size // 16
+        )
+        size *= 2
+    return inverse, gamma
 
 
 def make_leaves(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, added: Tensor, maps: Tensor, slots: Slots,

@@ -29,6 +29,7 @@ from loglinear.ops.triton.common import (
     programs,
 )
 from loglinear.ops.triton.delta_chunks import (
+    TILE,
     Chunks,
     load_block,
     load_tile,
@@ -41,34 +42,54 @@ from loglinear.ops.triton.delta_nodes import Nodes
 from loglinear.ops.triton.scalar import INTERPRETED
 
 
+@triton.jit
+def _passed(queries, map, K, BK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """Queries times all of P, as float32."""
+    passed = tl.dot(queries, load_block(map, 0, K, BK, 0, K, BK), input_precision=PRECISION)
+    if PARTS == 2:
+        passed = tl.dot(queries, load_block(map + K * K, 0, K, BK, 0, K, BK), passed, input_precision=PRECISION)
+    return passed
+
+
 @triton.jit(do_not_specialize=["N"])
-def _descend_kernel(seen, maps, rows_of, blocks, heights, variants, places, N, H, K, C: tl.constexpr, KT: tl.constexpr,
-                    BK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """The queries of one chunk as they meet each node that it reads, the nearest first."""
-    head, slot = program_place()
-    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
-    if rows == 0:
+def _descend_kernel(seen, maps, rows_of, blocks, heights, variants, places, N, H, K, C: tl.constexpr,
+                    ROWS: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+                    PRECISION: tl.constexpr):  # fmt: skip
+    """The queries of one chunk as they meet each node that it reads, the nearest first.
+
+    Where one tile has all keys (KT = 1) ROWS of the queries stay in registers on the way; else a program has all rows.
+    """
+    part, slot = program_place()
+    head, start = part // (C // ROWS), part % (C // ROWS) * ROWS
+    if tl.load(rows_of + slot, mask=slot < N, other=0) == 0:
         return
     block, count = tl.load(blocks + slot), tl.load(variants + slot)
+    if count <= 1:
+        return
     here = (tl.load(places + slot).to(tl.int64) * H + head) * C * K
     rest = block
     dtype = seen.dtype.element_ty
+    queries = load_block(seen + here, start, C, ROWS, 0, K, BK)
     for number in range(count - 1):
         node = place_of_node(slot, block, None, None, rest, count - number)  # buckets are not passed
         half = (tl.load(heights + node) % 2).to(tl.int64) * N * H
         map = maps + (half + node.to(tl.int64) * H + head) * PARTS * K * K
         there = here + H * C * K
-        for column in range(KT):
-            total = tl.zeros((C, BK), tl.float32)
-            for key in range(KT):
-                queries = load_block(seen + here, 0, C, C, key * BK, K, BK)
-                total = tl.dot(queries, load_block(map, key * BK, K, BK, column * BK, K, BK), total,
-                               input_precision=PRECISION)  # fmt: skip
-                if PARTS == 2:
-                    lost = load_block(map + K * K, key * BK, K, BK, column * BK, K, BK)
-                    total = tl.dot(queries, lost, total, input_precision=PRECISION)
-            store_block(seen + there, total.to(dtype), 0, C, C, column * BK, K, BK)
-        tl.debug_barrier()
+        if KT == 1:
+            queries = _passed(queries, map, K, BK, PARTS, PRECISION).to(dtype)
+            store_block(seen + there, queries, start, C, ROWS, 0, K, BK)
+        else:
+            for column in range(KT):
+                total = tl.zeros((ROWS, BK), tl.float32)
+                for key in range(KT):
+                    before = load_block(seen + here, 0, C, ROWS, key * BK, K, BK)
+                    total = tl.dot(before, load_block(map, key * BK, K, BK, column * BK, K, BK), total,
+                                   input_precision=PRECISION)  # fmt: skip
+                    if PARTS == 2:
+                        lost = load_block(map + K * K, key * BK, K, BK, column * BK, K, BK)
+                        total = tl.dot(before, lost, total, input_precision=PRECISION)
+                store_block(seen + there, total.to(dtype), 0, C, ROWS, column * BK, K, BK)
+            tl.debug_barrier()
         here = there
         rest = drop_lowest_bit(rest)
 
@@ -149,10 +170,7 @@ def _walk_kernel(v, scales, o, scores, seen, added, maps, tokens, firsts, rows_o
             level = tl.minimum(HEIGHT + 1 + height, L - 1)
             read *= load_column(lam + level, token, first, rows, stride_s, C)[:, None]
         out += read
-        passed = tl.dot(queries, load_block(map, 0, K, BK, 0, K, BK), input_precision=PRECISION)
-        if PARTS == 2:
-            passed = tl.dot(queries, load_block(map + K * K, 0, K, BK, 0, K, BK), passed, input_precision=PRECISION)
-        queries = passed.to(queries.dtype)
+        queries = _passed(queries, map, K, BK, PARTS, PRECISION).to(queries.dtype)
         rest = drop_lowest_bit(rest)
     if count > 0:
         node = place_of_node(slot, block, origin, oldest, rest, 1)
@@ -176,20 +194,26 @@ def descend(chunks: Chunks, nodes: Nodes, slots: Slots, variants: Tensor, places
             precision: str) -> None:  # fmt: skip
     """Fills in the rest of `chunks.seen`."""
     num_slots, (heads, key_dim) = len(slots.token), nodes.added.shape[1:3]
-    block = tile_width(key_dim)
-    _descend_kernel[programs(heads, num_slots)](
+    whole = has_room_for_keys(chunks.seen)
+    block, rows = tile_width(key_dim, WALKED if whole else TILE), min(chunk, 64) if whole else chunk
+    _descend_kernel[programs(heads * (chunk // rows), num_slots)](
         chunks.seen, nodes.maps, slots.rows, slots.block, slots.height, variants, places, num_slots, heads, key_dim,
-        C=chunk, KT=cdiv(key_dim, block), BK=block, PARTS=nodes.maps.shape[3], PRECISION=precision,
-        num_warps=4, num_stages=3,
+        C=chunk, ROWS=rows, KT=cdiv(key_dim, block), BK=block, PARTS=nodes.maps.shape[3], PRECISION=precision,
+        num_warps=4, num_stages=1 if whole else 3,
     )  # fmt: skip
 
 
 WALKED = 128  # keys and values, at most
 
 
+def has_room_for_keys(k: Tensor) -> bool:
+    """Whether a program has room for all columns of a chunk's queries and of P."""
+    return (k.dtype == torch.bfloat16 or INTERPRETED) and k.shape[-1] <= WALKED
+
+
 def walks(k: Tensor, value_dim: int) -> bool:
-    """Whether a program has room for all columns of a chunk's queries, output and nodes."""
-    return (k.dtype == torch.bfloat16 or INTERPRETED) and max(k.shape[-1], value_dim) <= WALKED
+    """The same, and of the output and U."""
+    return has_room_for_keys(k) and value_dim <= WALKED
 
 
 def walk(v: Tensor, scales: Tensor | None, chunks: Chunks, nodes: Nodes, slots: Slots, chunk: int, height: int,

@@ -19,7 +19,7 @@ from torch import Tensor
 from loglinear import fenwick
 from loglinear.fenwick import Slots
 from loglinear.ops import stacked
-from loglinear.ops.packing import check_bounds, check_positions
+from loglinear.ops.packing import Known, capturing, check_bounds, check_positions
 from loglinear.ops.triton import carried
 from loglinear.ops.triton.backward import gradients
 from loglinear.ops.triton.nodes import Carried, decay_offsets, leaving, make_nodes
@@ -144,6 +144,7 @@ def precision_of(v: Tensor) -> str:
 
 _known: weakref.WeakValueDictionary[tuple, Slots] = weakref.WeakValueDictionary()
 _held: dict[tuple, Slots] = {}
+_planned = Known()  # slots of packed sequences, whose bounds `check_bounds` keeps an eye on
 
 
 def slots_of(batch, tokens, chunk, num_levels, device, cu_seqlens, positions, return_state) -> Slots:
@@ -161,8 +162,23 @@ def slots_of(batch, tokens, chunk, num_levels, device, cu_seqlens, positions, re
         _held[sizes] = slots
         return slots
     bounds = torch.arange(batch + 1, device=device) * tokens if cu_seqlens is None else cu_seqlens
-    count = fenwick.num_slots(batch * tokens, len(bounds) - 1, chunk, num_levels, positions is not None)
-    return fenwick.slots(bounds, count, chunk, num_levels, positions, has_ends)
+    count = count_slots(batch, tokens, chunk, num_levels, cu_seqlens, positions, return_state)
+    if positions is not None or capturing(bounds):
+        return fenwick.slots(bounds, count, chunk, num_levels, positions, has_ends)
+    # a hundred small kernels, for all layers of a model, and again for their backward
+    planned, sizes = _planned.of(bounds), (count, chunk, num_levels, has_ends)
+    if sizes not in planned:
+        with torch.inference_mode(False), torch.no_grad():  # a training may be given them later
+            planned[sizes] = fenwick.slots(bounds, count, chunk, num_levels, positions, has_ends)
+    return planned[sizes]
+
+
+def count_slots(batch, tokens, chunk, num_levels, cu_seqlens, positions, return_state) -> int:
+    """How many `slots_of` has."""
+    if cu_seqlens is None and positions is None:
+        return batch * (tokens // chunk + 1 if return_state else (tokens + chunk - 1) // chunk)
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return fenwick.num_slots(batch * tokens, sequences, chunk, num_levels, positions is not None)
 
 
 def as_rows(x: Tensor) -> Tensor:
