@@ -23,11 +23,10 @@ class Known:
         """To read from, and to write to."""
         if x.is_inference():  # which counts no writes
             return {}
-        version, facts = self._facts.get(x, (None, {}))
-        if version != x._version:
-            facts = {}
-            self._facts[x] = x._version, facts
-        return facts
+        known = self._facts[x] if x in self._facts else None
+        if known is None or known[0] != x._version:
+            known = self._facts[x] = x._version, {}
+        return known[1]
 
 
 _checked = Known()  # a copy of them, by the number of tokens
