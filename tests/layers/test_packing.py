@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from loglinear.layers.packing import PackedLayout, pack_padded, token_positions, token_rows
+from loglinear.layers.packing import PackedLayout, pack_padded, take_once, token_positions, token_rows
 
 
 def test_rows_and_positions_skip_empty_sequences():
@@ -73,3 +73,10 @@ def test_all_rows_keeps_the_order_and_empty_sequences():
 def test_wrong_bounds_are_refused(bounds, error, message):
     with pytest.raises(error, match=message):
         PackedLayout(bounds, 5)
+
+
+def test_take_once_has_the_gradients_of_an_index():
+    x = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
+    places = torch.tensor([5, 0, 6, 2])
+    assert torch.equal(take_once(x, places), x[:, places])
+    assert torch.autograd.gradcheck(take_once, (x, places)) and torch.autograd.gradgradcheck(take_once, (x, places))

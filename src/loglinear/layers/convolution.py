@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loglinear.layers.packing import token_rows
+from loglinear.layers.packing import take_once, token_rows
 
 try:
     from loglinear.ops.triton import convolution as kernel
@@ -93,7 +93,7 @@ class ShortConvolution(nn.Module):
             0, torch.cat((places, heads.flatten())), torch.cat((x[0], before))
         )
         # Output i of the plain convolution ends at window place i + W - 1.
-        y = self._taps(window[None], total - past)[:, places - past]
+        y = take_once(self._taps(window[None], total - past), places - past)
         if not return_state:
             return y, None
         tails = (bounds[1:] + sequences * past)[:, None] + torch.arange(past, device=x.device)

@@ -44,6 +44,32 @@ def token_positions(
     return positions[None]
 
 
+class _TakeOnce(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, places: Tensor) -> Tensor:
+        return x.index_select(1, places)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, places = inputs
+        ctx.save_for_backward(places)
+        ctx.length = x.shape[1]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        empty = grad.new_zeros(grad.shape[0], ctx.length, *grad.shape[2:])
+        return empty.index_copy(1, places, grad), None
+
+
+def take_once(x: Tensor, places: Tensor) -> Tensor:
+    """`x[:, places]` of `places [N]` that are all different: the gradient is copied to them, and not, as that of an
+    index, sorted and added up."""
+    return _TakeOnce.apply(x, places)
+
+
 class PaddedBatch(NamedTuple):
     """A padded batch `[B, T]` in packed form.
 
