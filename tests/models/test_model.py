@@ -7,7 +7,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from loglinear import LogLinearConfig, LogLinearForCausalLM, LogLinearModel
-from loglinear.layers import MIXERS
+from loglinear.layers import MIXERS, recurrent
+from loglinear.ops import packing
 from small_models import TOLERANCE, relative_error, small_config, small_model, tokens
 
 KINDS = [*MIXERS, "hybrid"]
@@ -56,6 +57,24 @@ def test_padding_is_never_predicted(side):
     predicted = sum(length - 1 for length in LENGTHS)
     alone = [model(row, labels=row).loss * (row.shape[1] - 1) for row in rows if row.shape[1] > 1]
     assert torch.allclose(loss, sum(alone) / predicted)
+
+
+def test_layers_share_what_is_computed_from_bounds(monkeypatch):
+    """Each forward says anew that its bounds stay as they are."""
+    scopes, operator = [], recurrent.log_linear_attention
+
+    def watched(*arguments, **options):
+        scopes.append(packing.plans.scope)
+        return operator(*arguments, **options)
+
+    monkeypatch.setattr(recurrent, "log_linear_attention", watched)
+    model, ids, bounds = small_model("mamba2"), tokens(1, 12), torch.tensor([0, 5, 12])
+    for _ in range(2):
+        model(ids, cu_seqlens=bounds)
+    first, second = scopes[: len(scopes) // 2], scopes[len(scopes) // 2 :]
+    assert len(first) == model.config.num_hidden_layers > 1
+    assert None not in scopes and len(set(first)) == len(set(second)) == 1 and first[0] is not second[0]
+    assert packing.plans.scope is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

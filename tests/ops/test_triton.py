@@ -20,6 +20,7 @@ from operator_cases import (
 )
 
 pytest.importorskip("triton")
+from loglinear.ops.packing import unchanging_bounds
 from loglinear.ops.triton import scalar
 
 needs_interpreter = pytest.mark.skipif(not scalar.INTERPRETED, reason="kernels are not interpreted here")
@@ -396,27 +397,43 @@ def test_wrong_bounds(bounds, device):
 @needs_interpreter
 @pytest.mark.parametrize("mixer", ["mamba2", "gated_deltanet"])
 def test_slots_of_packed_sequences_are_made_once(mixer, monkeypatch):
-    """For all layers that are given the same bounds, and their backward, until these are written to."""
+    """For all layers of a model that are given the same bounds, and their backward; elsewhere for each call, since
+    bounds may have been written to without torch's knowledge."""
     made = []
     slots = fenwick.slots
     monkeypatch.setattr(fenwick, "slots", lambda *arguments: made.append(1) or slots(*arguments))
-    inputs = make_inputs(mixer, Shape(B=1, T=70, G=1, H=1, K=16, V=16, L=8), torch.float32)
     bounds = torch.tensor([0, 40, 70])
 
-    def gradients_of(bounds):
+    def output(bounds):
+        torch.manual_seed(5)
+        inputs = make_inputs(mixer, Shape(B=1, T=int(bounds[-1]), G=1, H=1, K=16, V=16, L=8), torch.float32)
         leaves = inputs.leaves()
         o, _ = log_linear_attention(**leaves.arguments(), cu_seqlens=bounds, backend="triton")
-        return torch.autograd.grad(o.square().sum(), list(leaves.present().values()))
+        return o.square().sum(), list(leaves.present().values())
 
-    first, second = gradients_of(bounds), gradients_of(bounds)
-    assert len(made) == 1 and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    bounds[1] = 33
-    third = gradients_of(bounds)
-    assert len(made) == 2
-    assert all(torch.equal(a, b) for a, b in zip(third, gradients_of(bounds.clone()), strict=True))
-    bounds.data[1] = 20
-    with pytest.raises(RuntimeError, match="cu_seqlens was changed, and torch was not told"):
-        gradients_of(bounds)
+    def assert_as_of_new_bounds(found):
+        wanted = torch.autograd.grad(*output(bounds.clone()))
+        assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(*found), wanted, strict=True))
+
+    with unchanging_bounds():
+        found = [output(bounds) for _ in range(3)]
+    gradients_found = [torch.autograd.grad(*one) for one in found]
+    assert len(made) == 1 and all(
+        torch.equal(a, b) for a, b in zip(gradients_found[0], gradients_found[2], strict=True)
+    )
+    with unchanging_bounds():
+        first = output(bounds)
+        bounds[1] = 33
+        second = output(bounds)
+    assert len(made) == 3
+    assert_as_of_new_bounds(second)
+    del first
+    for hidden in ([0, 20, 70], [0, 5, 71]):  # another length in the same number of chunks, too
+        bounds.numpy()[:] = hidden
+        assert_as_of_new_bounds(output(bounds))
+        bounds.numpy()[1] += 1
+        with unchanging_bounds():
+            assert_as_of_new_bounds(output(bounds))
 
 
 @each_device

@@ -254,7 +254,7 @@ class ComparisonRow:
     |---|---|---|---|
     | `run` | seconds, training and examination | steps | |
     | `parameters`, `tokens`, `memory_bytes`, `training_loss` | of the training | | |
-    | `tokens_per_second` | of the training | runs that shared the device, this one included | |
+    | `tokens_per_second` | of the training | at most so many runs shared the device, this one included | |
     | `state_bytes` (and `_one_level`), `kv_cache_bytes`, … | of a sequence of the trained length | | |
     | `corpus_tokens`, `held_out_tokens` | real documents; `detail`: their identity | documents | |
     | `held_out_loss` | nats per token up to the trained length | documents | |
@@ -503,7 +503,7 @@ def _costs(run: ComparisonRun, training: TrainConfig) -> Iterator[dict[str, Any]
 
 def _speed(output: Path, sharing: int) -> Iterator[dict[str, Any]]:
     """Of a training, from its metrics: the median over its reports, the first ones aside, which begin everything.
-    `sharing` runs were on the device."""
+    At most `sharing` runs were on the device."""
     reports = [row for row in read_metrics(output / METRICS_FILE) if "tokens_per_second" in row]
     later = reports[len(reports) // 4 :] if len(reports) > 1 else reports
     speed = statistics.median(row["tokens_per_second"] for row in later)

@@ -154,13 +154,15 @@ class Attention(nn.Module):
         return torch.zeros_like(q[0]).index_copy(0, torch.cat(tokens), torch.cat(outputs))[None]
 
     def _has_kernel(self, q: Tensor) -> bool:
-        """Whether torch's flash attention takes these queries: 16 bits, and a GPU from Ampere on."""
+        """Whether torch's flash attention takes these queries and, on any GPU, their gradients: 16 bits, Ampere or
+        newer."""
         return (
             q.is_cuda
             and torch.version.cuda is not None
             and q.dtype in (torch.float16, torch.bfloat16)
             and self.head_dim % 8 == 0
-            and self.head_dim <= 256
+            and self.head_dim <= 192
+            and torch.backends.cuda.is_flash_attention_available()
             and torch.cuda.get_device_capability(q.device)[0] >= 8
         )
 

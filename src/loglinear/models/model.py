@@ -8,6 +8,7 @@ whole sequences only, each with its own positions; what a row gives does not dep
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,7 @@ from loglinear.models.config import LogLinearConfig
 from loglinear.models.cost import Cost
 from loglinear.models.decoding import decode_call
 from loglinear.models.optim import parameter_groups
+from loglinear.ops.packing import unchanging_bounds
 
 IGNORED_LABEL = -100
 
@@ -196,15 +198,16 @@ class LogLinearModel(LogLinearPreTrainedModel):
                 else:
                     self.check_room(states, cu_seqlens.diff(), max(layout.lengths))
         collected: list[Tensor] = []
-        for index, block in enumerate(self.layers):
-            if output_hidden_states:
-                collected.append(x)
-            cache_layer = None if states is None else states[index]
-            if x.shape[1] == 0:  # a call of nothing but padding
-                if cache_layer is not None:
-                    cache_layer.advance(columns)
-                continue
-            x = block(x, cu_seqlens=cu_seqlens, layout=layout, past_key_values=cache_layer, columns=columns)
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else unchanging_bounds():
+            for index, block in enumerate(self.layers):
+                if output_hidden_states:
+                    collected.append(x)
+                cache_layer = None if states is None else states[index]
+                if x.shape[1] == 0:  # a call of nothing but padding
+                    if cache_layer is not None:
+                        cache_layer.advance(columns)
+                    continue
+                x = block(x, cu_seqlens=cu_seqlens, layout=layout, past_key_values=cache_layer, columns=columns)
         x = self.norm(x)
         if padded is not None:
             collected = [padded.unpack(hidden) for hidden in collected]

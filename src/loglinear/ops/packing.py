@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -9,27 +14,77 @@ from torch.utils.weak import WeakIdKeyDictionary
 FURTHEST = 2**62  # positions below this, and the lengths of sequences, add up in 64 bits
 
 
-class Known:
-    """What is known of the values of tensors, for as long as these live and are not written to, as far as torch knows.
+class _Checked:
+    """Tensors that the host has looked at, for as long as they live and are not written to.
 
-    Layers of a model are given the same `cu_seqlens` one after the other: what takes the host's time, or its wait for
-    the device, is done once.
+    Layers of a model are given the same `cu_seqlens` one after the other: the host waits for the device once.
     """
 
     def __init__(self):
-        self._facts = WeakIdKeyDictionary()
+        self._versions = WeakIdKeyDictionary()
 
-    def of(self, x: Tensor) -> dict:
-        """To read from, and to write to."""
-        if x.is_inference():  # which counts no writes
-            return {}
-        known = self._facts[x] if x in self._facts else None
-        if known is None or known[0] != x._version:
-            known = self._facts[x] = x._version, {}
-        return known[1]
+    def __contains__(self, x: Tensor) -> bool:
+        return not x.is_inference() and x in self._versions and self._versions[x] == x._version
+
+    def add(self, x: Tensor) -> None:
+        if not x.is_inference():  # which counts no writes
+            self._versions[x] = x._version
 
 
-_checked = Known()  # a copy of them, by the number of tokens
+_checked = _Checked()
+
+
+class _Plans:
+    """What the last call on a tensor of bounds has computed from it, for the layers of a model and their backward: see
+    `unchanging_bounds`."""
+
+    def __init__(self):
+        self._plans = WeakIdKeyDictionary()
+        self._local = threading.local()
+
+    @property
+    def scope(self) -> object | None:
+        """Which `unchanging_bounds` this thread is in."""
+        return getattr(self._local, "scope", None)
+
+    @scope.setter
+    def scope(self, scope: object | None) -> None:
+        self._local.scope = scope
+
+    def get(self, cu_seqlens: Tensor, what: tuple, compute: Callable[[], Any], backward: bool = False) -> Any:
+        """`compute()`, or what it gave before for this tensor and `what`: in the same scope, or, in a `backward`,
+        whenever the forward was."""
+        if cu_seqlens.is_inference() or capturing(cu_seqlens):
+            return compute()
+        if cu_seqlens.is_cuda:  # another stream would not wait for what this one computes
+            what = (*what, torch.cuda.current_stream(cu_seqlens.device).cuda_stream)
+        plan = self._plans[cu_seqlens] if cu_seqlens in self._plans else None
+        version, scope = cu_seqlens._version, self.scope
+        if not backward and scope is None:
+            self._plans.pop(cu_seqlens, None)  # it may have been written to since
+            return compute()
+        if plan is None or plan[0] != version or not (backward or plan[1] is scope):
+            plan = version, scope, {}
+            if not backward:
+                self._plans[cu_seqlens] = plan
+        if what not in plan[2]:
+            with torch.inference_mode(False), torch.no_grad():  # a training may be given it later
+                plan[2][what] = compute()
+        return plan[2][what]
+
+
+plans = _Plans()
+
+
+@contextlib.contextmanager
+def unchanging_bounds() -> Iterator[None]:
+    """Within it nobody writes to a `cu_seqlens`, also not in ways that torch does not see (a broadcast, a replayed
+    graph): what layer after layer would compute from it, some hundred small kernels, is computed once."""
+    before, plans.scope = plans.scope, object()
+    try:
+        yield
+    finally:
+        plans.scope = before
 
 
 def check_packing(cu_seqlens: Tensor) -> None:
@@ -79,28 +134,26 @@ def start_positions(positions: Tensor) -> list[int]:
 def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
     """`sequence_bounds`, for who needs no more than that they are right.
 
-    The host waits for tensors that it sees for the first time. Of others the device checks that they are what they
-    were, and stops if they were changed behind torch's back; while a CUDA graph is captured, where nobody can wait, it
-    checks what they are.
+    The host waits for tensors that it sees for the first time. Others (and all of them while a CUDA graph is captured,
+    where it cannot wait) are checked by the device, which stops if they were changed behind torch's back.
     """
-    if capturing(cu_seqlens):
+    plans.get(cu_seqlens, ("checked", tokens), lambda: _check_bounds(cu_seqlens, tokens))
+
+
+def _check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
+    if cu_seqlens in _checked or capturing(cu_seqlens):
         rising = (cu_seqlens[0] == 0).logical_and(cu_seqlens[-1] == tokens).logical_and((cu_seqlens.diff() >= 0).all())
         torch._assert_async(rising, f"cu_seqlens must rise from 0 to the {tokens} tokens")
-        return
-    checked = _checked.of(cu_seqlens)
-    if tokens in checked:
-        torch._assert_async((cu_seqlens == checked[tokens]).all(), "cu_seqlens was changed, and torch was not told")
     else:
         sequence_bounds(cu_seqlens, tokens)
-        checked[tokens] = cu_seqlens.clone()
+        _checked.add(cu_seqlens)
 
 
 def check_positions(positions: Tensor) -> None:
-    """`start_positions`; the device checks those that the host knows."""
-    checked = {} if capturing(positions) else _checked.of(positions)
-    if checked or capturing(positions):
+    """`start_positions`, in the same way."""
+    if positions in _checked or capturing(positions):
         right = (positions >= 0).logical_and(positions < FURTHEST).all()
         torch._assert_async(right, f"the state's positions must be at least 0 and below {FURTHEST}")
     else:
         start_positions(positions)
-        checked["positions"] = True
+        _checked.add(positions)

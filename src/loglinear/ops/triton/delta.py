@@ -151,7 +151,7 @@ class _Call(NamedTuple):
 
 
 def _prepare(
-    q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, near, return_state
+    q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, near, return_state, backward=False
 ) -> _Call:  # fmt: skip
     batch, tokens, heads, _ = v.shape
     if log_decay is None:
@@ -165,7 +165,7 @@ def _prepare(
     if precision == "tf32" and rows[2].dtype == torch.float32:
         precision = "tf32x3"  # single tf32 parts, which the hardware cuts off and does not round, err by 9e-3
     chunk, num_levels = _chunk_of(v), 1 if level_scales is None else level_scales.shape[-1]
-    slots = slots_of(batch, tokens, chunk, num_levels, v.device, cu_seqlens, positions, return_state)
+    slots = slots_of(batch, tokens, chunk, num_levels, v.device, cu_seqlens, positions, return_state, backward)
     variants = fenwick.variants(slots)
     places = variants.cumsum(0, dtype=torch.int32) - variants
     state = None if far is None else Carried(far, near)
@@ -227,7 +227,9 @@ def _backward_op(
     return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(v):
-        call = _prepare(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, near, return_state)
+        call = _prepare(
+            q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, near, return_state, backward=True
+        )  # fmt: skip
         queries, keys, values, scales, _, strengths = call.rows
         remade, left = Remade(*_tree(call, (inverse, gamma))), Leaving(grad_added, grad_maps) if return_state else None
         found = gradients(

@@ -19,7 +19,7 @@ from torch import Tensor
 from loglinear import fenwick
 from loglinear.fenwick import Slots
 from loglinear.ops import stacked
-from loglinear.ops.packing import Known, capturing, check_bounds, check_positions
+from loglinear.ops.packing import check_bounds, check_positions, plans
 from loglinear.ops.triton import carried
 from loglinear.ops.triton.backward import gradients
 from loglinear.ops.triton.nodes import Carried, decay_offsets, leaving, make_nodes
@@ -114,7 +114,7 @@ def _one_tile(q, k, v, level_scales, log_decay, scale, cu_seqlens, positions, bu
 # ----------------------------------------------------------------------------------------------------
 
 
-def _prepare(q, k, v, level_scales, log_decay, cu_seqlens, positions, return_state):
+def _prepare(q, k, v, level_scales, log_decay, cu_seqlens, positions, return_state, backward=False):
     """Rows [B · T, …] of all inputs, slots, and the precision of products of float32."""
     batch, tokens, heads, _ = v.shape
     if log_decay is None:
@@ -125,7 +125,7 @@ def _prepare(q, k, v, level_scales, log_decay, cu_seqlens, positions, return_sta
         inputs[:3] = [x.float() for x in inputs[:3]]
     rows = [None if x is None else as_rows(x) for x in inputs]
     num_levels = 1 if level_scales is None else level_scales.shape[-1]
-    slots = slots_of(batch, tokens, CHUNK, num_levels, v.device, cu_seqlens, positions, return_state)
+    slots = slots_of(batch, tokens, CHUNK, num_levels, v.device, cu_seqlens, positions, return_state, backward)
     return rows, slots, precision_of(v)
 
 
@@ -144,10 +144,12 @@ def precision_of(v: Tensor) -> str:
 
 _known: weakref.WeakValueDictionary[tuple, Slots] = weakref.WeakValueDictionary()
 _held: dict[tuple, Slots] = {}
-_planned = Known()  # slots of packed sequences, whose bounds `check_bounds` keeps an eye on
 
 
-def slots_of(batch, tokens, chunk, num_levels, device, cu_seqlens, positions, return_state) -> Slots:
+def slots_of(
+    batch, tokens, chunk, num_levels, device, cu_seqlens, positions, return_state, backward: bool = False
+) -> Slots:
+    """`backward`: of a call whose forward was given the same."""
     has_ends = positions is not None or return_state
     if cu_seqlens is None and positions is None:
         sizes = (batch, tokens, chunk, num_levels, device, has_ends)
@@ -163,14 +165,13 @@ def slots_of(batch, tokens, chunk, num_levels, device, cu_seqlens, positions, re
         return slots
     bounds = torch.arange(batch + 1, device=device) * tokens if cu_seqlens is None else cu_seqlens
     count = count_slots(batch, tokens, chunk, num_levels, cu_seqlens, positions, return_state)
-    if positions is not None or capturing(bounds):
+
+    def make() -> Slots:
         return fenwick.slots(bounds, count, chunk, num_levels, positions, has_ends)
-    # a hundred small kernels, for all layers of a model, and again for their backward
-    planned, sizes = _planned.of(bounds), (count, chunk, num_levels, has_ends)
-    if sizes not in planned:
-        with torch.inference_mode(False), torch.no_grad():  # a training may be given them later
-            planned[sizes] = fenwick.slots(bounds, count, chunk, num_levels, positions, has_ends)
-    return planned[sizes]
+
+    if positions is not None:
+        return make()
+    return plans.get(bounds, ("slots", batch * tokens, chunk, num_levels, has_ends), make, backward)
 
 
 def count_slots(batch, tokens, chunk, num_levels, cu_seqlens, positions, return_state) -> int:
@@ -226,7 +227,9 @@ def _backward_op(
     near: Tensor | None, scale: float, return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(v):
-        rows, slots, precision = _prepare(q, k, v, level_scales, log_decay, cu_seqlens, positions, return_state)
+        rows, slots, precision = _prepare(
+            q, k, v, level_scales, log_decay, cu_seqlens, positions, return_state, backward=True
+        )
         state = None if far is None or near is None else Carried(far, near)
         grad_o = as_rows(grad_o.to(rows[2].dtype))
         found = gradients(
