@@ -303,11 +303,6 @@ class SweepRow:
     def key(self) -> tuple:
         return tuple(getattr(self, one.name) for one in fields(self)[:9])
 
-    @property
-    def bytes_kept(self) -> int:
-        """Everything that grows or is kept from token to token: states of all levels and the cache of attention."""
-        return self.state_bytes + self.kv_cache_bytes
-
     def accuracies(self, which: str) -> dict[int, float]:
         """Test or validation accuracy by number of pairs; zeros where the run diverged."""
         if self.status == DIVERGED:
