@@ -14,6 +14,7 @@ made of, but every digit of a number is as likely as every other, so that nothin
 them apart, and it takes all ten for one (docs/log.md, 2026-11-26).
 """
 
+import functools
 import hashlib
 import itertools
 import random
@@ -280,13 +281,14 @@ class Haystack:
         draw = _generator(f"recital {seed} {length} {number}")
         values = _distinct(lambda: _value(draw, "number"), round(max(1, length // 64) ** draw.random()))
         separator, said = draw.choice(_RECITAL_SEPARATORS), [values[0], values[0]]
+        size = functools.cache(lambda *numbers: self._tokens(separator.join(numbers)))
         left = length - self._tokens(separator.join(said) + "\n")
         if left < 0:
             wanted = length - left
             raise ValueError(f"length: got {length} tokens for a recital, wanted at least {wanted} with this tokenizer")
         while left >= 0:
             said.append(draw.choice(values))
-            left -= self._tokens(separator.join(said[-2:])) - self._tokens(said[-2])
+            left -= size(*said[-2:]) - size(said[-2])
         while self._tokens(text := separator.join(said) + "\n") > length:  # sizes do not quite add up
             said.pop()
         return text

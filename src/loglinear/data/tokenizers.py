@@ -178,8 +178,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     Raises:
         ValueError: as `encode_text`; or the prompt is empty and the tokenizer has no beginning token to start from.
     """
-    body = encode_text(tokenizer, text)
-    tokens = body if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *body]
+    body, begin = encode_text(tokenizer, text), tokenizer.bos_token_id
+    tokens = body if begin is None else [begin, *body]
     if not tokens:
         raise ValueError(
             "got an empty prompt, wanted some text: this tokenizer has no token for the beginning of a text"

@@ -436,7 +436,7 @@ def _begin_worker(
         os.environ["CUDA_VISIBLE_DEVICES"] = place
     torch.set_num_threads(threads)
     choose_device(device.type)
-    _examiner = _Examiner(config, work, device, sharing, progress=False)
+    _examiner = _Examiner(config, work, device, sharing, in_worker=True)
 
 
 _examiner: "_Examiner | None" = None  # of a worker
@@ -516,10 +516,10 @@ class _Examiner:
     """What all runs of a comparison share: the data, and what is asked of a trained model."""
 
     def __init__(
-        self, config: ComparisonConfig, work: Path, device: torch.device, sharing: int = 1, progress: bool = True
+        self, config: ComparisonConfig, work: Path, device: torch.device, sharing: int = 1, in_worker: bool = False
     ):
         self.config, self.work, self.device = config, work, device
-        self.sharing, self.progress = sharing, progress
+        self.sharing, self.in_worker = sharing, in_worker
         self.base = config.training(config.seeds[0])
         with quiet_transformers():
             self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.base.tokenizer)
@@ -548,6 +548,8 @@ class _Examiner:
         that is asked for afterwards is in them.
         """
         needles, path = self.config.needles, self.work / NEEDLES_FILE
+        if self.in_worker:  # it is there already
+            return path
         tokens = round(self.real.num_tokens * needles.share / (1 - needles.share))
         haystack = needle.haystack_for(self.tokenizer)
         asked = [value for sample in self.samples for value in sample.expected]
@@ -572,7 +574,7 @@ class _Examiner:
         resume = newest_checkpoint(folder) is not None
         changes = {"data": self.data, "model": str(model), "output": str(folder), "resume": resume}
         training = self.config.training(run.seed)
-        return training.replace(**changes, device=self.device.type, progress=training.progress and self.progress)
+        return training.replace(**changes, device=self.device.type, progress=training.progress and not self.in_worker)
 
     def examine(self, folder: Path) -> Iterator[dict[str, Any]]:
         """Everything that is asked of a trained model."""
