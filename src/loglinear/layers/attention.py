@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 MASK_ELEMENTS = 64 * 1024 * 1024
 
 
+@torch.compiler.assume_constant_result  # the compiler does not look into it
+def _has_flash_attention(device: int) -> bool:
+    built = torch.version.cuda is not None and torch.backends.cuda.is_flash_attention_available()
+    return built and torch.cuda.get_device_capability(device)[0] >= 8
+
+
 class Attention(nn.Module):
     """Softmax attention through torch's `scaled_dot_product_attention`, with the interface of the recurrent
     mixers."""
@@ -156,15 +162,8 @@ class Attention(nn.Module):
     def _has_kernel(self, q: Tensor) -> bool:
         """Whether torch's flash attention takes these queries and, on any GPU, their gradients: 16 bits, Ampere or
         newer."""
-        return (
-            q.is_cuda
-            and torch.version.cuda is not None
-            and q.dtype in (torch.float16, torch.bfloat16)
-            and self.head_dim % 8 == 0
-            and self.head_dim <= 192
-            and torch.backends.cuda.is_flash_attention_available()
-            and torch.cuda.get_device_capability(q.device)[0] >= 8
-        )
+        fits = q.dtype in (torch.float16, torch.bfloat16) and self.head_dim % 8 == 0 and self.head_dim <= 192
+        return fits and q.is_cuda and _has_flash_attention(q.device.index)
 
     def _over_cache(self, q: Tensor, state: AttentionState, positions: Tensor, layout: PackedLayout | None) -> Tensor:
         """Attention of the newest tokens to everything in the cache up to themselves, each row by its own
