@@ -435,7 +435,7 @@ def _begin_worker(
     if place is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = place
     torch.set_num_threads(threads)
-    choose_device(device.type)
+    choose_device(device.type)  # sets how this process computes
     _examiner = _Examiner(config, work, device, sharing, in_worker=True)
 
 

@@ -45,8 +45,6 @@ def token_positions(
 
 
 class _TakeOnce(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, places: Tensor) -> Tensor:
         return x.index_select(1, places)

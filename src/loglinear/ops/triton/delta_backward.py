@@ -155,12 +155,10 @@ def _ascend_kernel(pulled, maps, rows_of, blocks, heights, variants, places, N, 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
 def _climb_kernel(grad_o, scales, seen, added, maps, pulled, dscales, tokens, firsts, rows_of, blocks, origins, oldests,
                   heights, reads, variants, places, N, H, stride_g, stride_gh, stride_s, stride_sh, K, V, L,
-                  C: tl.constexpr, HEIGHT: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                  PARTS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """`_pull_kernel` and `_ascend_kernel` in one, with all columns of ROWS rows: from the farthest node to the
-    nearest."""
-    part, slot = program_place()
-    head, start = part // (C // ROWS), part % (C // ROWS) * ROWS
+                  C: tl.constexpr, HEIGHT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,
+                  SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """`_pull_kernel` and `_ascend_kernel` in one, which has all columns: from the farthest node to the nearest."""
+    head, slot = program_place()
     rows = tl.load(rows_of + slot, mask=slot < N, other=0)
     if rows == 0:
         return
@@ -169,16 +167,14 @@ def _climb_kernel(grad_o, scales, seen, added, maps, pulled, dscales, tokens, fi
     origin = None if origins is None else tl.load(origins + slot)
     oldest = None if oldests is None else tl.load(oldests + slot)
     different = count if variants is None else tl.load(variants + slot)
-    token, rows = token + start, rows - start
-    first = None if first is None else first - start
-    row = tl.arange(0, ROWS)
+    row = tl.arange(0, C)
     exists = row_exists(row, first, rows)
     base = (tl.load(places + slot).to(tl.int64) * H + head) * C * K
     lam, dlam = scales + head.to(tl.int64) * stride_sh, dscales + (token + row).to(tl.int64) * H * L + head * L
-    grad = load_tile(grad_o + head.to(tl.int64) * stride_gh, token, first, rows, stride_g, ROWS, 0, V, BV)
+    grad = load_tile(grad_o + head.to(tl.int64) * stride_gh, token, first, rows, stride_g, C, 0, V, BV)
     dtype = pulled.dtype.element_ty
-    total = tl.zeros((ROWS, BK), tl.float32)
-    last = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((C, BK), tl.float32)
+    last = tl.zeros((C,), tl.float32)
     for step in range(count):
         number = count - 1 - step
         rest = block
@@ -192,20 +188,20 @@ def _climb_kernel(grad_o, scales, seen, added, maps, pulled, dscales, tokens, fi
         pull = tl.dot(grad, tl.trans(state), input_precision=PRECISION)
         if SCALED:
             level = tl.minimum(HEIGHT + 1 + height, L - 1)
-            queries = load_block(seen + here, start, C, ROWS, 0, K, BK).to(tl.float32)
+            queries = load_block(seen + here, 0, C, C, 0, K, BK).to(tl.float32)
             found = tl.sum(queries * pull, 1)
             if level < L - 1:
                 tl.store(dlam + level, found, mask=exists)
             else:
                 last += found
-            pull *= load_column(lam + level, token, first, rows, stride_s, ROWS)[:, None]
+            pull *= load_column(lam + level, token, first, rows, stride_s, C)[:, None]
         if number + 1 < different:  # what is read after this node has passed it
             map = maps + ((height % 2).to(tl.int64) * N * H + place) * PARTS * K * K
             turned = tl.trans(load_block(map, 0, K, BK, 0, K, BK))
             total = tl.dot(total.to(dtype), turned, pull, input_precision=PRECISION)
         else:
             total += pull
-        store_block(pulled + here, total, start, C, ROWS, 0, K, BK)
+        store_block(pulled + here, total, 0, C, C, 0, K, BK)
     if SCALED:
         tl.store(dlam + L - 1, last, mask=exists)
 
@@ -420,7 +416,7 @@ def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: 
     shape = (*of_g, *of_s, key_dim, value_dim, num_levels)
     if walks(k, value_dim):
         _climb_kernel[programs(heads, num_slots)](
-            grad_o, lam, chunks.seen, *nodes, pulled, dscales, *read, *shape, C=chunk, HEIGHT=height, ROWS=chunk,
+            grad_o, lam, chunks.seen, *nodes, pulled, dscales, *read, *shape, C=chunk, HEIGHT=height,
             BK=tile_width(key_dim, WALKED), BV=tile_width(value_dim, WALKED), PARTS=parts, SCALED=scaled,
             PRECISION=precision, num_warps=warps_of(chunk), num_stages=1,
         )  # fmt: skip

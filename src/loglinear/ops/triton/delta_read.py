@@ -69,7 +69,8 @@ def _descend_kernel(seen, maps, rows_of, blocks, heights, variants, places, N, H
     here = (tl.load(places + slot).to(tl.int64) * H + head) * C * K
     rest = block
     dtype = seen.dtype.element_ty
-    queries = load_block(seen + here, start, C, ROWS, 0, K, BK)
+    if KT == 1:
+        queries = load_block(seen + here, start, C, ROWS, 0, K, BK)
     for number in range(count - 1):
         node = place_of_node(slot, block, None, None, rest, count - number)  # buckets are not passed
         half = (tl.load(heights + node) % 2).to(tl.int64) * N * H
