@@ -323,7 +323,7 @@ def _write_files(
     files["training_png"] = plots.save(plot_training(runs), folder / "training.png")
     files["memory_png"] = plots.save(
         inspection.plot_memory(
-            {"log-linear state": memory[LOG_LINEAR], "linear state": memory[LINEAR]}, memory[LINEAR]
+            {"linear state": memory[LINEAR], "log-linear state": memory[LOG_LINEAR]}, memory[LINEAR]
         ),
         folder / "memory.png",
     )
@@ -364,7 +364,7 @@ def plot_training(runs: dict[str, TrainResult]) -> Figure:
             tokens, values = [row["tokens"] for row in points], [row["loss"] for row in points]
             series.append(plots.Series(name, tokens, values, dashed=name == LINEAR))
         plots.draw_series(axis, series)
-        axis.xaxis.set_major_formatter(lambda value, _: plots.format_tokens(value))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axis.set_xlabel("training tokens (bytes)")
         axis.set_ylabel("training loss (nats per byte)")
         axis.set_title("Training")
