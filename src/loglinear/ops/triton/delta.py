@@ -23,7 +23,7 @@ from loglinear.ops.packing import check_bounds, check_positions
 from loglinear.ops.triton import delta_carried
 from loglinear.ops.triton.carried import near_buckets
 from loglinear.ops.triton.delta_backward import Remade, gradients
-from loglinear.ops.triton.delta_chunks import Chunks
+from loglinear.ops.triton.delta_chunks import Chunks, inverse_shape, parts_of
 from loglinear.ops.triton.delta_halves import make_chunks
 from loglinear.ops.triton.delta_nodes import Carried, Leaving, Nodes, leaving, make_nodes
 from loglinear.ops.triton.delta_read import descend, read, walk, walks
@@ -191,7 +191,7 @@ def _tree(call: _Call, kept: tuple[Tensor, Tensor] | None = None) -> tuple[Chunk
     else:
         room = fenwick.most_variants(len(slots.token) - slots.ends.bucket.numel(), slots.cap, len(slots.base))
     chunks = make_chunks(
-        queries, keys, values, scales, decays, strengths, slots, places, room, call.chunk, call.height,
+        queries, keys, scales, decays, strengths, slots, places, room, call.chunk, call.height,
         call.scale, call.precision, kept,
     )  # fmt: skip
     rights = None
@@ -208,7 +208,8 @@ def _(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far,
     (batch, tokens, heads, value_dim), key_dim, chunk = v.shape, q.shape[-1], _chunk_of(v)
     num_levels = 1 if level_scales is None else level_scales.shape[-1]
     count = count_slots(batch, tokens, chunk, num_levels, cu_seqlens, positions, return_state)
-    inverse = v.new_empty(count, heads, chunk, chunk, dtype=torch.float32)
+    kept = torch.float32 if parts_of(v) == 1 else v.dtype
+    inverse = v.new_empty(inverse_shape(v, count, heads, chunk), dtype=kept)
     gamma = v.new_empty(heads, count, chunk, dtype=torch.float32)
     added, maps = (v.new_empty(0, dtype=torch.float32) for _ in range(2))
     if return_state:

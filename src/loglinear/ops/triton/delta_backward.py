@@ -13,7 +13,7 @@ In a chunk (`delta_backward_halves.py`; names as in `delta_chunks.py`; X = (I + 
 k̄ = k e^{Γ-γ}, M the scores before T, S after it and times Λ; dW = -k̄ dP, dY = k̄ dU):
 
     d(MT) = dO vᵀ ⊙ Λ - dR_0 k̂ᵀ         dT = Mᵀ d(MT) + dY vᵀ + dW k̂ᵀ         dA = -Xᵀ dT Tᵀ, strictly lower
-    dv = Sᵀ dO + Tᵀ dY                  dk̂ = Tᵀ dW - (MT)ᵀ dR_0               dk̄ = Y dUᵀ - W dPᵀ
+    dv = Sᵀ dO + Tᵀ dY                  dk̂ = Tᵀ dW - (MT)ᵀ dR_0               dk̄ = T (v dUᵀ - k̂ dPᵀ)
 
 and M, A, k̂ and k̄ are functions of q, k, β and γ. Nothing of the decay gradient leaves the chunk: what decays beyond
 it is part of P. What is stored is as wide as the inputs, single; accumulation is float32.
@@ -23,8 +23,8 @@ Legend
     M variants of the queries of all chunks: see `delta_read.py`
     KT, VT, RT tiles of BK keys, BV values and ROWS rows
     pulled [M, H, C, K] dR; d_added [N, H, K, V], d_maps, rights [N, H, K, K] gradients of nodes, and P of the right
-    sibling of the node in a slot; d_erase [N, H, C, K] dW; mixed [N, H, C, C] MT; d_mixed, d_solved, d_pairs, d_overlap
-    [N, H, C, C] gradients of MT, T, q kᵀ and k kᵀ
+    sibling of the node in a slot; d_erase [N, H, C, K] dW; mixed [N, H, 3, E, E] MT; d_mixed, d_solved, d_pairs,
+    d_overlap [N, H, 3, E, E] gradients of MT, T, q kᵀ and k kᵀ
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ and that of the second half (`later` rows) with the first. Programs go by half, 
     dA₀ = -(X₀ᵀ dT₀ + X₁₀ᵀ dT₁₀) T₀ᵀ      dA₁₀ = -X₁ᵀ dT₁₀ T₀ᵀ      dA₁ = -X₁ᵀ (dT₁₀ T₁₀ᵀ + dT₁ T₁ᵀ)
 
 Legend as in `delta_backward.py`, and
-    E rows of half a chunk; written, d_written [N, H, C, V] Y = T v and its gradient; parts of the gradient of gamma:
+    E rows of half a chunk; d_written [N, H, C, V] gradient of Y = T v; parts of the gradient of gamma:
     d_scored [2, H, N, C] from the scores of each half, d_mass and d_strength (of β) [2, H, N, C] from the inverse
 """
 
@@ -30,16 +30,17 @@ from loglinear.ops.triton.common import (
     programs,
     row_exists,
 )
-from loglinear.ops.triton.delta_chunks import Chunks, load_block, load_tile, store_block, store_tile, tile_width
+from loglinear.ops.triton.delta_chunks import (
+    Chunks,
+    load_block,
+    load_quarter,
+    load_tile,
+    store_block,
+    store_quarter,
+    store_tile,
+    tile_width,
+)
 from loglinear.ops.triton.delta_halves import decays_across
-
-
-@triton.jit
-def _turned(matrix, row, column, E: tl.constexpr):
-    """The transpose of a quarter of a matrix [2 E, 2 E]: what is changed and cast after loading must not be turned
-    there, which is silently wrong on Hopper before Triton 3.7.1."""
-    place = tl.arange(0, E)
-    return tl.load(matrix + ((row + place[None, :]) * (2 * E) + column + place[:, None]))
 
 
 @triton.jit(do_not_specialize=["N", "stride_b"])
@@ -84,14 +85,12 @@ def _values_kernel(k, beta, grad_o, inverse, scores, gamma, d_added, dv, d_writt
         store_block(d_written, wrote1, E, 2 * E, E, column, V, BV)
         strength0 = load_column(beta + head, token, first, rows, stride_b, E)
         strength1 = load_column(beta + head, token + E, later, rows - E, stride_b, E)
-        matrix = inverse + place * 4 * E * E
-        # of Tᵀ = diag(β) Xᵀ
-        grad_v0 = tl.dot((_turned(matrix, 0, 0, E) * strength0[:, None]).to(dtype), wrote0, grad_v0,
-                         input_precision=PRECISION)  # fmt: skip
-        grad_v0 = tl.dot((_turned(matrix, E, 0, E) * strength0[:, None]).to(dtype), wrote1, grad_v0,
-                         input_precision=PRECISION)  # fmt: skip
-        grad_v1 = tl.dot((_turned(matrix, E, E, E) * strength1[:, None]).to(dtype), wrote1, grad_v1,
-                         input_precision=PRECISION)  # fmt: skip
+        # Tᵀ = diag(β) Xᵀ
+        given0 = tl.dot(tl.trans(load_quarter(inverse, place, 0, E)), wrote0, input_precision=PRECISION)
+        given0 = tl.dot(tl.trans(load_quarter(inverse, place, 1, E)), wrote1, given0, input_precision=PRECISION)
+        given1 = tl.dot(tl.trans(load_quarter(inverse, place, 2, E)), wrote1, input_precision=PRECISION)
+        grad_v0 += given0 * strength0[:, None]
+        grad_v1 += given1 * strength1[:, None]
     store_tile(dv + head * V, grad_v0, token, first, rows, H * V, E, column, V, BV)
     store_tile(dv + head * V, grad_v1, token + E, later, rows - E, H * V, E, column, V, BV)
 
@@ -127,7 +126,6 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
     sums = gamma + (head.to(tl.int64) * N + slot) * 2 * E + row
     own_sums, other_sums = tl.load(sums + start), tl.load(sums)
     causal = row[:, None] >= row[None, :]
-    quarters = place * 4 * E * E
 
     own, across = tl.zeros((E, E), tl.float32), tl.zeros((E, E), tl.float32)
     for tile in range(VT):
@@ -140,7 +138,7 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
         lam = scales + head.to(tl.int64) * stride_sh
         dlam = dscales + (own_token + row).to(tl.int64) * H * L + head * L
         exists = row_exists(row, own_first, own_rows)
-        pairs = load_block(mixed + quarters, start, 2 * E, E, start, 2 * E, E).to(tl.float32)
+        pairs = load_quarter(mixed, place, 2 * half, E).to(tl.float32)
         pairs = tl.where(causal, pairs * own, 0.0)
         within, last = tl.zeros((E,), tl.float32), tl.zeros((E,), tl.float32)
         for level in tl.static_range(HEIGHT + 1):
@@ -151,7 +149,7 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
                 last += upto - within
             within = upto
         # of the first half `across` is zero, and what is loaded beside it finite
-        pairs_across = load_block(mixed + quarters, start, 2 * E, E, 0, 2 * E, E).to(tl.float32) * across
+        pairs_across = load_quarter(mixed, place, half, E).to(tl.float32) * across
         beyond = tl.sum(pairs_across, 1)
         if HEIGHT + 1 < L - 1:
             tl.store(dlam + HEIGHT + 1, beyond, mask=exists)
@@ -174,21 +172,17 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
         across -= met_across * tl.exp2(other_sums)[None, :]
     own = tl.where(causal, own, 0.0)
     dtype = d_mixed.dtype.element_ty
-    d_mixed += quarters
-    store_block(d_mixed, own, start, 2 * E, E, start, 2 * E, E)
+    store_quarter(d_mixed, own, place, 2 * half, E)
     if half == 1:
-        store_block(d_mixed, across, E, 2 * E, E, 0, 2 * E, E)
+        store_quarter(d_mixed, across, place, 1, E)
 
-    # d(MT) Tᵀ
+    # d(MT) Tᵀ = d(MT) diag(β) Xᵀ
     strength = load_column(beta + head, own_token, own_first, own_rows, stride_b, E)
     before = load_column(beta + head, token, first, earlier, stride_b, E)
-    matrix = inverse + quarters
-    own, across = own.to(dtype), across.to(dtype)
-    from_own = (_turned(matrix, start, start, E) * strength[:, None]).to(dtype)
-    from_other = (_turned(matrix, start, 0, E) * before[:, None]).to(dtype)
-    of_own = tl.dot(own, from_own, input_precision=PRECISION)
-    of_own = tl.dot(across, from_other, of_own, input_precision=PRECISION)
-    of_across = tl.dot(across, (_turned(matrix, 0, 0, E) * before[:, None]).to(dtype), input_precision=PRECISION)
+    own, across = (own * strength[None, :]).to(dtype), (across * before[None, :]).to(dtype)
+    of_own = tl.dot(own, tl.trans(load_quarter(inverse, place, 2 * half, E)), input_precision=PRECISION)
+    of_own = tl.dot(across, tl.trans(load_quarter(inverse, place, half, E)), of_own, input_precision=PRECISION)
+    of_across = tl.dot(across, tl.trans(load_quarter(inverse, place, 0, E)), input_precision=PRECISION)
     product, product_across = tl.zeros((E, E), tl.float32), tl.zeros((E, E), tl.float32)
     for tile in range(KT):
         queries = load_tile(q, own_token, own_first, own_rows, stride_q, E, tile * BK, K, BK)
@@ -198,14 +192,13 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
         product_across = tl.dot(queries, tl.trans(others), product_across, input_precision=PRECISION)
     of_own = tl.where(causal, of_own * decays_between(own_sums) * scale, 0.0)
     of_across *= decays_across(own_sums, other_sums) * scale
-    d_pairs += quarters
-    store_block(d_pairs, of_own, start, 2 * E, E, start, 2 * E, E)
+    store_quarter(d_pairs, of_own, place, 2 * half, E)
     d_scored += ((half * H + head).to(tl.int64) * N + slot) * 2 * E + row
     mass = tl.where(causal, product * of_own, 0.0)
     mass_across = product_across * of_across
     tl.store(d_scored + start, tl.sum(mass, 1) + tl.sum(mass_across, 1) - tl.sum(mass, 0))
     if half == 1:
-        store_block(d_pairs, of_across, E, 2 * E, E, 0, 2 * E, E)
+        store_quarter(d_pairs, of_across, place, 1, E)
         tl.store(d_scored, -tl.sum(mass_across, 0))
 
 
@@ -271,16 +264,14 @@ def _solved_kernel(q, k, v, gamma, d_maps, d_written, d_mixed, d_solved, d_erase
     passing = tl.exp2(tl.minimum(own_sums[None, :] - own_sums[:, None], 0.0)) * scale
     product = tl.where(row[:, None] <= row[None, :], product * passing, 0.0)
     product_later *= tl.exp2(tl.minimum(later_sums[None, :] - own_sums[:, None], 0.0)) * scale
-    d_mixed += place * 4 * E * E
-    d_solved += place * 4 * E * E
-    below = load_block(d_mixed, E, 2 * E, E, 0, 2 * E, E)
+    below = load_quarter(d_mixed, place, 1, E)
     product = product.to(dtype)
-    own = tl.dot(product, load_block(d_mixed, start, 2 * E, E, start, 2 * E, E), own, input_precision=PRECISION)
+    own = tl.dot(product, load_quarter(d_mixed, place, 2 * half, E), own, input_precision=PRECISION)
     own = tl.dot(product_later.to(dtype), below, own, input_precision=PRECISION)
-    store_block(d_solved, own, start, 2 * E, E, start, 2 * E, E)
+    store_quarter(d_solved, own, place, 2 * half, E)
     if half == 1:
         across = tl.dot(product, below, across, input_precision=PRECISION)
-        store_block(d_solved, across, E, 2 * E, E, 0, 2 * E, E)
+        store_quarter(d_solved, across, place, 1, E)
 
 
 @triton.jit(do_not_specialize=["N", "stride_b"])
@@ -307,26 +298,25 @@ def _overlap_kernel(k, beta, inverse, gamma, d_solved, d_overlap, d_strength, d_
     sums = gamma + (head.to(tl.int64) * N + slot) * 2 * E + row
     strength = load_column(beta + head, token + above, first_row, rows - above, stride_b, E)
     of_column = load_column(beta + head, token + left, first_column, rows - left, stride_b, E)
-    quarters = (slot.to(tl.int64) * H + head) * 4 * E * E
-    matrix, d_solved = inverse + quarters, d_solved + quarters
+    place = slot.to(tl.int64) * H + head
 
     dtype = d_solved.dtype.element_ty
-    given = load_block(d_solved, above, 2 * E, E, left, 2 * E, E)
-    turned = _turned(matrix, above, above, E).to(dtype)
+    given = load_quarter(d_solved, place, quarter, E)
+    turned = tl.trans(load_quarter(inverse, place, 2 * (above // E), E))
     lower = tl.dot(turned, given, input_precision=PRECISION)
     if quarter == 0:
-        below = load_block(d_solved, E, 2 * E, E, 0, 2 * E, E)
-        lower = tl.dot(_turned(matrix, E, 0, E).to(dtype), below, lower, input_precision=PRECISION)
-    from_left = (_turned(matrix, left, left, E) * of_column[:, None]).to(dtype)
-    lower = tl.dot(lower.to(dtype), from_left, input_precision=PRECISION)
+        below = load_quarter(d_solved, place, 1, E)
+        lower = tl.dot(tl.trans(load_quarter(inverse, place, 1, E)), below, lower, input_precision=PRECISION)
+    lower = (lower * of_column[None, :]).to(dtype)
+    lower = tl.dot(lower, tl.trans(load_quarter(inverse, place, 2 * (left // E), E)), input_precision=PRECISION)
     if quarter == 2:
         before = load_column(beta + head, token, first, rows, stride_b, E)
-        below_it = tl.dot(turned, load_block(d_solved, E, 2 * E, E, 0, 2 * E, E), input_precision=PRECISION)
-        from_below = (_turned(matrix, E, 0, E) * before[:, None]).to(dtype)
-        lower = tl.dot(below_it.to(dtype), from_below, lower, input_precision=PRECISION)
+        below_it = tl.dot(turned, load_quarter(d_solved, place, 1, E), input_precision=PRECISION)
+        below_it = (below_it * before[None, :]).to(dtype)
+        lower = tl.dot(below_it, tl.trans(load_quarter(inverse, place, 1, E)), lower, input_precision=PRECISION)
     strict = (row[:, None] > row[None, :]) | (quarter == 1)
     lower = tl.where(strict, -lower * decays_across(tl.load(sums + above), tl.load(sums + left)), 0.0)
-    store_block(d_overlap + quarters, lower * strength[:, None], above, 2 * E, E, left, 2 * E, E)
+    store_quarter(d_overlap, lower * strength[:, None], place, quarter, E)
 
     overlap = tl.zeros((E, E), tl.float32)
     for tile in range(KT):
@@ -335,7 +325,8 @@ def _overlap_kernel(k, beta, inverse, gamma, d_solved, d_overlap, d_strength, d_
         overlap = tl.dot(keys, tl.trans(others), overlap, input_precision=PRECISION)
     raw = tl.where(strict, lower * overlap, 0.0)  # with β of the row: A ⊙ dA
     of_rows = tl.sum(raw, 1)
-    of_columns = tl.sum(given.to(tl.float32) * load_block(matrix, above, 2 * E, E, left, 2 * E, E), 0)
+    solved = load_quarter(inverse, place, quarter, E)
+    of_columns = tl.sum(given.to(tl.float32) * solved.to(tl.float32), 0)
     mass = raw * strength[:, None]
     at = (head.to(tl.int64) * N + slot) * 2 * E + row
     if quarter == 1:
@@ -349,10 +340,26 @@ def _overlap_kernel(k, beta, inverse, gamma, d_solved, d_overlap, d_strength, d_
         tl.store(d_mass + at + above, tl.sum(mass, 1) - tl.sum(mass, 0))
 
 
+@triton.jit
+def _owed(k, v, d_added, d_maps, sums, token, first, rows, stride_k, stride_v, column, K, V, E: tl.constexpr,
+          KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """BK columns of v dUᵀ - k̂ dPᵀ, for half of the rows of a chunk."""
+    total, kept = tl.zeros((E, BK), tl.float32), tl.zeros((E, BK), tl.float32)
+    for value in range(VT):
+        values = load_tile(v, token, first, rows, stride_v, E, value * BV, V, BV)
+        state = load_block(d_added, column, K, BK, value * BV, V, BV)
+        total = tl.dot(values, tl.trans(state), total, input_precision=PRECISION)
+    for key in range(KT):
+        keys = load_tile(k, token, first, rows, stride_k, E, key * BK, K, BK)
+        map = load_block(d_maps, column, K, BK, key * BK, K, BK)
+        kept = tl.dot(keys, tl.trans(map), kept, input_precision=PRECISION)
+    return total - kept * tl.exp2(sums)[:, None]
+
+
 @triton.jit(do_not_specialize=["N", "stride_b"])
-def _keys_kernel(q, k, beta, inverse, erase, written, pulled, gamma, d_added, d_maps, d_erase, mixed, d_pairs,
-                 d_overlap, dq, dk, d_sums, d_end, tokens, firsts, rows_of, lefts, reads, places, N, H, G, scale,
-                 stride_q, stride_qg, stride_k, stride_kg, stride_b, K, V, E: tl.constexpr, KT: tl.constexpr,
+def _keys_kernel(q, k, v, beta, inverse, pulled, gamma, d_added, d_maps, d_erase, mixed, d_pairs, d_overlap, dq, dk,
+                 d_sums, d_end, tokens, firsts, rows_of, lefts, reads, places, N, H, G, scale, stride_q, stride_qg,
+                 stride_k, stride_kg, stride_v, stride_vh, stride_b, K, V, E: tl.constexpr, KT: tl.constexpr,
                  VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A tile of the gradients of q and k by head, [T, H, K] each, for half of the rows.
 
@@ -369,6 +376,7 @@ def _keys_kernel(q, k, beta, inverse, erase, written, pulled, gamma, d_added, d_
     group = head // (H // G)
     q += group.to(tl.int64) * stride_qg
     k += group.to(tl.int64) * stride_kg
+    v += head.to(tl.int64) * stride_vh
     place = slot.to(tl.int64) * H + head
     start, other, column = half * E, (1 - half) * E, tile * BK
     own_first = None if first is None else first - start
@@ -379,29 +387,25 @@ def _keys_kernel(q, k, beta, inverse, erase, written, pulled, gamma, d_added, d_
     sums = tl.load(own_gamma)
     end = tl.load(gamma + (head.to(tl.int64) * N + slot) * 2 * E + 2 * E - 1)
     entering, after = tl.exp2(sums)[:, None], tl.exp2(end - sums)[:, None]
-    dtype = mixed.dtype.element_ty
-    mixed += place * 4 * E * E
-    d_pairs += place * 4 * E * E
-    d_overlap += place * 4 * E * E
     pulled += (tl.load(places + slot).to(tl.int64) * H + head) * 2 * E * K
-    keys = load_tile(k, own_token, own_first, own_rows, stride_k, E, column, K, BK)
-    queries = load_tile(q, own_token, own_first, own_rows, stride_q, E, column, K, BK)
 
-    # as they write to the state that leaves
+    # as they write to the state that leaves; those of the second half also through what it made of the first
+    dtype = mixed.dtype.element_ty
+    strength = load_column(beta + head, own_token, own_first, own_rows, stride_b, E)[:, None]
     grad_k = tl.zeros((E, BK), tl.float32)
     if writes:
-        written += place * 2 * E * V
-        for value in range(VT):
-            wrote = load_block(written, start, 2 * E, E, value * BV, V, BV)
-            state = load_block(d_added + place * K * V, column, K, BK, value * BV, V, BV)
-            grad_k = tl.dot(wrote, tl.trans(state), grad_k, input_precision=PRECISION)
-        erase += place * 2 * E * K
-        kept = tl.zeros((E, BK), tl.float32)
-        for key in range(KT):
-            erased = load_block(erase, start, 2 * E, E, key * BK, K, BK)
-            map = load_block(d_maps + place * K * K, column, K, BK, key * BK, K, BK)
-            kept = tl.dot(erased, tl.trans(map), kept, input_precision=PRECISION)
-        grad_k = (grad_k - kept) * after
+        d_added += place * K * V
+        d_maps += place * K * K
+        for of in range(half + 1):
+            rows_first = None if first is None else first - of * E
+            part_sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * 2 * E + of * E + row)
+            owed = _owed(k, v, d_added, d_maps, part_sums, token + of * E, rows_first, rows - of * E, stride_k,
+                         stride_v, column, K, V, E, KT, VT, BK, BV, PRECISION)  # fmt: skip
+            owed *= load_column(beta + head, token + of * E, rows_first, rows - of * E, stride_b, E)[:, None]
+            solved = load_quarter(inverse, place, half + of, E)
+            grad_k = tl.dot(solved, owed.to(dtype), grad_k, input_precision=PRECISION)
+        grad_k *= after
+    keys = load_tile(k, own_token, own_first, own_rows, stride_k, E, column, K, BK)
     to_end = tl.sum(grad_k * keys.to(tl.float32), 1)
 
     # as they meet the state that enters; the first half also through what the second makes of it
@@ -409,35 +413,34 @@ def _keys_kernel(q, k, beta, inverse, erase, written, pulled, gamma, d_added, d_
     seen = tl.zeros((E, BK), tl.float32)
     if is_read:
         pull = load_block(pulled, start, 2 * E, E, column, K, BK)
-        met -= tl.dot(tl.trans(load_block(mixed, start, 2 * E, E, start, 2 * E, E)), pull, input_precision=PRECISION)
+        met -= tl.dot(tl.trans(load_quarter(mixed, place, 2 * half, E)), pull, input_precision=PRECISION)
         seen = pull.to(tl.float32) * entering * scale
         if half == 0:
             pull_later = load_block(pulled, E, 2 * E, E, column, K, BK)
-            met -= tl.dot(tl.trans(load_block(mixed, E, 2 * E, E, 0, 2 * E, E)), pull_later,
+            met -= tl.dot(tl.trans(load_quarter(mixed, place, 1, E)), pull_later,
                           input_precision=PRECISION)  # fmt: skip
     if writes:
-        matrix = inverse + place * 4 * E * E
         d_erase += place * 2 * E * K
-        strength = load_column(beta + head, own_token, own_first, own_rows, stride_b, E)[:, None]
         of_erase = load_block(d_erase, start, 2 * E, E, column, K, BK)
-        met = tl.dot((_turned(matrix, start, start, E) * strength).to(dtype), of_erase, met, input_precision=PRECISION)
+        given = tl.dot(tl.trans(load_quarter(inverse, place, 2 * half, E)), of_erase, input_precision=PRECISION)
         if half == 0:
-            of_erase_later = load_block(d_erase, E, 2 * E, E, column, K, BK)
-            met = tl.dot((_turned(matrix, E, 0, E) * strength).to(dtype), of_erase_later, met,
-                         input_precision=PRECISION)  # fmt: skip
+            of_later = load_block(d_erase, E, 2 * E, E, column, K, BK)
+            given = tl.dot(tl.trans(load_quarter(inverse, place, 1, E)), of_later, given, input_precision=PRECISION)
+        met += given * strength
     met *= entering
+    queries = load_tile(q, own_token, own_first, own_rows, stride_q, E, column, K, BK)
     mass = tl.sum(met * keys.to(tl.float32), 1) + tl.sum(seen * queries.to(tl.float32), 1)
 
     # as they meet each other
-    of_pairs = load_block(d_pairs, start, 2 * E, E, start, 2 * E, E)
-    of_overlap = load_block(d_overlap, start, 2 * E, E, start, 2 * E, E)  # of k kᵀ, whose both sides are keys
+    of_pairs = load_quarter(d_pairs, place, 2 * half, E)
+    of_overlap = load_quarter(d_overlap, place, 2 * half, E)  # of k kᵀ, whose both sides are keys
     grad_q = tl.dot(of_pairs, keys, seen, input_precision=PRECISION)
     grad_k = tl.dot(tl.trans(of_pairs), queries, grad_k + met, input_precision=PRECISION)
     grad_k = tl.dot(of_overlap, keys, grad_k, input_precision=PRECISION)
     grad_k = tl.dot(tl.trans(of_overlap), keys, grad_k, input_precision=PRECISION)
     others = load_tile(k, other_token, other_first, other_rows, stride_k, E, column, K, BK)
-    across = load_block(d_overlap, E, 2 * E, E, 0, 2 * E, E)
-    pairs_across = load_block(d_pairs, E, 2 * E, E, 0, 2 * E, E)
+    across = load_quarter(d_overlap, place, 1, E)
+    pairs_across = load_quarter(d_pairs, place, 1, E)
     if half == 0:
         later = load_tile(q, other_token, other_first, other_rows, stride_q, E, column, K, BK)
         grad_k = tl.dot(tl.trans(across), others, grad_k, input_precision=PRECISION)
@@ -505,7 +508,7 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
     float32 = {"dtype": torch.float32, "device": v.device}
     of_q, of_k, of_v, of_g, of_s, of_b = (x.stride() for x in (q, k, v, grad_o, lam, beta))
     rows, halves = (slots.token, slots.first, slots.rows), programs(2 * heads, num_slots)
-    square = (num_slots, heads, chunk, chunk)
+    quarters = (num_slots, heads, 3, chunk // 2, chunk // 2)
 
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     d_written = v.new_empty(num_slots, heads, chunk, value_dim)
@@ -513,7 +516,7 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
         k, beta, grad_o, chunks.inverse, chunks.scores, chunks.gamma, d_added, dv, d_written, *rows, slots.left,
         num_slots, heads, groups, *of_k[:2], of_b[0], *of_g[:2], key_dim, value_dim, **values, **keys,
     )  # fmt: skip
-    d_mixed, d_pairs = v.new_empty(square), v.new_empty(square)
+    d_mixed, d_pairs = v.new_empty(quarters), v.new_empty(quarters)
     by_half = (2, *chunks.gamma.shape)
     d_scored = torch.zeros(by_half, **float32)
     # pipelined, this kernel is silently wrong on Hopper (Triton 3.6): d_mixed by 4e-2 with K = 192, V = 384
@@ -523,13 +526,13 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
         *of_s[:2], of_b[0], *of_g[:2], key_dim, value_dim, lam.shape[-1] if scaled else 1, HEIGHT=height - 1,
         SCALED=scaled, **values, **{**keys, "num_stages": 1},
     )  # fmt: skip
-    d_solved, d_erase = v.new_empty(square), v.new_empty(num_slots, heads, chunk, key_dim)
+    d_solved, d_erase = v.new_empty(quarters), v.new_empty(num_slots, heads, chunk, key_dim)
     _solved_kernel[halves](
         q, k, v, chunks.gamma, d_maps, d_written, d_mixed, d_solved, d_erase, *rows, slots.left, num_slots, heads,
         groups, scale, *of_q[:2], *of_k[:2], *of_v[:2], key_dim, value_dim, **values, **keys,
     )  # fmt: skip
     del d_mixed, d_written
-    d_overlap, d_strength, d_mass = v.new_empty(square), *(torch.empty(by_half, **float32) for _ in range(2))
+    d_overlap, d_strength, d_mass = v.new_empty(quarters), *(torch.empty(by_half, **float32) for _ in range(2))
     _overlap_kernel[programs(3 * heads, num_slots)](
         k, beta, chunks.inverse, chunks.gamma, d_solved, d_overlap, d_strength, d_mass, *rows, num_slots, heads,
         groups, *of_k[:2], of_b[0], key_dim, **keys,
@@ -538,10 +541,12 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
     wide = {"dtype": v.dtype if groups == heads else torch.float32, "device": v.device}  # sums over a group's heads
     dq, dk = (torch.empty(tokens, heads, key_dim, **wide) for _ in range(2))
     d_sums, d_end = (torch.empty(key_tiles, *chunks.gamma.shape, **float32) for _ in range(2))
+    # pipelined, it is wrong by 6e-2 to 1e-1 where sequences start anywhere and K > 128
+    staged = keys if slots.first is None else {**keys, "num_stages": 1}
     _keys_kernel[programs(2 * heads * key_tiles, num_slots)](
-        q, k, beta, chunks.inverse, chunks.erase, chunks.written, pulled, chunks.gamma, d_added, d_maps, d_erase,
-        chunks.mixed, d_pairs, d_overlap, dq, dk, d_sums, d_end, *rows, slots.left, slots.reads, places, num_slots,
-        heads, groups, scale, *of_q[:2], *of_k[:2], of_b[0], key_dim, value_dim, **values, **keys,
+        q, k, v, beta, chunks.inverse, pulled, chunks.gamma, d_added, d_maps, d_erase, chunks.mixed, d_pairs, d_overlap,
+        dq, dk, d_sums, d_end, *rows, slots.left, slots.reads, places, num_slots, heads, groups, scale, *of_q[:2],
+        *of_k[:2], *of_v[:2], of_b[0], key_dim, value_dim, **values, **staged,
     )  # fmt: skip
     d_decay, d_beta = (torch.empty(tokens, heads, **float32) for _ in range(2))
     _decays_kernel[programs(heads, num_slots)](

@@ -9,16 +9,17 @@ Precision, for 16-bit inputs (all else is float32): A, its inverse and the produ
 tf32 parts, for the inverse of a chunk of nearly equal keys is as badly conditioned as the chunk is long. What every
 later product passes through is in two bfloat16 parts, the second of them what the first has lost: T, W, T v, and P in
 `delta_nodes.py`. With single ones the output is wrong by 6e-3 where nothing decays, instead of 4e-3, of which 1.7e-3 is
-the rounding of the output. U, the queries and the scores, before T and after it, are single, and so are W and T v as
-the backward finds them.
+the rounding of the output. U, the queries and the scores, before T and after it, are single, and so is P where queries
+pass it, and all that the backward multiplies by.
 
 Legend
     N chunks (slots), C rows of a chunk, H heads, G groups, K key width, V value width, L levels
     M variants of the queries of all chunks: see `delta_read.py`
-    inverse [N, H, C, C] (I + A)⁻¹, float32; scores [N, H, C, C]
+    E rows of half a chunk
+    inverse [PARTS, N, H, 3, E, E] (I + A)⁻¹ in quarters (see `_quarter`); scores [N, H, C, C]
     seen [M, H, C, K] variants of the queries, of which the first of each chunk is filled by what makes it
     gamma [H, N, C] inclusive sums of the base-2 log decay
-    for the backward: erase [N, H, C, K] W; written [N, H, C, V] T v; mixed [N, H, C, C] scores before λ
+    for the backward: mixed [N, H, 3, E, E] scores before λ
 """
 
 from __future__ import annotations
@@ -80,6 +81,26 @@ def store_parts(pointer, values, size, row, height, HEIGHT: tl.constexpr, column
 
 
 @triton.jit
+def _quarter(matrix, place, quarter, E: tl.constexpr):
+    """Where a quarter of a chunk's lower triangular matrix is: 0 and 2 are what a half of its rows has with itself, 1
+    the second with the first."""
+    row = tl.arange(0, E)
+    return matrix + (place * 3 + quarter) * E * E + (row[:, None] * E + row[None, :])
+
+
+@triton.jit
+def load_quarter(matrix, place, quarter, E: tl.constexpr):
+    """To be multiplied as it comes from memory, turned or not: what is changed, cast and then turned is silently wrong
+    on Hopper before Triton 3.7.1."""
+    return tl.load(_quarter(matrix, place, quarter, E))
+
+
+@triton.jit
+def store_quarter(matrix, values, place, quarter, E: tl.constexpr):
+    tl.store(_quarter(matrix, place, quarter, E), values.to(matrix.dtype.element_ty))
+
+
+@triton.jit
 def dot_parts(left, right, PARTS: tl.constexpr, PRECISION: tl.constexpr):
     """`left`, float32, in parts of right's dtype, times `right`."""
     first = left.to(right.dtype)
@@ -89,26 +110,14 @@ def dot_parts(left, right, PARTS: tl.constexpr, PRECISION: tl.constexpr):
     return total
 
 
-@triton.jit
-def dot_with_parts(left, right, total, dtype: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):
-    """`total` + `left`, in dtype, times `right`, which is float32 and multiplied in parts of dtype."""
-    whole = right.to(dtype)
-    total = tl.dot(left, whole, total, input_precision=PRECISION)
-    if PARTS == 2:
-        total = tl.dot(left, (right - whole.to(tl.float32)).to(dtype), total, input_precision=PRECISION)
-    return total
-
-
 class Chunks(NamedTuple):
     """See the legend of this file."""
 
     inverse: Tensor
-    erase: Tensor | None
     scores: Tensor
     seen: Tensor
     gamma: Tensor
     mixed: Tensor | None
-    written: Tensor | None
 
 
 def warps_of(chunk: int) -> int:
@@ -118,6 +127,11 @@ def warps_of(chunk: int) -> int:
 
 def parts_of(k: Tensor) -> int:
     return 2 if k.dtype == torch.bfloat16 else 1
+
+
+def inverse_shape(k: Tensor, num_slots: int, heads: int, chunk: int) -> tuple[int, ...]:
+    """Of `inverse`, for bfloat16 or float32 keys."""
+    return parts_of(k), num_slots, heads, 3, chunk // 2, chunk // 2
 
 
 def tile_width(width: int, most: int = TILE) -> int:

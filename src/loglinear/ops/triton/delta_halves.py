@@ -34,12 +34,14 @@ from loglinear.ops.triton.delta_chunks import (
     TILE,
     Chunks,
     dot_parts,
-    dot_with_parts,
+    inverse_shape,
     load_block,
+    load_quarter,
     load_tile,
     parts_of,
     store_block,
     store_parts,
+    store_quarter,
     tile_width,
 )
 
@@ -55,19 +57,13 @@ def _overlap_kernel(k, log_decay, beta, lower, gamma, tokens, firsts, rows_of, N
                     stride_b, K, E: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr,
                     PRECISION: tl.constexpr):  # fmt: skip
     """A quarter of A, and gamma: quarters 0 and 2 are what a half has with itself, 1 what the second has with the
-    first, whose program fills the quarter above the diagonal too."""
+    first. Nobody reads the one above the diagonal."""
     part, slot = program_place()
     head, quarter = part // 3, part % 3
-    if slot >= N:
-        return
     above, left = tl.minimum(quarter, 1) * E, (quarter // 2) * E  # its first row and column
     lower += (slot.to(tl.int64) * H + head) * 4 * E * E
-    nothing = tl.zeros((E, E), tl.float32)
-    if quarter == 1:
-        store_block(lower, nothing, 0, 2 * E, E, E, 2 * E, E)
-    rows = tl.load(rows_of + slot)
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
     if rows == 0:
-        store_block(lower, nothing, above, 2 * E, E, left, 2 * E, E)
         return
     token = tl.load(tokens + slot)
     first = None if firsts is None else tl.load(firsts + slot)
@@ -83,7 +79,7 @@ def _overlap_kernel(k, log_decay, beta, lower, gamma, tokens, firsts, rows_of, N
         tl.store(gamma + (head.to(tl.int64) * N + slot) * 2 * E + above + row, row_sums)
     first_row = None if first is None else first - above
     first_column = None if first is None else first - left
-    overlap = nothing
+    overlap = tl.zeros((E, E), tl.float32)
     for tile in range(KT):
         keys = load_tile(k, token + above, first_row, rows - above, stride_k, E, tile * BK, K, BK)
         others = load_tile(k, token + left, first_column, rows - left, stride_k, E, tile * BK, K, BK)
@@ -112,21 +108,50 @@ def _substitute_kernel(lower, rows_of, N, H, C: tl.constexpr, BASE: tl.constexpr
     tl.store(lower + (row[:, None] * C + row[None, :]), solved)
 
 
+@triton.jit
+def _store_quarter_in_parts(matrix, values, place, quarter, size, E: tl.constexpr, PARTS: tl.constexpr):
+    """In PARTS parts of `size` numbers each: what the first has lost goes to the second."""
+    store_quarter(matrix, values, place, quarter, E)
+    if PARTS == 2:
+        store_quarter(matrix + size, values - values.to(matrix.dtype.element_ty).to(tl.float32), place, quarter, E)
+
+
 @triton.jit(do_not_specialize=["N"])
-def _join_kernel(lower, rows_of, N, H, C: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
-    """From two blocks of SIZE rows that are inverted to one: [[X, 0], [-Y B X, Y]] for [[X⁻¹, 0], [B, Y⁻¹]]."""
+def _join_kernel(lower, inverse, rows_of, N, H, C: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """From two blocks of SIZE rows that are inverted to one: [[X, 0], [-Y B X, Y]] for [[X⁻¹, 0], [B, Y⁻¹]].
+
+    In place; the last one, of half a chunk, writes the quarters of `inverse` instead.
+    """
     part, slot = program_place()
     head, pair = part // (C // (2 * SIZE)), part % (C // (2 * SIZE))
-    if tl.load(rows_of + slot, mask=slot < N, other=0) == 0:
+    if slot >= N:
         return
-    lower += (slot.to(tl.int64) * H + head) * C * C
-    start = pair * 2 * SIZE
-    left = load_block(lower, start, C, SIZE, start, C, SIZE)
-    between = load_block(lower, start + SIZE, C, SIZE, start, C, SIZE)
-    right = load_block(lower, start + SIZE, C, SIZE, start + SIZE, C, SIZE)
+    exists = tl.load(rows_of + slot) > 0
+    place, start = slot.to(tl.int64) * H + head, pair * 2 * SIZE
+    lower += place * C * C
+    left = load_block(lower, start, C * exists, SIZE, start, C, SIZE)
+    between = load_block(lower, start + SIZE, C * exists, SIZE, start, C, SIZE)
+    right = load_block(lower, start + SIZE, C * exists, SIZE, start + SIZE, C, SIZE)
     step = tl.dot(between, left, input_precision=PRECISION)
-    step = tl.dot(right, step, input_precision=PRECISION)
-    store_block(lower, -step, start + SIZE, C, SIZE, start, C, SIZE)
+    step = -tl.dot(right, step, input_precision=PRECISION)
+    if inverse is None:
+        store_block(lower, step, start + SIZE, C, SIZE, start, C, SIZE)
+    else:
+        size = N.to(tl.int64) * H * 3 * SIZE * SIZE
+        _store_quarter_in_parts(inverse, left, place, 0, size, SIZE, PARTS)
+        _store_quarter_in_parts(inverse, step, place, 1, size, SIZE, PARTS)
+        _store_quarter_in_parts(inverse, right, place, 2, size, SIZE, PARTS)
+
+
+@triton.jit
+def _times_inverse(left, inverse, place, quarter, total, size, E: tl.constexpr, PARTS: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
+    """`total` + `left` times a quarter of X."""
+    total = tl.dot(left, load_quarter(inverse, place, quarter, E), total, input_precision=PRECISION)
+    if PARTS == 2:
+        total = tl.dot(left, load_quarter(inverse + size, place, quarter, E), total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
@@ -167,18 +192,17 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
     across *= decays_across(own_sums, other_sums) * scale
 
     place = slot.to(tl.int64) * H + head
-    matrix = inverse + place * 4 * E * E
+    size = N.to(tl.int64) * H * 3 * E * E  # of a part of X
     strength = load_column(beta + head, token_of, first_of, rows_of_half, stride_b, E)
-    before = load_column(beta + head, token, first, earlier, stride_b, E)
-    dtype: tl.constexpr = scores.dtype.element_ty
-    product, nothing = product.to(dtype), tl.zeros((E, E), tl.float32)
-    own = load_block(matrix, start, 2 * E, E, start, 2 * E, E) * strength[None, :]
-    mixed = dot_with_parts(product, own, nothing, dtype, PARTS, PRECISION)
-    # for the first half `before` is zero
-    above = load_block(matrix, 0, E, E, 0, 2 * E, E) * before[None, :]
-    mixed_across = dot_with_parts(across.to(dtype), above, nothing, dtype, PARTS, PRECISION)
-    below = load_block(matrix, E, 2 * E * half, E, 0, 2 * E, E) * before[None, :]
-    mixed_across = dot_with_parts(product, below, mixed_across, dtype, PARTS, PRECISION)
+    before = load_column(beta + head, token, first, earlier, stride_b, E)  # zero for the first half
+    dtype = scores.dtype.element_ty
+    product, across, nothing = product.to(dtype), across.to(dtype), tl.zeros((E, E), tl.float32)
+    mixed = _times_inverse(product, inverse, place, 2 * half, nothing, size, E, PARTS, PRECISION)
+    mixed *= strength[None, :]
+    mixed_across = _times_inverse(across, inverse, place, 0, nothing, size, E, PARTS, PRECISION)
+    # of the first half with itself again: what is multiplied by zero must be as finite as its own
+    mixed_across = _times_inverse(product, inverse, place, half, mixed_across, size, E, PARTS, PRECISION)
+    mixed_across *= before[None, :]
     out = scores + place * 4 * E * E
     if SCALED:
         lam = scales + head.to(tl.int64) * stride_sh
@@ -190,8 +214,9 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
         store_block(out, mixed, start, 2 * E, E, start, 2 * E, E)
         store_block(out, mixed_across, start, 2 * E, E, ahead, 2 * E, E)
     if kept is not None:
-        store_block(kept + place * 4 * E * E, mixed, start, 2 * E, E, start, 2 * E, E)
-        store_block(kept + place * 4 * E * E, mixed_across, start, 2 * E, E, ahead, 2 * E, E)
+        store_quarter(kept, mixed, place, 2 * half, E)
+        if half == 1:
+            store_quarter(kept, mixed_across, place, 1, E)
     if tl.load(reads + slot) == 0:
         return
     entering = tl.exp2(own_sums)
@@ -208,9 +233,12 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
 
 
 @triton.jit
-def _own_rows(matrix, row, column, strength, E: tl.constexpr):
-    """A quarter of T, with what its columns are multiplied by."""
-    return load_block(matrix, row, 2 * E, E, column, 2 * E, E) * strength[None, :]
+def _own_rows(inverse, place, quarter, strength, size, E: tl.constexpr, PARTS: tl.constexpr):
+    """A quarter of X, float32, with what its columns are multiplied by."""
+    whole = load_quarter(inverse, place, quarter, E).to(tl.float32)
+    if PARTS == 2:
+        whole += load_quarter(inverse + size, place, quarter, E).to(tl.float32)
+    return whole * strength[None, :]
 
 
 @triton.jit
@@ -228,11 +256,11 @@ def _times_keys(k, whole0, lost0, whole1, lost1, token, first, later, rows, stri
 
 
 @triton.jit(do_not_specialize=["N", "stride_b"])
-def _leaves_kernel(k, v, beta, inverse, erase, written, gamma, added, maps, tokens, firsts, rows_of, lefts, N, H, G,
+def _leaves_kernel(k, v, beta, inverse, gamma, added, maps, tokens, firsts, rows_of, lefts, N, H, G,
                    stride_k, stride_kg, stride_v, stride_vh, stride_b, K, V, E: tl.constexpr, KT: tl.constexpr,
                    VT: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr,
                    PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of columns of U, or of P (and W), of one chunk: kᵀ of what T makes of the tile of v, or of k e^γ."""
+    """One tile of columns of U, or of P, of one chunk: kᵀ of what T makes of the tile of v, or of k e^γ."""
     part, slot = program_place()
     columns: tl.constexpr = VT + (KT * BK + W - 1) // W
     head, tile = part // columns, part % columns
@@ -262,19 +290,10 @@ def _leaves_kernel(k, v, beta, inverse, erase, written, gamma, added, maps, toke
         source1 = load_tile(k, token + E, later, rows - E, stride_k, E, column, K, W)
         strength0 *= tl.exp2(sums0)
         strength1 *= tl.exp2(sums1)
-    matrix = inverse + place * 4 * E * E
-    solved0 = dot_parts(_own_rows(matrix, 0, 0, strength0, E), source0, PARTS, PRECISION)
-    solved1 = dot_parts(_own_rows(matrix, E, 0, strength0, E), source0, PARTS, PRECISION)
-    solved1 += dot_parts(_own_rows(matrix, E, E, strength1, E), source1, PARTS, PRECISION)
-    if erase is not None:
-        if of_values:
-            written += place * 2 * E * V
-            store_block(written, solved0, 0, 2 * E, E, column, V, W)
-            store_block(written, solved1, E, 2 * E, E, column, V, W)
-        else:
-            erase += place * 2 * E * K
-            store_block(erase, solved0, 0, 2 * E, E, column, K, W)
-            store_block(erase, solved1, E, 2 * E, E, column, K, W)
+    size = N.to(tl.int64) * H * 3 * E * E  # of a part of X
+    solved0 = dot_parts(_own_rows(inverse, place, 0, strength0, size, E, PARTS), source0, PARTS, PRECISION)
+    solved1 = dot_parts(_own_rows(inverse, place, 1, strength0, size, E, PARTS), source0, PARTS, PRECISION)
+    solved1 += dot_parts(_own_rows(inverse, place, 2, strength1, size, E, PARTS), source1, PARTS, PRECISION)
     solved0 *= tl.exp2(end - sums0)[:, None]
     solved1 *= tl.exp2(end - sums1)[:, None]
     whole0, whole1 = solved0.to(dtype), solved1.to(dtype)
@@ -293,24 +312,21 @@ def _leaves_kernel(k, v, beta, inverse, erase, written, gamma, added, maps, toke
             store_parts(maps + place * PARTS * K * K, made, K * K, key * BK, K, BK, column, K, W, PARTS)
 
 
-def make_chunks(q, k, v, scales, log_decay, beta, slots: Slots, places: Tensor, num_variants: int, chunk: int,
+def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor, num_variants: int, chunk: int,
                 height: int, scale: float, precision: str, kept: tuple[Tensor, Tensor] | None = None,
                 ) -> Chunks:  # fmt: skip
-    """Chunks of q, k [T, G, K], v [T, H, V], level scales [T, H, L] (None: 1), log_decay and beta [T, H].
+    """Chunks of q, k [T, G, K], level scales [T, H, L] (None: 1), log_decay and beta [T, H].
 
     places [N]: for each slot the first variant of its queries, of which there are at most `num_variants`. kept: the
-    inverse and gamma of the forward, for the backward: with what that alone needs, of which W and T v are left to
-    `make_leaves`.
+    inverse and gamma of the forward, for the backward: with what that alone needs.
     """
-    num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), q.shape, v.shape
+    num_slots, (_, groups, key_dim), heads = len(slots.token), q.shape, beta.shape[1]
     backward = kept is not None
     inverse, gamma = _inverses(k, log_decay, beta, slots, chunk, precision) if kept is None else kept
     made = Chunks(
         inverse=inverse, gamma=gamma,
-        erase=k.new_empty(num_slots, heads, chunk, key_dim) if backward else None,
-        written=k.new_empty(num_slots, heads, chunk, value_dim) if backward else None,
         scores=k.new_empty(num_slots, heads, chunk, chunk), seen=k.new_empty(num_variants, heads, chunk, key_dim),
-        mixed=k.new_empty(num_slots, heads, chunk, chunk) if backward else None,
+        mixed=k.new_empty(num_slots, heads, 3, chunk // 2, chunk // 2) if backward else None,
     )  # fmt: skip
     scaled = scales is not None
     lam = scales if scaled else k
@@ -329,21 +345,32 @@ def _inverses(k: Tensor, log_decay: Tensor, beta: Tensor, slots: Slots, chunk: i
               ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`inverse` and `gamma` of chunks of k [T, G, K], log_decay and beta [T, H]."""
     num_slots, (_, groups, key_dim), heads = len(slots.token), k.shape, beta.shape[-1]
-    inverse = k.new_empty(num_slots, heads, chunk, chunk, dtype=torch.float32)
+    lower = k.new_empty(num_slots, heads, chunk, chunk, dtype=torch.float32)
+    parts = parts_of(k)
+    inverse = k.new_empty(inverse_shape(k, num_slots, heads, chunk))
     gamma = k.new_zeros(heads, num_slots, chunk, dtype=torch.float32)
     block, size = tile_width(key_dim), 16
     _overlap_kernel[programs(3 * heads, num_slots)](
-        k, log_decay, beta, inverse, gamma, slots.token, slots.first, slots.rows, num_slots, heads, groups,
+        k, log_decay, beta, lower, gamma, slots.token, slots.first, slots.rows, num_slots, heads, groups,
         *k.stride()[:2], log_decay.stride(0), beta.stride(0), key_dim, E=chunk // 2, KT=cdiv(key_dim, block), BK=block,
         PRECISION=precision, num_warps=4, num_stages=2,
     )  # fmt: skip
     _substitute_kernel[programs(chunk // size * heads, num_slots)](
-        inverse, slots.rows, num_slots, heads, C=chunk, BASE=size, num_warps=1
+        lower, slots.rows, num_slots, heads, C=chunk, BASE=size, num_warps=1
     )
     exact = precision if k.dtype == torch.float32 else "tf32x3"
     while size < chunk:
         _join_kernel[programs(chunk // (2 * size) * heads, num_slots)](
-            inverse, slots.rows, num_slots, heads, C=chunk, SIZE=size, PRECISION=exact, num_warps=size // 16
+            lower,
+            inverse if 2 * size == chunk else None,
+            slots.rows,
+            num_slots,
+            heads,
+            C=chunk,
+            SIZE=size,
+            PARTS=parts,
+            PRECISION=exact,
+            num_warps=size // 16,
         )
         size *= 2
     return inverse, gamma
@@ -351,7 +378,7 @@ def _inverses(k: Tensor, log_decay: Tensor, beta: Tensor, slots: Slots, chunk: i
 
 def make_leaves(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, added: Tensor, maps: Tensor, slots: Slots,
                 chunk: int, precision: str) -> None:  # fmt: skip
-    """Fills in U and P of the chunks; and W and T v, if `chunks` has room for them."""
+    """Fills in U and P of the chunks."""
     num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), k.shape, v.shape
     block, parts = tile_width(key_dim), parts_of(k)
     width = max(block, tile_width(value_dim))
@@ -359,7 +386,7 @@ def make_leaves(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, added: Tenso
         width = 2 * TILE  # T is read and cast half as often; of float32 only so much fits
     key_tiles, value_tiles = cdiv(key_dim, block), cdiv(value_dim, width)
     _leaves_kernel[programs(heads * (cdiv(key_dim, width) + value_tiles), num_slots)](
-        k, v, beta, chunks.inverse, chunks.erase, chunks.written, chunks.gamma, added, maps, slots.token, slots.first,
+        k, v, beta, chunks.inverse, chunks.gamma, added, maps, slots.token, slots.first,
         slots.rows, slots.left, num_slots, heads, groups, *k.stride()[:2], *v.stride()[:2], beta.stride(0), key_dim,
         value_dim, E=chunk // 2, KT=key_tiles, VT=value_tiles, BK=block, W=width, PARTS=parts, PRECISION=precision,
         num_warps=4, num_stages=1 if width > TILE else 2,

@@ -42,15 +42,6 @@ from loglinear.ops.triton.delta_nodes import Nodes
 from loglinear.ops.triton.scalar import INTERPRETED
 
 
-@triton.jit
-def _passed(queries, map, K, BK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):
-    """Queries times all of P, as float32."""
-    passed = tl.dot(queries, load_block(map, 0, K, BK, 0, K, BK), input_precision=PRECISION)
-    if PARTS == 2:
-        passed = tl.dot(queries, load_block(map + K * K, 0, K, BK, 0, K, BK), passed, input_precision=PRECISION)
-    return passed
-
-
 @triton.jit(do_not_specialize=["N"])
 def _descend_kernel(seen, maps, rows_of, blocks, heights, variants, places, N, H, K, C: tl.constexpr,
                     ROWS: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
@@ -77,7 +68,8 @@ def _descend_kernel(seen, maps, rows_of, blocks, heights, variants, places, N, H
         map = maps + (half + node.to(tl.int64) * H + head) * PARTS * K * K
         there = here + H * C * K
         if KT == 1:
-            queries = _passed(queries, map, K, BK, PARTS, PRECISION).to(dtype)
+            passed = tl.dot(queries, load_block(map, 0, K, BK, 0, K, BK), input_precision=PRECISION)
+            queries = passed.to(dtype)
             store_block(seen + there, queries, start, C, ROWS, 0, K, BK)
         else:
             for column in range(KT):
@@ -86,9 +78,6 @@ def _descend_kernel(seen, maps, rows_of, blocks, heights, variants, places, N, H
                     before = load_block(seen + here, 0, C, ROWS, key * BK, K, BK)
                     total = tl.dot(before, load_block(map, key * BK, K, BK, column * BK, K, BK), total,
                                    input_precision=PRECISION)  # fmt: skip
-                    if PARTS == 2:
-                        lost = load_block(map + K * K, key * BK, K, BK, column * BK, K, BK)
-                        total = tl.dot(before, lost, total, input_precision=PRECISION)
                 store_block(seen + there, total.to(dtype), 0, C, ROWS, column * BK, K, BK)
             tl.debug_barrier()
         here = there
@@ -171,7 +160,8 @@ def _walk_kernel(v, scales, o, scores, seen, added, maps, tokens, firsts, rows_o
             level = tl.minimum(HEIGHT + 1 + height, L - 1)
             read *= load_column(lam + level, token, first, rows, stride_s, C)[:, None]
         out += read
-        queries = _passed(queries, map, K, BK, PARTS, PRECISION).to(queries.dtype)
+        passed = tl.dot(queries, load_block(map, 0, K, BK, 0, K, BK), input_precision=PRECISION)
+        queries = passed.to(queries.dtype)
         rest = drop_lowest_bit(rest)
     if count > 0:
         node = place_of_node(slot, block, origin, oldest, rest, 1)
