@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from loglinear import plots
 from loglinear.cli import main
-from loglinear.evals import comparison, rowfile, sweep
+from loglinear.evals import comparison, results, rowfile, sweep
 from loglinear.evals.comparison import ComparisonConfig, ComparisonRow
 from loglinear.evals.results import FIGURES, Difference, twins, verdict, write_page
 from loglinear.evals.sweep import SweepConfig, SweepRow
@@ -213,3 +214,18 @@ def test_the_committed_page_is_what_the_committed_rows_say(tmp_path):
     if folders:
         page = write_page(ROOT / "experiments", ROOT / "benchmarks", tmp_path / "results.md")[0].read_text()
         assert page.replace(f"{ROOT}/", "") == (ROOT / "docs" / "results.md").read_text()
+
+
+@pytest.mark.parametrize(("beyond", "told", "highest"), [(4.1, "attention reaches 4.1", 1.0), (1.2, "", 1.2)])
+def test_what_goes_far_above_the_others_leaves_the_axis(beyond, told, highest):
+    """A model without a clue beyond its trained length would press the others into one line."""
+    _, axes = plots.new_figure(1, 1)
+    lines = [
+        plots.Series("attention", [10, 100, 200], [1.0, 0.9, beyond]),
+        plots.Series("mamba2", [10, 100, 200], [0.9, 0.8, 0.8]),
+    ]
+    plots.draw_series(axes[0], lines)
+    assert results._cut_off_above(axes[0], lines, trained=100) == told
+    low, high = axes[0].get_ylim()
+    assert low < 0.8
+    assert high >= highest and (high < beyond) == bool(told)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loglinear import plots
@@ -261,8 +262,9 @@ def language_section(file: Path, config: ComparisonConfig, rows: Sequence[Compar
     )
     if not ends:
         return "\n\n".join(parts)
-    sharing = max((row.count or 1 for row in rows if row.metric == "tokens_per_second"), default=1)
-    shared = f" Up to {sharing} runs shared a device, and its speed." if sharing > 1 else ""
+    sharing = {row.key: row.count or 1 for row in rows if row.metric == "tokens_per_second"}
+    most = max(sharing.values(), default=1)
+    shared = f" Up to {most} runs shared a device, and its speed." if most > 1 else ""
     parts += ["### Loss and cost", markdown(*_cost_table(values, models)), _COST_NOTE + shared]
     parts += ["### Loss by position", markdown(*_position_table(values, models)), "Nats per token, mean ± standard "
               "deviation over seeds, on the same held-out documents."]  # fmt: skip
@@ -290,7 +292,7 @@ def language_section(file: Path, config: ComparisonConfig, rows: Sequence[Compar
     )
     if config.conclusion:
         parts.append(config.conclusion.strip())
-    seconds = sum(row.value or 0.0 for row in ends)
+    seconds = sum((row.value or 0.0) / sharing.get(row.key, 1) for row in ends)
     parts.append(_repeat(f"loglinear compare {file} --output benchmarks/{file.stem}", seconds, ends))
     return "\n\n".join(parts)
 
@@ -373,7 +375,8 @@ def _plot_positions(values: _Values, models: Sequence[str], pairs: Sequence[tupl
         ]
         plots.draw_series(axes[0], lines)
         axes[0].set_ylabel("loss (nats per token)")
-        axes[0].set_title("Held-out documents")
+        beyond = _cut_off_above(axes[0], lines, trained)
+        axes[0].set_title(f"Held-out documents ({beyond})" if beyond else "Held-out documents")
         if pairs:
             axes[1].axhline(0, color="#555555", linewidth=1)
             lines = []
@@ -388,6 +391,18 @@ def _plot_positions(values: _Values, models: Sequence[str], pairs: Sequence[tupl
             axis.axvline(trained, color="#555555", linewidth=1, linestyle=":")
         plots.legend_below(figure, axes[0])
     return figure
+
+
+def _cut_off_above(axis: Axes, lines: Sequence[plots.Series], trained: int) -> str:
+    """Lets lines leave the axis that go far above what all of them reach up to the trained length, for the others could
+    not be told apart otherwise; which do, and how far, or nothing."""
+    usual = [y for line in lines for x, y in zip(line.x, line.y, strict=True) if x <= trained]
+    low, high = min(usual, default=0.0), max(usual, default=0.0)
+    gone = [line for line in lines if usual and max(line.y) > high + 2 * (high - low)]
+    if gone:
+        margin = 0.1 * (high - low)
+        axis.set_ylim(min(min(line.y) for line in lines) - margin, high + 2 * margin)
+    return ", ".join(f"{line.name} reaches {max(line.y):.1f}" for line in gone)
 
 
 def _needle_parts(
