@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ from operator_cases import (
 )
 
 pytest.importorskip("triton")
-from loglinear.ops.triton import delta, scalar
+from loglinear.ops.triton import delta, delta_backward, delta_nodes, scalar
 
 needs_interpreter = pytest.mark.skipif(not scalar.INTERPRETED, reason="kernels are not interpreted here")
 
@@ -79,6 +80,64 @@ def test_interpreted(mixer, shape):
 )
 def test_interpreted_halves_of_chunks(shape):
     compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32, key_norm=1.2).map(poisoned))
+
+
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """The interpreter as hardware is. By itself it multiplies bfloat16 as whole numbers and cuts off, not rounds."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    handle, builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
+    cast, bits = builder.cast_impl, "uint32"
+
+    def widened(x):
+        return (x.data.astype(bits) << 16).view("float32") if x.dtype.scalar.name == "bf16" else x.data
+
+    def rounding_cast(self, source, target):
+        if (source.dtype.scalar.name, target.scalar.name) == ("bf16", "fp32"):
+            return handle(widened(source), target.scalar)
+        if (source.dtype.scalar.name, target.scalar.name) != ("fp32", "bf16"):
+            return cast(self, source, target)
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
+        return handle(rounded.view(torch.int16).numpy().view("uint16"), target.scalar)
+
+    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        return handle(np.matmul(widened(a), widened(b), dtype=d.data.dtype) + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(builder, "cast_impl", rounding_cast)
+    monkeypatch.setattr(builder, "create_dot", dot)
+    monkeypatch.setattr(delta, "INTERPRETED", False)  # which would have float32 in its place
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(B=1, T=258, G=1, H=2, K=32, V=16, L=10),  # in registers on the way through the tree
+        Shape(B=1, T=195, G=1, H=1, K=144, V=144, L=3),  # and not
+    ],
+)
+def test_interpreted_bfloat16(shape, bfloat16):
+    """What is multiplied in two parts, each with its own place in memory, is as exact as it should be."""
+    compare_with_tree(make_inputs("gated_deltanet", shape, torch.bfloat16))
+
+
+@needs_interpreter
+def test_interpreted_bfloat16_state(bfloat16):
+    shape = Shape(B=2, T=75, G=1, H=1, K=32, V=32, L=9)
+    inputs = make_inputs("gated_deltanet", shape, torch.bfloat16, decay=0.05)
+    compare_with_tree(inputs, random_state(shape, [183, 96], torch.float32), returns_state=True)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("carried", [False, True])
+def test_interpreted_as_on_a_gpu(carried, monkeypatch):
+    """What is not yet done there, and is here: the other way gives the same."""
+    monkeypatch.setattr(delta, "WALK_MAKES_SCORES", False)
+    monkeypatch.setattr(delta_nodes, "PAIRS_LEAVES", False)
+    monkeypatch.setattr(delta_backward, "CLIMBING_ROWS", 128)
+    shape = Shape(B=2, T=161, G=1, H=1, K=16, V=16, L=9)
+    state = random_state(shape, [183, 32], torch.float32) if carried else None
+    compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32), state, returns_state=carried)
 
 
 @needs_interpreter

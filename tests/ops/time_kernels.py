@@ -2,15 +2,19 @@
 
     PYTHONPATH=src python tests/ops/time_kernels.py delta --heads 32 --key 128 --value 128
     PYTHONPATH=src python tests/ops/time_kernels.py delta --try _walk_kernel:8:1 --try _walk_kernel:8:3
+    PYTHONPATH=src python tests/ops/time_kernels.py delta --set delta_backward.GATHERED=128
 
 Milliseconds of a call, forward and with its backward: medians of calls by events, then means by kernel from torch's
-profiler. What `--try KERNEL:WARPS:STAGES` changes is not compared with anything: the tests are for that. A launch
-cannot tell two kernels of one name apart.
+profiler. `--try KERNEL:WARPS:STAGES[:REGISTERS]` changes a launch (which cannot tell two kernels of one name apart),
+`--set MODULE.NAME=VALUE` a constant of a module of `loglinear.ops.triton`. Beside either stands by how much output and
+gradients then differ from those of the usual call, relative to them: the tests compare them with what is right.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib
 import statistics
 from collections.abc import Callable
 
@@ -87,9 +91,9 @@ def main() -> None:
     for name, default in (("batch", 4), ("tokens", 16384), ("heads", 6), ("key", 192), ("value", 384), ("levels", 15)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--groups", type=int, help="default: one for each head")
-    parser.add_argument("--try", dest="tries", action="append", default=[], metavar="KERNEL:WARPS:STAGES")
+    parser.add_argument("--try", dest="tries", action="append", default=[], metavar="KERNEL:WARPS:STAGES[:REGISTERS]")
+    parser.add_argument("--set", dest="sets", action="append", default=[], metavar="MODULE.NAME=VALUE")
     options = parser.parse_args()
-    tries = [(name, int(warps), int(stages)) for name, warps, stages in (one.split(":") for one in options.tries)]
     inputs = inputs_of(options)
     launch_as_changed()
 
@@ -103,23 +107,48 @@ def main() -> None:
     def both() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(forward(), list(inputs.values()), cotangent)
 
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}")
-    for title, call in (("forward", forward), ("forward and backward", both)):
+    def results() -> list[torch.Tensor]:
+        return [forward().detach(), *both()]
+
+    def difference() -> float:
+        pairs = zip(results(), usual, strict=True)
+        return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
+
+    def show(title: str, call: Callable[[], object]) -> None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         took = milliseconds(call)
         peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-        print(f"{title}: {took:.3f} ms, {peak:.2f} GiB beside the inputs")
+        print(f"{title}: {took:.3f} ms, {peak:.2f} GiB beside the inputs", flush=True)
         for name, each in by_kernel(call).items():
             if each >= LEAST:
                 print(f"  {each:8.3f}  {name[:100]}")
-    for name, warps, stages in tries:
-        changed[name] = {"num_warps": warps, "num_stages": stages}
+
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}")
+    usual = results()
+    show("forward", forward)
+    show("forward and backward", both)
+    for one in options.tries:
+        name, *numbers = one.split(":")
+        changed[name] = dict(zip(("num_warps", "num_stages", "maxnreg"), map(int, numbers), strict=False))
         try:
-            print(f"{name}, {warps} warps, {stages} stages: {by_kernel(both).get(name, 0.0):.3f} ms")
+            print(f"{one}: {by_kernel(both).get(name, 0.0):.3f} ms, differs by {difference():.1e}", flush=True)
         except Exception as error:  # whatever a compiler or a launch can do: the next one is tried
-            print(f"{name}, {warps} warps, {stages} stages: {type(error).__name__}: {str(error)[:200]}")
+            print(f"{one}: {type(error).__name__}: {str(error)[:200]}", flush=True)
         del changed[name]
+    for one in options.sets:
+        place, value = one.split("=")
+        module = importlib.import_module("loglinear.ops.triton." + place.rsplit(".", 1)[0])
+        name = place.rsplit(".", 1)[1]
+        before = getattr(module, name)
+        setattr(module, name, ast.literal_eval(value))
+        try:
+            print(f"{one}: differs by {difference():.1e}")
+            show(f"{one}, forward", forward)
+            show(f"{one}, forward and backward", both)
+        except Exception as error:
+            print(f"{one}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+        setattr(module, name, before)
 
 
 if __name__ == "__main__":

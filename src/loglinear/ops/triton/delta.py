@@ -26,7 +26,7 @@ from loglinear.ops.triton.delta_backward import Remade, gradients
 from loglinear.ops.triton.delta_chunks import Chunks, inverse_shape, parts_of
 from loglinear.ops.triton.delta_halves import make_chunks
 from loglinear.ops.triton.delta_nodes import Carried, Leaving, Nodes, leaving, make_nodes
-from loglinear.ops.triton.delta_read import descend, read, walk, walks
+from loglinear.ops.triton.delta_read import WALK_MAKES_SCORES, descend, read, walk, walks
 from loglinear.ops.triton.scalar import (
     INTERPRETED,
     MOST_LEVELS,
@@ -122,9 +122,12 @@ def _forward_op(
     with torch.cuda.device_of(v):  # kernels are launched on the current device
         call = _prepare(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, near, return_state)
         chunks, nodes, _ = _tree(call)
-        _, _, values, scales, _, _ = call.rows
+        queries, keys, values, scales, _, strengths = call.rows
         if _walks(call):
-            o = walk(values, scales, chunks, nodes, call.slots, call.chunk, call.height, call.precision)
+            o = walk(
+                queries, keys, values, scales, strengths, chunks, nodes, call.slots, call.chunk, call.height, scale,
+                call.precision,
+            )  # fmt: skip
         else:
             o = read(
                 values, scales, chunks, nodes, call.slots, call.variants, call.places, call.chunk, call.height,
@@ -185,7 +188,7 @@ def _tree(call: _Call, kept: tuple[Tensor, Tensor] | None = None) -> tuple[Chunk
     slots, places, descends = call.slots, call.places, backward or not _walks(call)
     if not descends:
         room = len(slots.token)
-        places = torch.arange(room, dtype=torch.int32, device=values.device)
+        places = None if WALK_MAKES_SCORES else torch.arange(room, dtype=torch.int32, device=values.device)
     elif slots.origin is None:
         room = fenwick.most_reads(len(slots.token), slots.cap)
     else:

@@ -50,7 +50,7 @@ from loglinear.ops.triton.common import (
     row_exists,
 )
 from loglinear.ops.triton.delta_backward_halves import chunk_gradients
-from loglinear.ops.triton.delta_chunks import Chunks, load_block, load_tile, store_block, tile_width, warps_of
+from loglinear.ops.triton.delta_chunks import TILE, Chunks, load_block, load_tile, store_block, tile_width, warps_of
 from loglinear.ops.triton.delta_nodes import (
     Leaving,
     Nodes,
@@ -62,6 +62,7 @@ from loglinear.ops.triton.delta_nodes import (
     sibling_tables,
 )
 from loglinear.ops.triton.delta_read import WALKED, reading_tables, walks
+from loglinear.ops.triton.scalar import INTERPRETED
 
 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
@@ -155,26 +156,29 @@ def _ascend_kernel(pulled, maps, rows_of, blocks, heights, variants, places, N, 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
 def _climb_kernel(grad_o, scales, seen, added, maps, pulled, dscales, tokens, firsts, rows_of, blocks, origins, oldests,
                   heights, reads, variants, places, N, H, stride_g, stride_gh, stride_s, stride_sh, K, V, L,
-                  C: tl.constexpr, HEIGHT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,
-                  SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """`_pull_kernel` and `_ascend_kernel` in one, which has all columns: from the farthest node to the nearest."""
-    head, slot = program_place()
+                  C: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                  PARTS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """`_pull_kernel` and `_ascend_kernel` in one, which has all columns, of ROWS of the rows: from the farthest node to
+    the nearest."""
+    part, slot = program_place()
+    head, start = part // (C // ROWS), part % (C // ROWS) * ROWS
     rows = tl.load(rows_of + slot, mask=slot < N, other=0)
     if rows == 0:
         return
-    token, block, count = tl.load(tokens + slot), tl.load(blocks + slot), tl.load(reads + slot)
-    first = None if firsts is None else tl.load(firsts + slot)
+    token, block, count = tl.load(tokens + slot) + start, tl.load(blocks + slot), tl.load(reads + slot)
+    first = None if firsts is None else tl.load(firsts + slot) - start
+    rows -= start
     origin = None if origins is None else tl.load(origins + slot)
     oldest = None if oldests is None else tl.load(oldests + slot)
     different = count if variants is None else tl.load(variants + slot)
-    row = tl.arange(0, C)
+    row = tl.arange(0, ROWS)
     exists = row_exists(row, first, rows)
     base = (tl.load(places + slot).to(tl.int64) * H + head) * C * K
     lam, dlam = scales + head.to(tl.int64) * stride_sh, dscales + (token + row).to(tl.int64) * H * L + head * L
-    grad = load_tile(grad_o + head.to(tl.int64) * stride_gh, token, first, rows, stride_g, C, 0, V, BV)
+    grad = load_tile(grad_o + head.to(tl.int64) * stride_gh, token, first, rows, stride_g, ROWS, 0, V, BV)
     dtype = pulled.dtype.element_ty
-    total = tl.zeros((C, BK), tl.float32)
-    last = tl.zeros((C,), tl.float32)
+    total = tl.zeros((ROWS, BK), tl.float32)
+    last = tl.zeros((ROWS,), tl.float32)
     for step in range(count):
         number = count - 1 - step
         rest = block
@@ -188,20 +192,20 @@ def _climb_kernel(grad_o, scales, seen, added, maps, pulled, dscales, tokens, fi
         pull = tl.dot(grad, tl.trans(state), input_precision=PRECISION)
         if SCALED:
             level = tl.minimum(HEIGHT + 1 + height, L - 1)
-            queries = load_block(seen + here, 0, C, C, 0, K, BK).to(tl.float32)
+            queries = load_block(seen + here, start, C, ROWS, 0, K, BK).to(tl.float32)
             found = tl.sum(queries * pull, 1)
             if level < L - 1:
                 tl.store(dlam + level, found, mask=exists)
             else:
                 last += found
-            pull *= load_column(lam + level, token, first, rows, stride_s, C)[:, None]
+            pull *= load_column(lam + level, token, first, rows, stride_s, ROWS)[:, None]
         if number + 1 < different:  # what is read after this node has passed it
             map = maps + ((height % 2).to(tl.int64) * N * H + place) * PARTS * K * K
             turned = tl.trans(load_block(map, 0, K, BK, 0, K, BK))
             total = tl.dot(total.to(dtype), turned, pull, input_precision=PRECISION)
         else:
             total += pull
-        store_block(pulled + here, total, 0, C, C, 0, K, BK)
+        store_block(pulled + here, total, start, C, ROWS, 0, K, BK)
     if SCALED:
         tl.store(dlam + L - 1, last, mask=exists)
 
@@ -370,6 +374,10 @@ def _right_kernel(added, maps, d_added, d_maps, tallest, heights, lefts, blocks,
     store_block(d_maps + place * K * K, total, row, K, BK, 0, K, ROWS)
 
 
+CLIMBING_ROWS = 16 if INTERPRETED else 128  # of a program; 64 of them are to be compared on a GPU
+GATHERED = TILE  # columns of a program; 128 of them are to be compared on a GPU
+
+
 class Gradients(NamedTuple):
     q: Tensor
     k: Tensor
@@ -415,10 +423,11 @@ def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: 
     read = (slots.token, slots.first, slots.rows, *reading_tables(slots, variants), places, num_slots, heads)
     shape = (*of_g, *of_s, key_dim, value_dim, num_levels)
     if walks(k, value_dim):
-        _climb_kernel[programs(heads, num_slots)](
-            grad_o, lam, chunks.seen, *nodes, pulled, dscales, *read, *shape, C=chunk, HEIGHT=height,
+        part = min(chunk, CLIMBING_ROWS)
+        _climb_kernel[programs(heads * (chunk // part), num_slots)](
+            grad_o, lam, chunks.seen, *nodes, pulled, dscales, *read, *shape, C=chunk, ROWS=part, HEIGHT=height,
             BK=tile_width(key_dim, WALKED), BV=tile_width(value_dim, WALKED), PARTS=parts, SCALED=scaled,
-            PRECISION=precision, num_warps=warps_of(chunk), num_stages=1,
+            PRECISION=precision, num_warps=warps_of(part), num_stages=1,
         )  # fmt: skip
     else:
         _pull_kernel[programs(heads, num_slots)](
@@ -435,10 +444,16 @@ def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: 
     readers = readers_with_rows(slots)
     new = torch.empty_like if slots.origin is None else torch.zeros_like
     d_added, d_maps = new(nodes.added), torch.empty_like(rights)
-    _gather_kernel[programs(heads * columns * tiled["RT"], num_slots)](
+    wide_k, wide_v = (
+        tile_width(width, GATHERED if width % GATHERED == 0 else TILE) for width in (key_dim, value_dim)
+    )  # fmt: skip
+    gathered = {"KT": cdiv(key_dim, wide_k), "VT": cdiv(value_dim, wide_v), "BK": wide_k, "BV": wide_v}
+    warps = {"num_warps": 8} if max(wide_k, wide_v) > TILE else {}
+    _gather_kernel[programs(heads * (gathered["KT"] + gathered["VT"]) * tiled["RT"], num_slots)](
         grad_o, lam, chunks.seen, pulled, d_added, d_maps, slots.token, slots.first, slots.rows, slots.height,
-        slots.left, variants, places, slots.reader, readers, slots.order, num_slots, heads, *of_g, *of_s,
-        key_dim, value_dim, num_levels, HEIGHT=height, C=chunk, SCALED=scaled, **keys, **values, **tiled,
+        slots.left, variants, places, slots.reader, readers, slots.order, num_slots, heads, *of_g, *of_s, key_dim,
+        value_dim, num_levels, HEIGHT=height, C=chunk, SCALED=scaled, PRECISION=precision, **gathered,
+        **tiled | warps,
     )  # fmt: skip
     chunks = chunks._replace(seen=None)
     if grad_left is not None:

@@ -96,6 +96,14 @@ def load_quarter(matrix, place, quarter, E: tl.constexpr):
 
 
 @triton.jit
+def load_quarters(matrix, place, E: tl.constexpr):
+    """All of a lower triangular matrix [2 E, 2 E], zero above the diagonal."""
+    half, row = tl.arange(0, 2 * E) // E, tl.arange(0, 2 * E) % E
+    at = (half[:, None] + half[None, :]) * (E * E) + (row[:, None] * E + row[None, :])
+    return tl.load(matrix + place * 3 * E * E + at, mask=half[:, None] >= half[None, :], other=0.0)
+
+
+@triton.jit
 def store_quarter(matrix, values, place, quarter, E: tl.constexpr):
     tl.store(_quarter(matrix, place, quarter, E), values.to(matrix.dtype.element_ty))
 
@@ -114,8 +122,8 @@ class Chunks(NamedTuple):
     """See the legend of this file."""
 
     inverse: Tensor
-    scores: Tensor
-    seen: Tensor
+    scores: Tensor | None
+    seen: Tensor | None
     gamma: Tensor
     mixed: Tensor | None
 

@@ -256,16 +256,21 @@ def _times_keys(k, whole0, lost0, whole1, lost1, token, first, later, rows, stri
 
 
 @triton.jit(do_not_specialize=["N", "stride_b"])
-def _leaves_kernel(k, v, beta, inverse, gamma, added, maps, tokens, firsts, rows_of, lefts, N, H, G,
-                   stride_k, stride_kg, stride_v, stride_vh, stride_b, K, V, E: tl.constexpr, KT: tl.constexpr,
-                   VT: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr,
-                   PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of columns of U, or of P, of one chunk: kᵀ of what T makes of the tile of v, or of k e^γ."""
+def _leaves_kernel(k, v, beta, inverse, gamma, added, maps, tokens, firsts, rows_of, lefts, heights, N, H, G, stride_k,
+                   stride_kg, stride_v, stride_vh, stride_b, K, V, E: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr,
+                   BK: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of columns of U, or of P, of one chunk: kᵀ of what T makes of the tile of v, or of k e^γ.
+
+    heights: None, or only of chunks that take in no left sibling.
+    """
     part, slot = program_place()
     columns: tl.constexpr = VT + (KT * BK + W - 1) // W
     head, tile = part // columns, part % columns
     if tl.load(lefts + slot, mask=slot < N, other=0) <= 1:
         return  # nobody reads the last chunk of a sequence
+    if heights is not None:
+        if tl.load(heights + slot) > 0:
+            return
     rows, token = tl.load(rows_of + slot), tl.load(tokens + slot)
     first = None if firsts is None else tl.load(firsts + slot)
     later = None if first is None else first - E
@@ -312,33 +317,133 @@ def _leaves_kernel(k, v, beta, inverse, gamma, added, maps, tokens, firsts, rows
             store_parts(maps + place * PARTS * K * K, made, K * K, key * BK, K, BK, column, K, W, PARTS)
 
 
-def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor, num_variants: int, chunk: int,
+@triton.jit
+def _met(k, left, token, first, later, rows, stride, column, width, K, E: tl.constexpr, KT: tl.constexpr,
+         BK: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Both halves of k times W columns of `left` [K, width], which is in parts."""
+    met0, met1 = tl.zeros((E, W), tl.float32), tl.zeros((E, W), tl.float32)
+    for key in range(KT):
+        keys0 = load_tile(k, token, first, rows, stride, E, key * BK, K, BK)
+        keys1 = load_tile(k, token + E, later, rows - E, stride, E, key * BK, K, BK)
+        whole = load_block(left, key * BK, K, BK, column, width, W)
+        met0 = tl.dot(keys0, whole, met0, input_precision=PRECISION)
+        met1 = tl.dot(keys1, whole, met1, input_precision=PRECISION)
+        if PARTS == 2:
+            lost = load_block(left + K * width, key * BK, K, BK, column, width, W)
+            met0 = tl.dot(keys0, lost, met0, input_precision=PRECISION)
+            met1 = tl.dot(keys1, lost, met1, input_precision=PRECISION)
+    return met0, met1
+
+
+@triton.jit
+def _dot_both_in_parts(left, right, dtype: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """`left` times `right`, both float32, each in parts of dtype."""
+    whole = right.to(dtype)
+    total = dot_parts(left, whole, PARTS, PRECISION)
+    if PARTS == 2:
+        lost = (right - whole.to(tl.float32)).to(dtype)
+        total = tl.dot(left.to(dtype), lost, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit(do_not_specialize=["N", "stride_b"])
+def _right_leaves_kernel(k, v, beta, inverse, gamma, added, maps, tokens, rows_of, lefts, tallest, heights, N, H, G,
+                         stride_k, stride_kg, stride_v, stride_vh, stride_b, K, V, E: tl.constexpr, KT: tl.constexpr,
+                         VT: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr,
+                         PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of columns of U, or of P, of one chunk and its left sibling together.
+
+    With S for the sibling's U, or its P and v = 0: e^Γ S + k̄ᵀ T (v - k̂ S).
+    """
+    part, number = program_place()
+    slot = tl.load(tallest + number, mask=number < N, other=-1)
+    if slot < 0:
+        return
+    if (tl.load(heights + slot) <= 0) | (tl.load(lefts + slot) <= 1):
+        return
+    columns: tl.constexpr = VT + (KT * BK + W - 1) // W
+    head, tile = part // columns, part % columns
+    rows, token = tl.load(rows_of + slot), tl.load(tokens + slot)
+    k += (head // (H // G)).to(tl.int64) * stride_kg
+    v += head.to(tl.int64) * stride_vh
+    place = slot.to(tl.int64) * H + head
+    row = tl.arange(0, E)
+    sums = gamma + (head.to(tl.int64) * N + slot) * 2 * E + row
+    sums0, sums1 = tl.load(sums), tl.load(sums + E)
+    end = tl.load(gamma + (head.to(tl.int64) * N + slot) * 2 * E + 2 * E - 1)
+    strength0 = load_column(beta + head, token, None, rows, stride_b, E)
+    strength1 = load_column(beta + head, token + E, None, rows - E, stride_b, E)
+    dtype = added.dtype.element_ty
+    of_values = tile < VT
+    before = place - H  # the sibling's
+    if of_values:
+        column = tile * W
+        met0, met1 = _met(k, added + before * K * V, token, None, None, rows, stride_k, column, V, K, E, KT, BK, W, 1,
+                          PRECISION)  # fmt: skip
+        source0 = load_tile(v, token, None, rows, stride_v, E, column, V, W).to(tl.float32)
+        source1 = load_tile(v, token + E, None, rows - E, stride_v, E, column, V, W).to(tl.float32)
+    else:
+        column = (tile - VT) * W
+        met0, met1 = _met(k, maps + before * PARTS * K * K, token, None, None, rows, stride_k, column, K, K, E, KT, BK,
+                          W, PARTS, PRECISION)  # fmt: skip
+        source0, source1 = tl.zeros((E, W), tl.float32), tl.zeros((E, W), tl.float32)
+    source0 -= met0 * tl.exp2(sums0)[:, None]
+    source1 -= met1 * tl.exp2(sums1)[:, None]
+    size = N.to(tl.int64) * H * 3 * E * E  # of a part of X
+    own = _own_rows(inverse, place, 0, strength0, size, E, PARTS)
+    solved0 = _dot_both_in_parts(own, source0, dtype, PARTS, PRECISION)
+    own = _own_rows(inverse, place, 1, strength0, size, E, PARTS)
+    solved1 = _dot_both_in_parts(own, source0, dtype, PARTS, PRECISION)
+    own = _own_rows(inverse, place, 2, strength1, size, E, PARTS)
+    solved1 += _dot_both_in_parts(own, source1, dtype, PARTS, PRECISION)
+    solved0 *= tl.exp2(end - sums0)[:, None]
+    solved1 *= tl.exp2(end - sums1)[:, None]
+    whole0, whole1 = solved0.to(dtype), solved1.to(dtype)
+    lost0, lost1 = (solved0 - whole0.to(tl.float32)).to(dtype), (solved1 - whole1.to(tl.float32)).to(dtype)
+    passing = tl.exp2(end)
+    if of_values:
+        for key in range(KT):
+            made = _times_keys(k, whole0, lost0, whole1, lost1, token, None, None, rows, stride_k, key * BK, K, E, BK,
+                               PARTS, PRECISION)  # fmt: skip
+            made += passing * load_block(added + before * K * V, key * BK, K, BK, column, V, W).to(tl.float32)
+            store_block(added + place * K * V, made, key * BK, K, BK, column, V, W)
+    else:
+        other = maps + N.to(tl.int64) * H * PARTS * K * K  # where P of height 1 is
+        for key in range(KT):
+            made = _times_keys(k, whole0, lost0, whole1, lost1, token, None, None, rows, stride_k, key * BK, K, E, BK,
+                               PARTS, PRECISION)  # fmt: skip
+            sibling = maps + before * PARTS * K * K
+            made += passing * load_block(sibling, key * BK, K, BK, column, K, W).to(tl.float32)
+            if PARTS == 2:
+                made += passing * load_block(sibling + K * K, key * BK, K, BK, column, K, W).to(tl.float32)
+            store_parts(other + place * PARTS * K * K, made, K * K, key * BK, K, BK, column, K, W, PARTS)
+
+
+def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor | None, num_variants: int, chunk: int,
                 height: int, scale: float, precision: str, kept: tuple[Tensor, Tensor] | None = None,
                 ) -> Chunks:  # fmt: skip
     """Chunks of q, k [T, G, K], level scales [T, H, L] (None: 1), log_decay and beta [T, H].
 
-    places [N]: for each slot the first variant of its queries, of which there are at most `num_variants`. kept: the
-    inverse and gamma of the forward, for the backward: with what that alone needs.
+    places [N]: for each slot the first variant of its queries, of which there are at most `num_variants`; None: queries
+    and scores are not to be made. kept: the inverse and gamma of the forward, for the backward: with what that alone
+    needs.
     """
     num_slots, (_, groups, key_dim), heads = len(slots.token), q.shape, beta.shape[1]
-    backward = kept is not None
     inverse, gamma = _inverses(k, log_decay, beta, slots, chunk, precision) if kept is None else kept
-    made = Chunks(
-        inverse=inverse, gamma=gamma,
-        scores=k.new_empty(num_slots, heads, chunk, chunk), seen=k.new_empty(num_variants, heads, chunk, key_dim),
-        mixed=k.new_empty(num_slots, heads, 3, chunk // 2, chunk // 2) if backward else None,
-    )  # fmt: skip
+    if places is None:
+        return Chunks(inverse, None, None, gamma, None)
+    scores, seen = k.new_empty(num_slots, heads, chunk, chunk), k.new_empty(num_variants, heads, chunk, key_dim)
+    mixed = None if kept is None else k.new_empty(num_slots, heads, 3, chunk // 2, chunk // 2)
     scaled = scales is not None
     lam = scales if scaled else k
     block = tile_width(key_dim)
     _scores_kernel[programs(2 * heads, num_slots)](
-        q, k, lam, beta, inverse, made.scores, made.seen, gamma, made.mixed, slots.token, slots.first, slots.rows,
-        slots.reads, places, num_slots, heads, groups, scale, *q.stride()[:2], *k.stride()[:2], *lam.stride()[:2],
-        beta.stride(0), key_dim, lam.shape[-1] if scaled else 1, E=chunk // 2, HEIGHT=height - 1,
-        KT=cdiv(key_dim, block), BK=block, SCALED=scaled, PARTS=parts_of(k), PRECISION=precision, num_warps=4,
-        num_stages=1,
+        q, k, lam, beta, inverse, scores, seen, gamma, mixed, slots.token, slots.first, slots.rows, slots.reads, places,
+        num_slots, heads, groups, scale, *q.stride()[:2], *k.stride()[:2], *lam.stride()[:2], beta.stride(0), key_dim,
+        lam.shape[-1] if scaled else 1, E=chunk // 2, HEIGHT=height - 1, KT=cdiv(key_dim, block), BK=block,
+        SCALED=scaled, PARTS=parts_of(k), PRECISION=precision, num_warps=4, num_stages=1,
     )  # fmt: skip
-    return made
+    return Chunks(inverse, scores, seen, gamma, mixed)
 
 
 def _inverses(k: Tensor, log_decay: Tensor, beta: Tensor, slots: Slots, chunk: int, precision: str,
@@ -377,17 +482,27 @@ def _inverses(k: Tensor, log_decay: Tensor, beta: Tensor, slots: Slots, chunk: i
 
 
 def make_leaves(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, added: Tensor, maps: Tensor, slots: Slots,
-                chunk: int, precision: str) -> None:  # fmt: skip
-    """Fills in U and P of the chunks."""
+                chunk: int, precision: str, pairs: int = 0) -> None:  # fmt: skip
+    """Fills in U and P of the chunks.
+
+    pairs: where no more than so many have a left sibling, theirs and the sibling's together, of height 1, instead; 0:
+    of each by itself.
+    """
     num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), k.shape, v.shape
     block, parts = tile_width(key_dim), parts_of(k)
     width = max(block, tile_width(value_dim))
+    wide = width
     if parts == 2 and key_dim % (2 * TILE) == value_dim % (2 * TILE) == 0:
-        width = 2 * TILE  # T is read and cast half as often; of float32 only so much fits
-    key_tiles, value_tiles = cdiv(key_dim, block), cdiv(value_dim, width)
-    _leaves_kernel[programs(heads * (cdiv(key_dim, width) + value_tiles), num_slots)](
-        k, v, beta, chunks.inverse, chunks.gamma, added, maps, slots.token, slots.first,
-        slots.rows, slots.left, num_slots, heads, groups, *k.stride()[:2], *v.stride()[:2], beta.stride(0), key_dim,
-        value_dim, E=chunk // 2, KT=key_tiles, VT=value_tiles, BK=block, W=width, PARTS=parts, PRECISION=precision,
-        num_warps=4, num_stages=1 if width > TILE else 2,
+        wide = 2 * TILE  # T is read and cast half as often; of float32 only so much fits
+    shared = (chunks.inverse, chunks.gamma, added, maps, slots.token)
+    shape = (num_slots, heads, groups, *k.stride()[:2], *v.stride()[:2], beta.stride(0), key_dim, value_dim)
+    options = {"E": chunk // 2, "KT": cdiv(key_dim, block), "BK": block, "PARTS": parts, "PRECISION": precision}
+    _leaves_kernel[programs(heads * (cdiv(key_dim, wide) + cdiv(value_dim, wide)), num_slots)](
+        k, v, beta, *shared, slots.first, slots.rows, slots.left, slots.height if pairs else None, *shape,
+        VT=cdiv(value_dim, wide), W=wide, num_warps=4, num_stages=1 if wide > TILE else 2, **options,
     )  # fmt: skip
+    if pairs:
+        _right_leaves_kernel[programs(heads * (cdiv(key_dim, width) + cdiv(value_dim, width)), pairs)](
+            k, v, beta, *shared, slots.rows, slots.left, slots.tallest, slots.height, *shape,
+            VT=cdiv(value_dim, width), W=width, num_warps=4, num_stages=1, **options,
+        )  # fmt: skip

@@ -27,6 +27,7 @@ from loglinear.fenwick import Ends, Slots
 from loglinear.ops.triton.common import block_end, cdiv, left_sibling, next_power_of_2, program_place, programs
 from loglinear.ops.triton.delta_chunks import Chunks, load_block, parts_of, store_block, store_parts, tile_width
 from loglinear.ops.triton.delta_halves import make_leaves
+from loglinear.ops.triton.scalar import INTERPRETED
 
 
 @triton.jit(do_not_specialize=["N", "height"])
@@ -124,6 +125,9 @@ def _running_kernel(added, maps, bases, counts, origins, oldests, heights, N, H,
         tl.debug_barrier()
 
 
+PAIRS_LEAVES = INTERPRETED  # right leaves take in their left siblings as they are made: to be compared on a GPU
+
+
 class Nodes(NamedTuple):
     """See the legend of this file."""
 
@@ -160,11 +164,12 @@ def make_nodes(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, slots: Slots,
     keys = {"KT": cdiv(key_dim, block_k), "BK": block_k, "PARTS": parts, "PRECISION": precision}
     values = {"VT": cdiv(value_dim, wide_v), "BV": wide_v}
     columns = keys["KT"] + values["VT"]
-    make_leaves(k, v, beta, chunks, *nodes, slots, chunk, precision)
+    pairs = most_higher(slots, 0) if PAIRS_LEAVES and rights is None and slots.origin is None and slots.cap else 0
+    make_leaves(k, v, beta, chunks, *nodes, slots, chunk, precision, pairs)
     if state is not None:
         _store_state(nodes, state, slots)
     merge = row_tiles(key_dim)
-    for height in range(slots.cap):
+    for height in range(1 if pairs else 0, slots.cap):
         highest = most_higher(slots, height)
         if highest:
             _merge_kernel[programs(heads * columns * merge["RT"], highest)](

@@ -22,7 +22,9 @@ from torch import Tensor
 from loglinear.fenwick import Slots
 from loglinear.ops.triton.common import (
     cdiv,
+    decays_between,
     drop_lowest_bit,
+    level_factor,
     load_column,
     place_of_node,
     program_place,
@@ -32,6 +34,7 @@ from loglinear.ops.triton.delta_chunks import (
     TILE,
     Chunks,
     load_block,
+    load_quarters,
     load_tile,
     store_block,
     store_tile,
@@ -127,14 +130,38 @@ def _read_kernel(v, scales, o, scores, seen, added, tokens, firsts, rows_of, blo
     store_tile(o + head * V, out, token, first, rows, H * V, C, column, V, BV)
 
 
-@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
-def _walk_kernel(v, scales, o, scores, seen, added, maps, tokens, firsts, rows_of, blocks, origins, oldests, heights,
-                 reads, N, H, stride_v, stride_vh, stride_s, stride_sh, K, V, L, C: tl.constexpr, HEIGHT: tl.constexpr,
+@triton.jit
+def _own_scores(q, k, scales, beta, inverse, sums, token, first, rows, place, size, scale, stride_q, stride_k, stride_s,
+                stride_b, K, L, C: tl.constexpr, HEIGHT: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+                SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """What `delta_halves` makes of a chunk by halves, in one program: scores with λ, and queries as seen from S."""
+    row = tl.arange(0, C)
+    queries = load_tile(q, token, first, rows, stride_q, C, 0, K, BK)
+    keys = load_tile(k, token, first, rows, stride_k, C, 0, K, BK)
+    dtype = queries.dtype
+    product = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    product = tl.where(row[:, None] >= row[None, :], product * decays_between(sums) * scale, 0.0).to(dtype)
+    mixed = tl.dot(product, load_quarters(inverse, place, C // 2), input_precision=PRECISION)
+    if PARTS == 2:
+        mixed = tl.dot(product, load_quarters(inverse + size, place, C // 2), mixed, input_precision=PRECISION)
+    mixed *= load_column(beta, token, first, rows, stride_b, C)[None, :]
+    entering = tl.exp2(sums)
+    passed = tl.dot((mixed * entering[None, :]).to(dtype), keys, input_precision=PRECISION)
+    seen = queries.to(tl.float32) * (entering * scale)[:, None] - passed
+    if SCALED:
+        mixed *= level_factor(scales, token, first, rows, stride_s, L, C, HEIGHT)
+    return mixed.to(dtype), seen.to(dtype)
+
+
+@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
+def _walk_kernel(q, k, v, scales, beta, inverse, gamma, o, scores, seen, added, maps, tokens, firsts, rows_of, blocks,
+                 origins, oldests, heights, reads, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v,
+                 stride_vh, stride_s, stride_sh, stride_b, K, V, L, C: tl.constexpr, HEIGHT: tl.constexpr,
                  BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
     """What the rows of one chunk read: its queries meet one node after the other, the nearest first.
 
-    Buckets that are carried in pass them as they are, for P = I.
+    Buckets that are carried in pass them as they are, for P = I. Scores and queries: made here where they are None.
     """
     head, slot = program_place()
     rows = tl.load(rows_of + slot, mask=slot < N, other=0)
@@ -145,10 +172,20 @@ def _walk_kernel(v, scales, o, scores, seen, added, maps, tokens, firsts, rows_o
     origin = None if origins is None else tl.load(origins + slot)
     oldest = None if oldests is None else tl.load(oldests + slot)
     place = slot.to(tl.int64) * H + head
-    values = load_tile(v + head.to(tl.int64) * stride_vh, token, first, rows, stride_v, C, 0, V, BV)
-    out = tl.dot(load_block(scores + place * C * C, 0, C, C, 0, C, C), values, input_precision=PRECISION)
     lam = scales + head.to(tl.int64) * stride_sh
-    queries = load_block(seen + place * C * K, 0, C, C, 0, K, BK)
+    if scores is None:
+        group = head // (H // G)
+        sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + tl.arange(0, C))
+        inside, queries = _own_scores(
+            q + group.to(tl.int64) * stride_qg, k + group.to(tl.int64) * stride_kg, lam, beta + head, inverse, sums,
+            token, first, rows, place, N.to(tl.int64) * H * 3 * (C * C // 4), scale, stride_q, stride_k, stride_s,
+            stride_b, K, L, C, HEIGHT, BK, PARTS, SCALED, PRECISION,
+        )  # fmt: skip
+    else:
+        inside = load_block(scores + place * C * C, 0, C, C, 0, C, C)
+        queries = load_block(seen + place * C * K, 0, C, C, 0, K, BK)
+    values = load_tile(v + head.to(tl.int64) * stride_vh, token, first, rows, stride_v, C, 0, V, BV)
+    out = tl.dot(inside, values, input_precision=PRECISION)
     rest = block
     for number in range(count - 1):
         node = place_of_node(slot, block, origin, oldest, rest, count - number)
@@ -195,6 +232,7 @@ def descend(chunks: Chunks, nodes: Nodes, slots: Slots, variants: Tensor, places
 
 
 WALKED = 128  # keys and values, at most
+WALK_MAKES_SCORES = INTERPRETED  # and not a kernel before it, with 2 GB less to move: to be compared on a GPU
 
 
 def has_room_for_keys(k: Tensor) -> bool:
@@ -207,17 +245,19 @@ def walks(k: Tensor, value_dim: int) -> bool:
     return has_room_for_keys(k) and value_dim <= WALKED
 
 
-def walk(v: Tensor, scales: Tensor | None, chunks: Chunks, nodes: Nodes, slots: Slots, chunk: int, height: int,
+def walk(q, k, v, scales, beta, chunks: Chunks, nodes: Nodes, slots: Slots, chunk: int, height: int, scale: float,
          precision: str) -> Tensor:  # fmt: skip
-    """As `descend` and `read`, for queries `chunks.seen` [N, H, C, K] of which there is one variant for each slot."""
-    num_slots, (_, heads, value_dim), key_dim = len(slots.token), v.shape, chunks.seen.shape[-1]
+    """As `descend` and `read`, for queries `chunks.seen` [N, H, C, K] of which there is one variant for each slot; or,
+    where there are none, also what makes them and `chunks.scores`."""
+    num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), q.shape, v.shape
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     scaled = scales is not None
     lam = scales if scaled else v
     _walk_kernel[programs(heads, num_slots)](
-        v, lam, o, chunks.scores, chunks.seen, nodes.added, nodes.maps, slots.token, slots.first, slots.rows,
-        slots.block, slots.origin, slots.oldest, slots.height, slots.reads, num_slots, heads, v.stride(0), v.stride(1),
-        lam.stride(0), lam.stride(1), key_dim, value_dim, lam.shape[-1] if scaled else 1, C=chunk, HEIGHT=height,
+        q, k, v, lam, beta, chunks.inverse, chunks.gamma, o, chunks.scores, chunks.seen, nodes.added, nodes.maps,
+        slots.token, slots.first, slots.rows, slots.block, slots.origin, slots.oldest, slots.height, slots.reads,
+        num_slots, heads, groups, scale, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *lam.stride()[:2],
+        beta.stride(0), key_dim, value_dim, lam.shape[-1] if scaled else 1, C=chunk, HEIGHT=height,
         BK=tile_width(key_dim, WALKED), BV=tile_width(value_dim, WALKED), PARTS=nodes.maps.shape[3], SCALED=scaled,
         PRECISION=precision, num_warps=warps_of(chunk), num_stages=2,
     )  # fmt: skip
