@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loglinear import FenwickState, fenwick, log_linear_attention, log_linear_attention_step
-from loglinear.ops import chunked
+from loglinear.ops import chunked, packing
 from operator_cases import MIXERS, TOLERANCES, Shape, assert_close, make_inputs, random_state
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -471,3 +471,20 @@ def test_bounds_changed_behind_torchs_back_are_seen():
     wanted, _ = log_linear_attention(**inputs.arguments(), cu_seqlens=torch.tensor([0, 3, 10]))
     assert torch.equal(second, wanted)
     assert not torch.equal(first, second)
+
+
+def test_bounds_that_the_host_was_told():
+    """They are not read back, are checked all the same, and are forgotten when the tensor is written to."""
+    bounds = torch.tensor([0, 3, 5])
+    packing.remember_bounds(bounds, [0, 4, 5])  # not what it holds, so as to see which of them is believed
+    assert packing.sequence_bounds(bounds, 5) == [0, 4, 5]
+    packing.check_bounds(bounds, 5)
+    for check in (packing.sequence_bounds, packing.check_bounds):
+        with pytest.raises(ValueError, match=r"rise from 0 to the 6 tokens, got \[0, 4, 5\]"):
+            check(bounds, 6)
+    bounds[1] = 2
+    assert packing.sequence_bounds(bounds, 5) == [0, 2, 5]
+    with torch.inference_mode():  # which counts no writes
+        silent = torch.tensor([0, 3, 5])
+        packing.remember_bounds(silent, [0, 4, 5])
+        assert packing.sequence_bounds(silent, 5) == [0, 3, 5]

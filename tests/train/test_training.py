@@ -19,7 +19,7 @@ from loglinear.train import NonFiniteError, TrainConfig, held_out_corpus, load_c
 from loglinear.train.checkpoints import load_corpora, newest_checkpoint
 from loglinear.train.reporting import Tokenizing, read_metrics
 from loglinear.train.schedule import learning_rate_factor
-from loglinear.train.trainer import build_model, length_line
+from loglinear.train.trainer import PackedTrainer, build_model, length_line
 
 
 @pytest.fixture(scope="module")
@@ -421,9 +421,12 @@ def break_at(monkeypatch, call, how):
     monkeypatch.setattr(LogLinearForCausalLM, "forward", broken)
 
 
+@pytest.mark.parametrize(("ahead", "log_every"), [(False, 1), (True, 1), (True, 3)])
 @pytest.mark.parametrize("how", ["loss", "gradient"])
-def test_non_finite_stops_with_the_last_good_step(settings, tmp_path, monkeypatch, how):
-    config = settings.replace(evaluate_every=0)
+def test_non_finite_stops_with_the_last_good_step(settings, tmp_path, monkeypatch, how, ahead, log_every):
+    """Also where the optimiser has to refuse the step by itself, for the host looks at it after the next one."""
+    monkeypatch.setattr(PackedTrainer, "runs_ahead", ahead)
+    config = settings.replace(evaluate_every=0, log_every=log_every)
     whole = train(config.replace(output=str(tmp_path / "whole"), save_every=1, keep_checkpoints=0))
     with monkeypatch.context() as patch:
         break_at(patch, 5, how)
@@ -440,7 +443,9 @@ def test_non_finite_stops_with_the_last_good_step(settings, tmp_path, monkeypatc
     assert_same_checkpoint(whole.checkpoint, resumed.checkpoint)
 
 
-def test_broken_weights_are_never_saved_as_good(settings, monkeypatch):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_broken_weights_are_never_saved_as_good(settings, monkeypatch, ahead):
+    monkeypatch.setattr(PackedTrainer, "runs_ahead", ahead)
     step = torch.optim.AdamW.step
 
     def overshoot(self, *arguments, **options):
@@ -686,3 +691,32 @@ def test_checkpoints_that_are_not_ours_or_not_whole_are_refused(finished, tmp_pa
     os.truncate(cut / "model.safetensors", 1000)
     with pytest.raises(ValueError, match="cut off: got weights that are damaged, or not all of them"):
         load_checkpoint(cut)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["tiny-gated-deltanet", "tiny-mamba2"])
+def test_steps_do_not_wait_for_the_device(settings, monkeypatch, model):
+    """The host prepares a step while the one before is computed: nothing in between may ask for a result."""
+    step = PackedTrainer.training_step
+
+    def watched(self, *arguments, **options):
+        torch.cuda.set_sync_debug_mode("error" if 4 <= self.state.global_step < 10 else "default")
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(PackedTrainer, "training_step", watched)
+    try:
+        result = train(settings.replace(model=model, device="cuda", steps=12, log_every=12, evaluate_every=0))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert result.finished and math.isfinite(result.loss)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_non_finite_stops_on_a_gpu(settings, monkeypatch, how):
+    with monkeypatch.context() as patch:
+        break_at(patch, 5, how)
+        with pytest.raises(NonFiniteError, match="step 5 was not finite .*the last good step, 4, is saved in"):
+            train(settings.replace(device="cuda", evaluate_every=0, log_every=6))
+    assert all(torch.isfinite(x).all() for x in weights(newest_checkpoint(settings.output)).values())
+    assert train(settings.replace(device="cuda", evaluate_every=0, resume=True)).finished

@@ -34,6 +34,34 @@ class _Checked:
 _checked = _Checked()
 
 
+class _Known:
+    """Values of tensors that the host has sent to a device, for as long as they live and are not written to."""
+
+    def __init__(self):
+        self._values = WeakIdKeyDictionary()
+
+    def get(self, x: Tensor) -> list[int] | None:
+        if x.is_inference() or x not in self._values:
+            return None
+        version, values = self._values[x]
+        return values if version == x._version else None
+
+    def add(self, x: Tensor, values: list[int]) -> None:
+        if not x.is_inference():
+            self._values[x] = x._version, values
+
+
+_known = _Known()
+
+
+def remember_bounds(cu_seqlens: Tensor, bounds: list[int]) -> None:
+    """Tells the host the values of a `cu_seqlens` on a device, so that it does not wait for them to come back.
+
+    They are believed until torch sees that the tensor is written to.
+    """
+    _known.add(cu_seqlens, bounds)
+
+
 class _Plans:
     """What the last call on a tensor of bounds has computed from it, for the layers of a model and their backward: see
     `unchanging_bounds`."""
@@ -112,7 +140,8 @@ def sequence_bounds(cu_seqlens: Tensor, tokens: int) -> list[int]:
     Raises:
         ValueError: they do not.
     """
-    bounds = cu_seqlens.tolist()
+    known = _known.get(cu_seqlens)
+    bounds = cu_seqlens.tolist() if known is None else known
     if bounds[0] != 0 or bounds[-1] != tokens or any(lo > hi for lo, hi in zip(bounds, bounds[1:], strict=False)):
         shown = bounds if len(bounds) <= 12 else [*bounds[:6], "…", *bounds[-5:]]
         raise ValueError(f"cu_seqlens must rise from 0 to the {tokens} tokens, got [{', '.join(map(str, shown))}]")
@@ -134,14 +163,15 @@ def start_positions(positions: Tensor) -> list[int]:
 def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
     """`sequence_bounds`, for who needs no more than that they are right.
 
-    The host waits for tensors that it sees for the first time. Others (and all of them while a CUDA graph is captured,
-    where it cannot wait) are checked by the device, which stops if they were changed behind torch's back.
+    The host waits for tensors that it sees for the first time, and whose values it was not told (`remember_bounds`).
+    Others (and all of them while a CUDA graph is captured, where it cannot wait) are checked by the device, which stops
+    if they were changed behind torch's back.
     """
     plans.get(cu_seqlens, ("checked", tokens), lambda: _check_bounds(cu_seqlens, tokens))
 
 
 def _check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
-    if cu_seqlens in _checked or capturing(cu_seqlens):
+    if _known.get(cu_seqlens) is None and (cu_seqlens in _checked or capturing(cu_seqlens)):
         rising = (cu_seqlens[0] == 0).logical_and(cu_seqlens[-1] == tokens).logical_and((cu_seqlens.diff() >= 0).all())
         torch._assert_async(rising, f"cu_seqlens must rise from 0 to the {tokens} tokens")
     else:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.utils.data import Dataset, SequentialSampler
@@ -27,6 +27,7 @@ from loglinear.data import Corpus, PackedRows, Row, join_rows, load_tokenizer
 from loglinear.data.packing import IGNORED_LABEL
 from loglinear.fenwick import full_num_levels
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from loglinear.ops.packing import remember_bounds
 from loglinear.train.checkpoints import checkpoint_step, choose_device, load_corpora, newest_checkpoint
 from loglinear.train.config import CONFIG_FILE, TrainConfig, read_mapping
 from loglinear.train.reporting import (
@@ -216,11 +217,35 @@ def length_line(model: LogLinearConfig, sequence_length: int) -> str:
     return f"{line}: {levels} levels"
 
 
+class _Values(NamedTuple):
+    """What a step came to, on its way to the host."""
+
+    step: int  # how many were taken before it
+    numbers: torch.Tensor  # losses, gradient norm, and 1 if any of them, on any process, is not finite
+    copied: torch.cuda.Event | None
+
+    @classmethod
+    def send(cls, step: int, numbers: torch.Tensor) -> "_Values":
+        if not numbers.is_cuda:
+            return cls(step, numbers, None)
+        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        host.copy_(numbers, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return cls(step, host, copied)
+
+    def arrive(self) -> list[float]:
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.numbers.tolist()
+
+
 class PackedTrainer(Trainer):
     """The Hugging Face Trainer on packed rows.
 
     It takes the model's own parameter groups, evaluates a held-out loss per token, and takes no step that is not
-    finite.
+    finite. On a GPU the optimiser itself refuses that step and all after it, and the host, which prepares the next one
+    meanwhile, sees it a step later, or when it reports, evaluates or saves (`settle`).
     """
 
     def __init__(
@@ -242,6 +267,8 @@ class PackedTrainer(Trainer):
             self.held_out_rows = PackedRows(held_out, config.sequence_length, seed=0, epochs=1)
         self.numbered_rows = NumberedRows(rows, arguments.max_steps * self.rows_per_step)
         self._losses: list[torch.Tensor] = []
+        self._broken = torch.zeros((), dtype=torch.float32, device=arguments.device)
+        self._unseen: _Values | None = None
         self._special_tokens = [
             (holder, name, getattr(holder, name))
             for holder in (model.config, model.generation_config)
@@ -259,6 +286,11 @@ class PackedTrainer(Trainer):
         self._flops_per_pass = model.cost(config.sequence_length).training_flops_per_token * (
             config.rows * config.sequence_length
         )
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the host prepares the next step while the device still computes this one."""
+        return self.args.device.type == "cuda"
 
     def run(self, checkpoint: Path | None, first_step: int) -> TrainResult:
         """Train from a checkpoint (None: from the start) to the last step or an interruption."""
@@ -282,6 +314,8 @@ class PackedTrainer(Trainer):
                 eps=config.epsilon,
                 fused=True,
             )
+            if self.runs_ahead:
+                self.optimizer.found_inf = self._broken  # type: ignore[attr-defined]  (read by fused optimisers)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None) -> torch.optim.lr_scheduler.LRScheduler:
@@ -313,6 +347,18 @@ class PackedTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.numbered_rows)
 
+    def get_train_dataloader(self):
+        loader: Any = super().get_train_dataloader()
+        loader.device = None  # `_prepare_inputs` sends batches there
+        return loader
+
+    def _prepare_inputs(self, inputs):
+        """To the device, without waiting for what it is doing; the host goes on knowing where sequences begin."""
+        sent = {name: x.to(self.args.device, non_blocking=True) for name, x in inputs.items()}
+        if self.args.device.type != "cpu":
+            remember_bounds(sent["cu_seqlens"], inputs["cu_seqlens"].tolist())
+        return sent
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._losses.append(loss)
@@ -328,14 +374,41 @@ class PackedTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         losses, self._losses = self._losses, []
         values = torch.stack([loss.float() for loss in losses] + [torch.as_tensor(norm).to(losses[0]).float()])
-        broken = torch.logical_not(torch.isfinite(values).all())
+        broken = torch.logical_not(torch.isfinite(values).all()).float()
         if self.args.world_size > 1:
             # Every process must stop at the same step.
-            broken = broken.int()
             torch.distributed.all_reduce(broken, torch.distributed.ReduceOp.MAX)
-        if broken.item():
-            self._stop_non_finite(float(values[:-1].sum()), float(values[-1]))
+        before, now = self._unseen, _Values.send(self.state.global_step, torch.cat([values, broken[None]]))
+        self._unseen = now
+        if self.runs_ahead:
+            self._broken.copy_(torch.maximum(self._broken, broken))
+            if before is not None:
+                self._look_at(before)
+        else:
+            self.settle()
         return norm
+
+    def settle(self) -> None:
+        """Waits for the step that the host has not looked at.
+
+        Raises:
+            NonFiniteError: it was not finite.
+        """
+        unseen, self._unseen = self._unseen, None
+        if unseen is not None:
+            self._look_at(unseen)
+
+    def _look_at(self, values: _Values) -> None:
+        *losses, norm, broken = values.arrive()
+        if not broken:
+            return
+        if late := self.state.global_step - values.step:  # the optimiser has refused these steps
+            assert self.lr_scheduler is not None
+            self.state.global_step = values.step
+            self.lr_scheduler.last_epoch -= late
+            self.lr_scheduler._step_count -= late
+            self.set_learning_rate(values.step)
+        self._stop_non_finite(sum(losses), norm)
 
     def _stop_non_finite(self, loss: float, norm: float) -> None:
         step = self.state.global_step
@@ -464,6 +537,8 @@ class Reporter(TrainerCallback):
         )
         control.should_save = last or stop or (config.save_every > 0 and self.step % config.save_every == 0)
         control.should_training_stop = last or stop
+        if control.should_log or control.should_evaluate or control.should_save:
+            self.trainer.settle()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         assert logs is not None
