@@ -2,8 +2,8 @@
 
 Forward: `delta_halves.py` (chunks: see `delta_chunks.py`), `delta_nodes.py`, `delta_read.py`. Backward:
 `delta_backward.py`, and `delta_backward_halves.py` for the chunks. Of the forward the inverses of chunks are kept for
-it (three quarters of the bytes of q and k with K = 128 in 16 bits), and all else is made again. States that are carried in and
-out: `delta_carried.py` for the chunks at both ends, the kernels for what is whole.
+it (three quarters of the bytes of q and k with K = 128 in 16 bits), and all else is made again. States that are carried
+in and out: `delta_carried.py` for the chunks at both ends, the kernels for what is whole.
 
 Legend
     B batch, T tokens, G groups, H heads, K key width, V value width, L levels, S sequences (B, or the packed ones)
