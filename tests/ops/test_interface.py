@@ -478,6 +478,7 @@ def test_bounds_that_the_host_was_told():
     bounds = torch.tensor([0, 3, 5])
     packing.remember_bounds(bounds, [0, 4, 5])  # not what it holds, so as to see which of them is believed
     assert packing.sequence_bounds(bounds, 5) == [0, 4, 5]
+    packing.sequence_bounds(bounds, 5).append(9)  # nobody else's list
     packing.check_bounds(bounds, 5)
     for check in (packing.sequence_bounds, packing.check_bounds):
         with pytest.raises(ValueError, match=r"rise from 0 to the 6 tokens, got \[0, 4, 5\]"):

@@ -439,6 +439,11 @@ def test_non_finite_stops_with_the_last_good_step(settings, tmp_path, monkeypatc
     model, _ = load_checkpoint(caught.value.checkpoint)
     for name, value in model.state_dict().items():
         assert torch.equal(value, good[name]) and torch.isfinite(value).all(), name
+    mine, theirs = (
+        json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
+        for folder in (tmp_path / "run", whole.output)
+    )
+    assert all(mine[name] == theirs[name] for name in ("global_step", "epoch"))
     resumed = train(config.replace(resume=True))
     assert_same_checkpoint(whole.checkpoint, resumed.checkpoint)
 

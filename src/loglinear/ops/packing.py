@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,23 +41,24 @@ class _Known:
         self._values = WeakIdKeyDictionary()
 
     def get(self, x: Tensor) -> list[int] | None:
-        if x.is_inference() or x not in self._values:
+        if x.is_inference() or capturing(x) or x not in self._values:
             return None
         version, values = self._values[x]
-        return values if version == x._version else None
+        return list(values) if version == x._version else None
 
-    def add(self, x: Tensor, values: list[int]) -> None:
+    def add(self, x: Tensor, values: Sequence[int]) -> None:
         if not x.is_inference():
-            self._values[x] = x._version, values
+            self._values[x] = x._version, tuple(values)
 
 
 _known = _Known()
 
 
-def remember_bounds(cu_seqlens: Tensor, bounds: list[int]) -> None:
+def remember_bounds(cu_seqlens: Tensor, bounds: Sequence[int]) -> None:
     """Tells the host the values of a `cu_seqlens` on a device, so that it does not wait for them to come back.
 
-    They are believed until torch sees that the tensor is written to.
+    They are believed until torch sees that the tensor is written to: for who sends them there and lets nobody change
+    them behind torch's back.
     """
     _known.add(cu_seqlens, bounds)
 
@@ -163,9 +164,9 @@ def start_positions(positions: Tensor) -> list[int]:
 def check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
     """`sequence_bounds`, for who needs no more than that they are right.
 
-    The host waits for tensors that it sees for the first time, and whose values it was not told (`remember_bounds`).
-    Others (and all of them while a CUDA graph is captured, where it cannot wait) are checked by the device, which stops
-    if they were changed behind torch's back.
+    The host waits for tensors that it sees for the first time, unless it was told their values (`remember_bounds`),
+    which it checks then. Others (and all of them while a CUDA graph is captured, where it cannot wait) are checked by
+    the device, which stops if they were changed behind torch's back.
     """
     plans.get(cu_seqlens, ("checked", tokens), lambda: _check_bounds(cu_seqlens, tokens))
 

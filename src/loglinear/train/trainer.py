@@ -8,6 +8,7 @@ optimiser steps done is the position in the data. Under `torchrun` the Trainer g
 the rows.
 """
 
+import itertools
 import math
 import signal
 import threading
@@ -221,18 +222,19 @@ class _Values(NamedTuple):
     """What a step came to, on its way to the host."""
 
     step: int  # how many were taken before it
+    epoch: float | None  # where the Trainer was then
     numbers: torch.Tensor  # losses, gradient norm, and 1 if any of them, on any process, is not finite
     copied: torch.cuda.Event | None
 
     @classmethod
-    def send(cls, step: int, numbers: torch.Tensor) -> "_Values":
+    def send(cls, step: int, epoch: float | None, numbers: torch.Tensor) -> "_Values":
         if not numbers.is_cuda:
-            return cls(step, numbers, None)
+            return cls(step, epoch, numbers, None)
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
         host.copy_(numbers, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        return cls(step, host, copied)
+        return cls(step, epoch, host, copied)
 
     def arrive(self) -> list[float]:
         if self.copied is not None:
@@ -352,9 +354,23 @@ class PackedTrainer(Trainer):
         loader.device = None  # `_prepare_inputs` sends batches there
         return loader
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of a step and how many labels they have, as the Trainer counts them, on all processes; but
+        counted on the host, and sent without waiting for the device."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches:
+            return batches, None
+        count = torch.tensor(sum(int(batch["labels"][..., 1:].ne(IGNORED_LABEL).sum()) for batch in batches))
+        if device.type == "cuda":
+            count = count.pin_memory()
+        count = count.to(device, non_blocking=True)
+        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            count = self.accelerator.gather(count).sum()
+        return batches, count
+
     def _prepare_inputs(self, inputs):
         """To the device, without waiting for what it is doing; the host goes on knowing where sequences begin."""
-        sent = {name: x.to(self.args.device, non_blocking=True) for name, x in inputs.items()}
+        sent = {name: x.to(self.args.device, non_blocking=x.is_pinned()) for name, x in inputs.items()}
         if self.args.device.type != "cpu":
             remember_bounds(sent["cu_seqlens"], inputs["cu_seqlens"].tolist())
         return sent
@@ -378,8 +394,8 @@ class PackedTrainer(Trainer):
         if self.args.world_size > 1:
             # Every process must stop at the same step.
             torch.distributed.all_reduce(broken, torch.distributed.ReduceOp.MAX)
-        before, now = self._unseen, _Values.send(self.state.global_step, torch.cat([values, broken[None]]))
-        self._unseen = now
+        before, numbers = self._unseen, torch.cat([values, broken[None]])
+        self._unseen = _Values.send(self.state.global_step, self.state.epoch, numbers)
         if self.runs_ahead:
             self._broken.copy_(torch.maximum(self._broken, broken))
             if before is not None:
@@ -404,20 +420,19 @@ class PackedTrainer(Trainer):
             return
         if late := self.state.global_step - values.step:  # the optimiser has refused these steps
             assert self.lr_scheduler is not None
-            self.state.global_step = values.step
+            self.state.global_step, self.state.epoch = values.step, values.epoch
             self.lr_scheduler.last_epoch -= late
             self.lr_scheduler._step_count -= late
             self.set_learning_rate(values.step)
         self._stop_non_finite(sum(losses), norm)
 
     def _stop_non_finite(self, loss: float, norm: float) -> None:
-        step = self.state.global_step
+        step, newest = self.state.global_step, newest_checkpoint(self.output)
         weights_good = all(bool(torch.isfinite(weight).all()) for weight in self.network.parameters())
-        if weights_good:
-            if newest := newest_checkpoint(self.output):
-                weights_good = checkpoint_step(newest) != step
-            if weights_good:
-                self._save_checkpoint(self.network, trial=None)
+        self.accelerator.wait_for_everyone()  # all have looked before one of them saves
+        if weights_good and (newest is None or checkpoint_step(newest) != step):
+            self._save_checkpoint(self.network, trial=None)
+        self.accelerator.wait_for_everyone()
         checkpoint = newest_checkpoint(self.output)
         saved = "there is no checkpoint before it"
         if checkpoint is not None:
