@@ -20,7 +20,7 @@ from operator_cases import (
 )
 
 pytest.importorskip("triton")
-from loglinear.ops.triton import delta, delta_backward, delta_nodes, scalar
+from loglinear.ops.triton import delta, delta_backward, delta_backward_halves, delta_halves, delta_nodes, scalar
 
 needs_interpreter = pytest.mark.skipif(not scalar.INTERPRETED, reason="kernels are not interpreted here")
 
@@ -134,7 +134,11 @@ def test_interpreted_as_on_a_gpu(carried, monkeypatch):
     """What is not yet done there, and is here: the other way gives the same."""
     monkeypatch.setattr(delta, "WALK_MAKES_SCORES", False)
     monkeypatch.setattr(delta_nodes, "PAIRS_LEAVES", False)
+    monkeypatch.setattr(delta_halves, "WHOLE_SCORES", False)
+    monkeypatch.setattr(delta_backward_halves, "WHOLE_GRADIENTS", False)
     monkeypatch.setattr(delta_backward, "CLIMBING_ROWS", 128)
+    for module in (delta_halves, delta_backward_halves):
+        monkeypatch.setattr(module, "SKIPS", False)
     shape = Shape(B=2, T=161, G=1, H=1, K=16, V=16, L=9)
     state = random_state(shape, [183, 32], torch.float32) if carried else None
     compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32), state, returns_state=carried)

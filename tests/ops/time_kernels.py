@@ -6,8 +6,9 @@
 
 Milliseconds of a call, forward and with its backward: medians of calls by events, then means by kernel from torch's
 profiler. `--try KERNEL:WARPS:STAGES[:REGISTERS]` changes a launch (which cannot tell two kernels of one name apart),
-`--set MODULE.NAME=VALUE` a constant of a module of `loglinear.ops.triton`. Beside either stands by how much output and
-gradients then differ from those of the usual call, relative to them: the tests compare them with what is right.
+`--set MODULE.NAME=VALUE` (or several, with commas) constants of modules of `loglinear.ops.triton`. Beside either stands
+by how much output and gradients then differ from those of the usual call, relative to them: the tests compare them with
+what is right.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import ast
 import importlib
 import statistics
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import triton
@@ -38,6 +40,16 @@ def launch_as_changed() -> None:
         return launch(self, *args, grid=grid, warmup=warmup, **options | changed.get(self.fn.__name__, {}))
 
     JITFunction.run = run
+
+
+def set_constant(one: str) -> tuple[ModuleType, str, object]:
+    """Sets MODULE.NAME=VALUE; module, name and the value before."""
+    place, value = one.split("=")
+    module_name, name = place.rsplit(".", 1)
+    module = importlib.import_module(f"loglinear.ops.triton.{module_name}")
+    before = getattr(module, name)
+    setattr(module, name, ast.literal_eval(value))
+    return module, name, before
 
 
 def milliseconds(call: Callable[[], object], times: int = 10) -> float:
@@ -137,18 +149,15 @@ def main() -> None:
             print(f"{one}: {type(error).__name__}: {str(error)[:200]}", flush=True)
         del changed[name]
     for one in options.sets:
-        place, value = one.split("=")
-        module = importlib.import_module("loglinear.ops.triton." + place.rsplit(".", 1)[0])
-        name = place.rsplit(".", 1)[1]
-        before = getattr(module, name)
-        setattr(module, name, ast.literal_eval(value))
+        before = [set_constant(each) for each in one.split(",")]
         try:
             print(f"{one}: differs by {difference():.1e}")
-            show(f"{one}, forward", forward)
-            show(f"{one}, forward and backward", both)
+            show("forward", forward)
+            show("forward and backward", both)
         except Exception as error:
             print(f"{one}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-        setattr(module, name, before)
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 if __name__ == "__main__":

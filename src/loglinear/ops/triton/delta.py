@@ -23,10 +23,10 @@ from loglinear.ops.packing import check_bounds, check_positions
 from loglinear.ops.triton import delta_carried
 from loglinear.ops.triton.carried import near_buckets
 from loglinear.ops.triton.delta_backward import Remade, gradients
-from loglinear.ops.triton.delta_chunks import Chunks, inverse_shape, parts_of
+from loglinear.ops.triton.delta_chunks import Chunks, inverse_shape, parts_of, walks
 from loglinear.ops.triton.delta_halves import make_chunks
 from loglinear.ops.triton.delta_nodes import Carried, Leaving, Nodes, leaving, make_nodes
-from loglinear.ops.triton.delta_read import WALK_MAKES_SCORES, descend, read, walk, walks
+from loglinear.ops.triton.delta_read import WALK_MAKES_SCORES, descend, read, walk
 from loglinear.ops.triton.scalar import (
     INTERPRETED,
     MOST_LEVELS,

@@ -50,7 +50,17 @@ from loglinear.ops.triton.common import (
     row_exists,
 )
 from loglinear.ops.triton.delta_backward_halves import chunk_gradients
-from loglinear.ops.triton.delta_chunks import TILE, Chunks, load_block, load_tile, store_block, tile_width, warps_of
+from loglinear.ops.triton.delta_chunks import (
+    TILE,
+    WALKED,
+    Chunks,
+    load_block,
+    load_tile,
+    store_block,
+    tile_width,
+    walks,
+    warps_of,
+)
 from loglinear.ops.triton.delta_nodes import (
     Leaving,
     Nodes,
@@ -61,7 +71,7 @@ from loglinear.ops.triton.delta_nodes import (
     running_tables,
     sibling_tables,
 )
-from loglinear.ops.triton.delta_read import WALKED, reading_tables, walks
+from loglinear.ops.triton.delta_read import reading_tables
 from loglinear.ops.triton.scalar import INTERPRETED
 
 

@@ -32,8 +32,10 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.ops.triton.common import next_power_of_2, row_exists
+from loglinear.ops.triton.scalar import INTERPRETED
 
 TILE = 64  # columns of keys or values that are multiplied at once
+WALKED = 128  # the most that a program may have of all columns at once
 
 
 @triton.jit
@@ -96,11 +98,24 @@ def load_quarter(matrix, place, quarter, E: tl.constexpr):
 
 
 @triton.jit
-def load_quarters(matrix, place, E: tl.constexpr):
-    """All of a lower triangular matrix [2 E, 2 E], zero above the diagonal."""
+def _quarters(matrix, place, E: tl.constexpr):
+    """Where all of a lower triangular matrix [2 E, 2 E] is, and which of it there is."""
     half, row = tl.arange(0, 2 * E) // E, tl.arange(0, 2 * E) % E
     at = (half[:, None] + half[None, :]) * (E * E) + (row[:, None] * E + row[None, :])
-    return tl.load(matrix + place * 3 * E * E + at, mask=half[:, None] >= half[None, :], other=0.0)
+    return matrix + place * 3 * E * E + at, half[:, None] >= half[None, :]
+
+
+@triton.jit
+def load_quarters(matrix, place, E: tl.constexpr):
+    """All of it, zero above the diagonal."""
+    at, exists = _quarters(matrix, place, E)
+    return tl.load(at, mask=exists, other=0.0)
+
+
+@triton.jit
+def store_quarters(matrix, values, place, E: tl.constexpr):
+    at, exists = _quarters(matrix, place, E)
+    tl.store(at, values.to(matrix.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -126,6 +141,16 @@ class Chunks(NamedTuple):
     seen: Tensor | None
     gamma: Tensor
     mixed: Tensor | None
+
+
+def has_room_for_keys(k: Tensor) -> bool:
+    """Whether a program has room for all columns of a chunk's queries and of P."""
+    return (k.dtype == torch.bfloat16 or INTERPRETED) and k.shape[-1] <= WALKED
+
+
+def walks(k: Tensor, value_dim: int) -> bool:
+    """The same, and of the output and U."""
+    return has_room_for_keys(k) and value_dim <= WALKED
 
 
 def warps_of(chunk: int) -> int:

@@ -34,6 +34,7 @@ from loglinear.ops.triton.delta_chunks import (
     TILE,
     Chunks,
     dot_parts,
+    has_room_for_keys,
     inverse_shape,
     load_block,
     load_quarter,
@@ -44,6 +45,8 @@ from loglinear.ops.triton.delta_chunks import (
     store_quarter,
     tile_width,
 )
+from loglinear.ops.triton.delta_whole import make_scores
+from loglinear.ops.triton.scalar import INTERPRETED
 
 
 @triton.jit
@@ -158,11 +161,11 @@ def _times_inverse(left, inverse, place, quarter, total, size, E: tl.constexpr, 
 def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, tokens, firsts, rows_of, reads, places, N, H,
                    G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_s, stride_sh, stride_b, K, L,
                    E: tl.constexpr, HEIGHT: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
-                   PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                   SKIPS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Scores and queries of half of the rows. E = 2^HEIGHT.
 
     The other half is what the second one reads of the first; of the first half, for which it lies ahead, all of that
-    is zero.
+    is zero, and multiplied unless it SKIPS that.
     """
     part, slot = program_place()
     head, half = part // 2, part % 2
@@ -174,7 +177,7 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
     first = None if firsts is None else tl.load(firsts + slot)
     q += group.to(tl.int64) * stride_qg
     k += group.to(tl.int64) * stride_kg
-    start, ahead = half * E, (1 - half) * E
+    start, ahead, reaches = half * E, (1 - half) * E, (half == 1) | (not SKIPS)
     first_of = None if first is None else first - start
     token_of, rows_of_half = token + start, rows - start
     earlier = rows * half  # none for the first half
@@ -185,9 +188,10 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
     for tile in range(KT):
         queries = load_tile(q, token_of, first_of, rows_of_half, stride_q, E, tile * BK, K, BK)
         keys = load_tile(k, token_of, first_of, rows_of_half, stride_k, E, tile * BK, K, BK)
-        others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
         product = tl.dot(queries, tl.trans(keys), product, input_precision=PRECISION)
-        across = tl.dot(queries, tl.trans(others), across, input_precision=PRECISION)
+        if reaches:
+            others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
+            across = tl.dot(queries, tl.trans(others), across, input_precision=PRECISION)
     product = tl.where(row[:, None] >= row[None, :], product * decays_between(own_sums) * scale, 0.0)
     across *= decays_across(own_sums, other_sums) * scale
 
@@ -199,10 +203,12 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
     product, across, nothing = product.to(dtype), across.to(dtype), tl.zeros((E, E), tl.float32)
     mixed = _times_inverse(product, inverse, place, 2 * half, nothing, size, E, PARTS, PRECISION)
     mixed *= strength[None, :]
-    mixed_across = _times_inverse(across, inverse, place, 0, nothing, size, E, PARTS, PRECISION)
-    # of the first half with itself again: what is multiplied by zero must be as finite as its own
-    mixed_across = _times_inverse(product, inverse, place, half, mixed_across, size, E, PARTS, PRECISION)
-    mixed_across *= before[None, :]
+    mixed_across = nothing
+    if reaches:
+        mixed_across = _times_inverse(across, inverse, place, 0, nothing, size, E, PARTS, PRECISION)
+        # of the first half with itself again: what is multiplied by zero must be as finite as its own
+        mixed_across = _times_inverse(product, inverse, place, half, mixed_across, size, E, PARTS, PRECISION)
+        mixed_across *= before[None, :]
     out = scores + place * 4 * E * E
     if SCALED:
         lam = scales + head.to(tl.int64) * stride_sh
@@ -225,9 +231,10 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
     seen += (tl.load(places + slot).to(tl.int64) * H + head) * 2 * E * K
     for tile in range(KT):
         keys = load_tile(k, token_of, first_of, rows_of_half, stride_k, E, tile * BK, K, BK)
-        others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
         passed = tl.dot(mixed, keys, input_precision=PRECISION)
-        passed = tl.dot(mixed_across, others, passed, input_precision=PRECISION)
+        if reaches:
+            others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
+            passed = tl.dot(mixed_across, others, passed, input_precision=PRECISION)
         queries = load_tile(q, token_of, first_of, rows_of_half, stride_q, E, tile * BK, K, BK).to(tl.float32)
         store_block(seen, queries * (entering * scale)[:, None] - passed, start, 2 * E, E, tile * BK, K, BK)
 
@@ -419,6 +426,11 @@ def _right_leaves_kernel(k, v, beta, inverse, gamma, added, maps, tokens, rows_o
             store_parts(other + place * PARTS * K * K, made, K * K, key * BK, K, BK, column, K, W, PARTS)
 
 
+# To be compared on a GPU:
+SKIPS = INTERPRETED  # what is zero for one half of a chunk's rows
+WHOLE_SCORES = INTERPRETED  # by programs that have all rows
+
+
 def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor | None, num_variants: int, chunk: int,
                 height: int, scale: float, precision: str, kept: tuple[Tensor, Tensor] | None = None,
                 ) -> Chunks:  # fmt: skip
@@ -434,6 +446,11 @@ def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor | No
         return Chunks(inverse, None, None, gamma, None)
     scores, seen = k.new_empty(num_slots, heads, chunk, chunk), k.new_empty(num_variants, heads, chunk, key_dim)
     mixed = None if kept is None else k.new_empty(num_slots, heads, 3, chunk // 2, chunk // 2)
+    if WHOLE_SCORES and has_room_for_keys(k):
+        make_scores(
+            q, k, scales, beta, inverse, gamma, scores, seen, mixed, slots, places, chunk, height, scale, precision
+        )  # fmt: skip
+        return Chunks(inverse, scores, seen, gamma, mixed)
     scaled = scales is not None
     lam = scales if scaled else k
     block = tile_width(key_dim)
@@ -441,7 +458,7 @@ def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor | No
         q, k, lam, beta, inverse, scores, seen, gamma, mixed, slots.token, slots.first, slots.rows, slots.reads, places,
         num_slots, heads, groups, scale, *q.stride()[:2], *k.stride()[:2], *lam.stride()[:2], beta.stride(0), key_dim,
         lam.shape[-1] if scaled else 1, E=chunk // 2, HEIGHT=height - 1, KT=cdiv(key_dim, block), BK=block,
-        SCALED=scaled, PARTS=parts_of(k), PRECISION=precision, num_warps=4, num_stages=1,
+        SCALED=scaled, SKIPS=SKIPS, PARTS=parts_of(k), PRECISION=precision, num_warps=4, num_stages=1,
     )  # fmt: skip
     return Chunks(inverse, scores, seen, gamma, mixed)
 

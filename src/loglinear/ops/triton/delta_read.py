@@ -22,7 +22,6 @@ from torch import Tensor
 from loglinear.fenwick import Slots
 from loglinear.ops.triton.common import (
     cdiv,
-    decays_between,
     drop_lowest_bit,
     level_factor,
     load_column,
@@ -32,9 +31,10 @@ from loglinear.ops.triton.common import (
 )
 from loglinear.ops.triton.delta_chunks import (
     TILE,
+    WALKED,
     Chunks,
+    has_room_for_keys,
     load_block,
-    load_quarters,
     load_tile,
     store_block,
     store_tile,
@@ -42,6 +42,7 @@ from loglinear.ops.triton.delta_chunks import (
     warps_of,
 )
 from loglinear.ops.triton.delta_nodes import Nodes
+from loglinear.ops.triton.delta_whole import scores_of
 from loglinear.ops.triton.scalar import INTERPRETED
 
 
@@ -130,29 +131,6 @@ def _read_kernel(v, scales, o, scores, seen, added, tokens, firsts, rows_of, blo
     store_tile(o + head * V, out, token, first, rows, H * V, C, column, V, BV)
 
 
-@triton.jit
-def _own_scores(q, k, scales, beta, inverse, sums, token, first, rows, place, size, scale, stride_q, stride_k, stride_s,
-                stride_b, K, L, C: tl.constexpr, HEIGHT: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-                SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """What `delta_halves` makes of a chunk by halves, in one program: scores with λ, and queries as seen from S."""
-    row = tl.arange(0, C)
-    queries = load_tile(q, token, first, rows, stride_q, C, 0, K, BK)
-    keys = load_tile(k, token, first, rows, stride_k, C, 0, K, BK)
-    dtype = queries.dtype
-    product = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-    product = tl.where(row[:, None] >= row[None, :], product * decays_between(sums) * scale, 0.0).to(dtype)
-    mixed = tl.dot(product, load_quarters(inverse, place, C // 2), input_precision=PRECISION)
-    if PARTS == 2:
-        mixed = tl.dot(product, load_quarters(inverse + size, place, C // 2), mixed, input_precision=PRECISION)
-    mixed *= load_column(beta, token, first, rows, stride_b, C)[None, :]
-    entering = tl.exp2(sums)
-    passed = tl.dot((mixed * entering[None, :]).to(dtype), keys, input_precision=PRECISION)
-    seen = queries.to(tl.float32) * (entering * scale)[:, None] - passed
-    if SCALED:
-        mixed *= level_factor(scales, token, first, rows, stride_s, L, C, HEIGHT)
-    return mixed.to(dtype), seen.to(dtype)
-
-
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
 def _walk_kernel(q, k, v, scales, beta, inverse, gamma, o, scores, seen, added, maps, tokens, firsts, rows_of, blocks,
                  origins, oldests, heights, reads, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v,
@@ -176,11 +154,14 @@ def _walk_kernel(q, k, v, scales, beta, inverse, gamma, o, scores, seen, added, 
     if scores is None:
         group = head // (H // G)
         sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + tl.arange(0, C))
-        inside, queries = _own_scores(
-            q + group.to(tl.int64) * stride_qg, k + group.to(tl.int64) * stride_kg, lam, beta + head, inverse, sums,
-            token, first, rows, place, N.to(tl.int64) * H * 3 * (C * C // 4), scale, stride_q, stride_k, stride_s,
-            stride_b, K, L, C, HEIGHT, BK, PARTS, SCALED, PRECISION,
+        inside, queries = scores_of(
+            q + group.to(tl.int64) * stride_qg, k + group.to(tl.int64) * stride_kg, beta + head, inverse, sums, token,
+            first, rows, place, N.to(tl.int64) * H * 3 * (C * C // 4), scale, stride_q, stride_k, stride_b, K, C, BK,
+            PARTS, PRECISION,
         )  # fmt: skip
+        if SCALED:
+            inside *= level_factor(lam, token, first, rows, stride_s, L, C, HEIGHT)
+        inside = inside.to(queries.dtype)
     else:
         inside = load_block(scores + place * C * C, 0, C, C, 0, C, C)
         queries = load_block(seen + place * C * K, 0, C, C, 0, K, BK)
@@ -231,18 +212,7 @@ def descend(chunks: Chunks, nodes: Nodes, slots: Slots, variants: Tensor, places
     )  # fmt: skip
 
 
-WALKED = 128  # keys and values, at most
 WALK_MAKES_SCORES = INTERPRETED  # and not a kernel before it, with 2 GB less to move: to be compared on a GPU
-
-
-def has_room_for_keys(k: Tensor) -> bool:
-    """Whether a program has room for all columns of a chunk's queries and of P."""
-    return (k.dtype == torch.bfloat16 or INTERPRETED) and k.shape[-1] <= WALKED
-
-
-def walks(k: Tensor, value_dim: int) -> bool:
-    """The same, and of the output and U."""
-    return has_room_for_keys(k) and value_dim <= WALKED
 
 
 def walk(q, k, v, scales, beta, chunks: Chunks, nodes: Nodes, slots: Slots, chunk: int, height: int, scale: float,
