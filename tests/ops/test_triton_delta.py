@@ -135,6 +135,7 @@ def test_interpreted_as_on_a_gpu(carried, monkeypatch):
     monkeypatch.setattr(delta, "WALK_MAKES_SCORES", False)
     monkeypatch.setattr(delta_nodes, "PAIRS_LEAVES", False)
     monkeypatch.setattr(delta_halves, "WHOLE_SCORES", False)
+    monkeypatch.setattr(delta_halves, "WEIGHS", False)
     monkeypatch.setattr(delta_backward_halves, "WHOLE_GRADIENTS", False)
     monkeypatch.setattr(delta_backward, "CLIMBING_ROWS", 128)
     for module in (delta_halves, delta_backward_halves):

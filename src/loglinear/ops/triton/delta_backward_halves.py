@@ -134,9 +134,9 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
     for tile in range(VT):
         grad = load_tile(grad_o, own_token, own_first, own_rows, stride_g, E, tile * BV, V, BV)
         values = load_tile(v, own_token, own_first, own_rows, stride_v, E, tile * BV, V, BV)
+        others = load_tile(v, token, first, earlier, stride_v, E, tile * BV, V, BV)
         own = tl.dot(grad, tl.trans(values), own, input_precision=PRECISION)
         if reaches:
-            others = load_tile(v, token, first, earlier, stride_v, E, tile * BV, V, BV)
             across = tl.dot(grad, tl.trans(others), across, input_precision=PRECISION)
     if SCALED:
         lam = scales + head.to(tl.int64) * stride_sh
@@ -169,10 +169,10 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
         for tile in range(KT):
             pull = load_block(pulled, start, 2 * E, E, tile * BK, K, BK)
             keys = load_tile(k, own_token, own_first, own_rows, stride_k, E, tile * BK, K, BK)
+            others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
             met = tl.dot(pull, tl.trans(keys), met, input_precision=PRECISION)
             if reaches:
-                others_met = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
-                met_across = tl.dot(pull, tl.trans(others_met), met_across, input_precision=PRECISION)
+                met_across = tl.dot(pull, tl.trans(others), met_across, input_precision=PRECISION)
         own -= met * tl.exp2(own_sums)[None, :]
         across -= met_across * tl.exp2(other_sums)[None, :]
     own = tl.where(causal, own, 0.0)
@@ -194,10 +194,10 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
     for tile in range(KT):
         queries = load_tile(q, own_token, own_first, own_rows, stride_q, E, tile * BK, K, BK)
         keys = load_tile(k, own_token, own_first, own_rows, stride_k, E, tile * BK, K, BK)
+        others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
         product = tl.dot(queries, tl.trans(keys), product, input_precision=PRECISION)
         if reaches:
-            others_k = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
-            product_across = tl.dot(queries, tl.trans(others_k), product_across, input_precision=PRECISION)
+            product_across = tl.dot(queries, tl.trans(others), product_across, input_precision=PRECISION)
     of_own = tl.where(causal, of_own * decays_between(own_sums) * scale, 0.0)
     of_across *= decays_across(own_sums, other_sums) * scale
     store_quarter(d_pairs, of_own, place, 2 * half, E)
@@ -250,27 +250,27 @@ def _solved_kernel(q, k, v, gamma, d_maps, d_written, d_mixed, d_solved, d_erase
             erased = (-erased * after).to(dtype)
             store_block(d_erase + place * 2 * E * K, erased, start, 2 * E, E, column * BK, K, BK)
             met = load_tile(k, own_token, own_first, own_rows, stride_k, E, column * BK, K, BK)
+            others = load_tile(k, token, first, earlier, stride_k, E, column * BK, K, BK)
             own = tl.dot(erased, tl.trans(met), own, input_precision=PRECISION)
             if reaches:
-                others = load_tile(k, token, first, earlier, stride_k, E, column * BK, K, BK)
                 across = tl.dot(erased, tl.trans(others), across, input_precision=PRECISION)
         own *= tl.exp2(own_sums)[None, :]
         across *= tl.exp2(first_sums)[None, :]
         for tile in range(VT):
             wrote = load_block(d_written + place * 2 * E * V, start, 2 * E, E, tile * BV, V, BV)
             values = load_tile(v, own_token, own_first, own_rows, stride_v, E, tile * BV, V, BV)
+            others_v = load_tile(v, token, first, earlier, stride_v, E, tile * BV, V, BV)
             own = tl.dot(wrote, tl.trans(values), own, input_precision=PRECISION)
             if reaches:
-                others_v = load_tile(v, token, first, earlier, stride_v, E, tile * BV, V, BV)
                 across = tl.dot(wrote, tl.trans(others_v), across, input_precision=PRECISION)
     # the transposed products are made directly: a product, cast and turned, is silently wrong on Hopper before 3.7.1
     product, product_later = tl.zeros((E, E), tl.float32), tl.zeros((E, E), tl.float32)
     for tile in range(KT):
         keys_of = load_tile(k, own_token, own_first, own_rows, stride_k, E, tile * BK, K, BK)
         queries = load_tile(q, own_token, own_first, own_rows, stride_q, E, tile * BK, K, BK)
+        later = load_tile(q, token + E, later_first, later_rows, stride_q, E, tile * BK, K, BK)
         product = tl.dot(keys_of, tl.trans(queries), product, input_precision=PRECISION)
         if is_read:
-            later = load_tile(q, token + E, later_first, later_rows, stride_q, E, tile * BK, K, BK)
             product_later = tl.dot(keys_of, tl.trans(later), product_later, input_precision=PRECISION)
     passing = tl.exp2(tl.minimum(own_sums[None, :] - own_sums[:, None], 0.0)) * scale
     product = tl.where(row[:, None] <= row[None, :], product * passing, 0.0)

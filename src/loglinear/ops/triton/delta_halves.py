@@ -188,9 +188,9 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
     for tile in range(KT):
         queries = load_tile(q, token_of, first_of, rows_of_half, stride_q, E, tile * BK, K, BK)
         keys = load_tile(k, token_of, first_of, rows_of_half, stride_k, E, tile * BK, K, BK)
+        others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
         product = tl.dot(queries, tl.trans(keys), product, input_precision=PRECISION)
         if reaches:
-            others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
             across = tl.dot(queries, tl.trans(others), across, input_precision=PRECISION)
     product = tl.where(row[:, None] >= row[None, :], product * decays_between(own_sums) * scale, 0.0)
     across *= decays_across(own_sums, other_sums) * scale
@@ -231,12 +231,30 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
     seen += (tl.load(places + slot).to(tl.int64) * H + head) * 2 * E * K
     for tile in range(KT):
         keys = load_tile(k, token_of, first_of, rows_of_half, stride_k, E, tile * BK, K, BK)
+        others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
         passed = tl.dot(mixed, keys, input_precision=PRECISION)
         if reaches:
-            others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
             passed = tl.dot(mixed_across, others, passed, input_precision=PRECISION)
         queries = load_tile(q, token_of, first_of, rows_of_half, stride_q, E, tile * BK, K, BK).to(tl.float32)
         store_block(seen, queries * (entering * scale)[:, None] - passed, start, 2 * E, E, tile * BK, K, BK)
+
+
+@triton.jit
+def _in_parts(values, dtype: tl.constexpr):
+    whole = values.to(dtype)
+    return whole, (values - whole.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def _solved(inverse, place, quarter, whole, lost, total, size, E: tl.constexpr, PARTS: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
+    """`total` + a quarter of X times what is in parts."""
+    first = load_quarter(inverse, place, quarter, E)
+    total = tl.dot(first, whole, total, input_precision=PRECISION)
+    if PARTS == 2:
+        total = tl.dot(first, lost, total, input_precision=PRECISION)
+        total = tl.dot(load_quarter(inverse + size, place, quarter, E), whole, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
@@ -265,10 +283,12 @@ def _times_keys(k, whole0, lost0, whole1, lost1, token, first, later, rows, stri
 @triton.jit(do_not_specialize=["N", "stride_b"])
 def _leaves_kernel(k, v, beta, inverse, gamma, added, maps, tokens, firsts, rows_of, lefts, heights, N, H, G, stride_k,
                    stride_kg, stride_v, stride_vh, stride_b, K, V, E: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr,
-                   BK: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                   BK: tl.constexpr, W: tl.constexpr, WEIGHS: tl.constexpr, PARTS: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
     """One tile of columns of U, or of P, of one chunk: kᵀ of what T makes of the tile of v, or of k e^γ.
 
-    heights: None, or only of chunks that take in no left sibling.
+    heights: None, or only of chunks that take in no left sibling. WEIGHS: X as it comes from memory times β v in parts,
+    in the place of X diag(β) in parts times v.
     """
     part, slot = program_place()
     columns: tl.constexpr = VT + (KT * BK + W - 1) // W
@@ -303,13 +323,23 @@ def _leaves_kernel(k, v, beta, inverse, gamma, added, maps, tokens, firsts, rows
         strength0 *= tl.exp2(sums0)
         strength1 *= tl.exp2(sums1)
     size = N.to(tl.int64) * H * 3 * E * E  # of a part of X
-    solved0 = dot_parts(_own_rows(inverse, place, 0, strength0, size, E, PARTS), source0, PARTS, PRECISION)
-    solved1 = dot_parts(_own_rows(inverse, place, 1, strength0, size, E, PARTS), source0, PARTS, PRECISION)
-    solved1 += dot_parts(_own_rows(inverse, place, 2, strength1, size, E, PARTS), source1, PARTS, PRECISION)
-    solved0 *= tl.exp2(end - sums0)[:, None]
-    solved1 *= tl.exp2(end - sums1)[:, None]
-    whole0, whole1 = solved0.to(dtype), solved1.to(dtype)
-    lost0, lost1 = (solved0 - whole0.to(tl.float32)).to(dtype), (solved1 - whole1.to(tl.float32)).to(dtype)
+    if WEIGHS:
+        whole0, lost0 = _in_parts(source0.to(tl.float32) * strength0[:, None], dtype)
+        whole1, lost1 = _in_parts(source1.to(tl.float32) * strength1[:, None], dtype)
+        nothing = tl.zeros((E, W), tl.float32)
+        solved0 = _solved(inverse, place, 0, whole0, lost0, nothing, size, E, PARTS, PRECISION)
+        solved1 = _solved(inverse, place, 1, whole0, lost0, nothing, size, E, PARTS, PRECISION)
+        solved1 = _solved(inverse, place, 2, whole1, lost1, solved1, size, E, PARTS, PRECISION)
+        whole0, lost0 = _in_parts(solved0 * tl.exp2(end - sums0)[:, None], dtype)
+        whole1, lost1 = _in_parts(solved1 * tl.exp2(end - sums1)[:, None], dtype)
+    else:
+        solved0 = dot_parts(_own_rows(inverse, place, 0, strength0, size, E, PARTS), source0, PARTS, PRECISION)
+        solved1 = dot_parts(_own_rows(inverse, place, 1, strength0, size, E, PARTS), source0, PARTS, PRECISION)
+        solved1 += dot_parts(_own_rows(inverse, place, 2, strength1, size, E, PARTS), source1, PARTS, PRECISION)
+        solved0 *= tl.exp2(end - sums0)[:, None]
+        solved1 *= tl.exp2(end - sums1)[:, None]
+        whole0, whole1 = solved0.to(dtype), solved1.to(dtype)
+        lost0, lost1 = (solved0 - whole0.to(tl.float32)).to(dtype), (solved1 - whole1.to(tl.float32)).to(dtype)
     if of_values:
         for key in range(KT):
             made = _times_keys(k, whole0, lost0, whole1, lost1, token, first, later, rows, stride_k, key * BK, K, E, BK,
@@ -340,17 +370,6 @@ def _met(k, left, token, first, later, rows, stride, column, width, K, E: tl.con
             met0 = tl.dot(keys0, lost, met0, input_precision=PRECISION)
             met1 = tl.dot(keys1, lost, met1, input_precision=PRECISION)
     return met0, met1
-
-
-@triton.jit
-def _dot_both_in_parts(left, right, dtype: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):
-    """`left` times `right`, both float32, each in parts of dtype."""
-    whole = right.to(dtype)
-    total = dot_parts(left, whole, PARTS, PRECISION)
-    if PARTS == 2:
-        lost = (right - whole.to(tl.float32)).to(dtype)
-        total = tl.dot(left.to(dtype), lost, total, input_precision=PRECISION)
-    return total
 
 
 @triton.jit(do_not_specialize=["N", "stride_b"])
@@ -394,19 +413,15 @@ def _right_leaves_kernel(k, v, beta, inverse, gamma, added, maps, tokens, rows_o
         met0, met1 = _met(k, maps + before * PARTS * K * K, token, None, None, rows, stride_k, column, K, K, E, KT, BK,
                           W, PARTS, PRECISION)  # fmt: skip
         source0, source1 = tl.zeros((E, W), tl.float32), tl.zeros((E, W), tl.float32)
-    source0 -= met0 * tl.exp2(sums0)[:, None]
-    source1 -= met1 * tl.exp2(sums1)[:, None]
-    size = N.to(tl.int64) * H * 3 * E * E  # of a part of X
-    own = _own_rows(inverse, place, 0, strength0, size, E, PARTS)
-    solved0 = _dot_both_in_parts(own, source0, dtype, PARTS, PRECISION)
-    own = _own_rows(inverse, place, 1, strength0, size, E, PARTS)
-    solved1 = _dot_both_in_parts(own, source0, dtype, PARTS, PRECISION)
-    own = _own_rows(inverse, place, 2, strength1, size, E, PARTS)
-    solved1 += _dot_both_in_parts(own, source1, dtype, PARTS, PRECISION)
-    solved0 *= tl.exp2(end - sums0)[:, None]
-    solved1 *= tl.exp2(end - sums1)[:, None]
-    whole0, whole1 = solved0.to(dtype), solved1.to(dtype)
-    lost0, lost1 = (solved0 - whole0.to(tl.float32)).to(dtype), (solved1 - whole1.to(tl.float32)).to(dtype)
+    # T = X diag(β)
+    whole0, lost0 = _in_parts((source0 - met0 * tl.exp2(sums0)[:, None]) * strength0[:, None], dtype)
+    whole1, lost1 = _in_parts((source1 - met1 * tl.exp2(sums1)[:, None]) * strength1[:, None], dtype)
+    size, nothing = N.to(tl.int64) * H * 3 * E * E, tl.zeros((E, W), tl.float32)
+    solved0 = _solved(inverse, place, 0, whole0, lost0, nothing, size, E, PARTS, PRECISION)
+    solved1 = _solved(inverse, place, 1, whole0, lost0, nothing, size, E, PARTS, PRECISION)
+    solved1 = _solved(inverse, place, 2, whole1, lost1, solved1, size, E, PARTS, PRECISION)
+    whole0, lost0 = _in_parts(solved0 * tl.exp2(end - sums0)[:, None], dtype)
+    whole1, lost1 = _in_parts(solved1 * tl.exp2(end - sums1)[:, None], dtype)
     passing = tl.exp2(end)
     if of_values:
         for key in range(KT):
@@ -429,6 +444,7 @@ def _right_leaves_kernel(k, v, beta, inverse, gamma, added, maps, tokens, rows_o
 # To be compared on a GPU:
 SKIPS = INTERPRETED  # what is zero for one half of a chunk's rows
 WHOLE_SCORES = INTERPRETED  # by programs that have all rows
+WEIGHS = INTERPRETED  # leaves: β on what T is multiplied by, and X from memory as it is
 
 
 def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor | None, num_variants: int, chunk: int,
@@ -516,7 +532,7 @@ def make_leaves(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, added: Tenso
     options = {"E": chunk // 2, "KT": cdiv(key_dim, block), "BK": block, "PARTS": parts, "PRECISION": precision}
     _leaves_kernel[programs(heads * (cdiv(key_dim, wide) + cdiv(value_dim, wide)), num_slots)](
         k, v, beta, *shared, slots.first, slots.rows, slots.left, slots.height if pairs else None, *shape,
-        VT=cdiv(value_dim, wide), W=wide, num_warps=4, num_stages=1 if wide > TILE else 2, **options,
+        VT=cdiv(value_dim, wide), W=wide, WEIGHS=WEIGHS, num_warps=4, num_stages=1 if wide > TILE else 2, **options,
     )  # fmt: skip
     if pairs:
         _right_leaves_kernel[programs(heads * (cdiv(key_dim, width) + cdiv(value_dim, width)), pairs)](
