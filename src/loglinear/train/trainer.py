@@ -222,12 +222,12 @@ class _Values(NamedTuple):
     """What a step came to, on its way to the host."""
 
     step: int  # how many were taken before it
-    epoch: float | None  # where the Trainer was then
+    epoch: float  # where the Trainer was then
     numbers: torch.Tensor  # losses, gradient norm, and 1 if any of them, on any process, is not finite
     copied: torch.cuda.Event | None
 
     @classmethod
-    def send(cls, step: int, epoch: float | None, numbers: torch.Tensor) -> "_Values":
+    def send(cls, step: int, epoch: float, numbers: torch.Tensor) -> "_Values":
         if not numbers.is_cuda:
             return cls(step, epoch, numbers, None)
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
@@ -365,7 +365,8 @@ class PackedTrainer(Trainer):
             count = count.pin_memory()
         count = count.to(device, non_blocking=True)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
-            count = self.accelerator.gather(count).sum()
+            everywhere: Any = self.accelerator.gather(count)
+            count = everywhere.sum()
         return batches, count
 
     def _prepare_inputs(self, inputs):
