@@ -1,5 +1,6 @@
 """The delta rule's kernels against the torch backend in fp64: interpreted on small shapes, on a GPU on real ones."""
 
+import itertools
 import logging
 
 import numpy as np
@@ -20,7 +21,15 @@ from operator_cases import (
 )
 
 pytest.importorskip("triton")
-from loglinear.ops.triton import delta, delta_backward, delta_backward_halves, delta_halves, delta_nodes, scalar
+from loglinear.ops.triton import (
+    delta,
+    delta_backward,
+    delta_backward_halves,
+    delta_backward_whole,
+    delta_halves,
+    delta_nodes,
+    scalar,
+)
 
 needs_interpreter = pytest.mark.skipif(not scalar.INTERPRETED, reason="kernels are not interpreted here")
 
@@ -128,18 +137,29 @@ def test_interpreted_bfloat16_state(bfloat16):
     compare_with_tree(inputs, random_state(shape, [183, 96], torch.float32), returns_state=True)
 
 
+# Ways that are used in the interpreter and not yet on a GPU: what has them, and their values with and without.
+TRIED = {
+    "the walk makes scores": [(delta, "WALK_MAKES_SCORES", True, False)],
+    "pairs of leaves": [(delta_nodes, "PAIRS_LEAVES", True, False)],
+    "weighed leaves": [(delta_halves, "WEIGHS", True, False)],
+    "no products with zero": [(delta_halves, "SKIPS", True, False), (delta_backward_halves, "SKIPS", True, False)],
+    "whole scores": [(delta_halves, "WHOLE_SCORES", True, False)],
+    "whole gradients": [(delta_backward_halves, "WHOLE_GRADIENTS", True, False)],
+    "whole gradients, all columns": [
+        (delta_backward_halves, "WHOLE_GRADIENTS", True, False),
+        (delta_backward_whole, "KEY_COLUMNS", 128, 64),
+    ],
+    "climbing by halves": [(delta_backward, "CLIMBING_ROWS", 64, 128)],
+    "wide tiles of nodes": [(delta_backward, "GATHERED", 128, 64)],
+}
+
+
 @needs_interpreter
 @pytest.mark.parametrize("carried", [False, True])
 def test_interpreted_as_on_a_gpu(carried, monkeypatch):
     """What is not yet done there, and is here: the other way gives the same."""
-    monkeypatch.setattr(delta, "WALK_MAKES_SCORES", False)
-    monkeypatch.setattr(delta_nodes, "PAIRS_LEAVES", False)
-    monkeypatch.setattr(delta_halves, "WHOLE_SCORES", False)
-    monkeypatch.setattr(delta_halves, "WEIGHS", False)
-    monkeypatch.setattr(delta_backward_halves, "WHOLE_GRADIENTS", False)
-    monkeypatch.setattr(delta_backward, "CLIMBING_ROWS", 128)
-    for module in (delta_halves, delta_backward_halves):
-        monkeypatch.setattr(module, "SKIPS", False)
+    for module, name, _, without in itertools.chain(*TRIED.values()):
+        monkeypatch.setattr(module, name, without)
     shape = Shape(B=2, T=161, G=1, H=1, K=16, V=16, L=9)
     state = random_state(shape, [183, 32], torch.float32) if carried else None
     compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32), state, returns_state=carried)
@@ -449,6 +469,20 @@ STATES = [
     Shape(B=4, T=300, G=1, H=2, K=96, V=48, L=None),
     Shape(B=4, T=500, G=2, H=2, K=256, V=512, L=14),
 ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("widths", [(128, 128), (128, 64), (192, 384), (256, 64)])
+@pytest.mark.parametrize("tried", [*TRIED, "all"])
+def test_what_is_not_used_yet(tried, widths, carried, monkeypatch):
+    """One way after the other, and all of them, where chunks begin with their first row and where with any."""
+    for module, name, value, _ in itertools.chain(*(TRIED.values() if tried == "all" else [TRIED[tried]])):
+        monkeypatch.setattr(module, name, value)
+    shape = Shape(B=2, T=1500, G=2, H=2, K=widths[0], V=widths[1], L=12)
+    state = random_state(shape, [1000, 70_001], torch.float32, "cuda") if carried else None
+    inputs = make_inputs("gated_deltanet", shape, torch.bfloat16, "cuda", decay=0.05)
+    on_device(inputs, None, state, returns_state=carried)
 
 
 @pytest.mark.gpu
