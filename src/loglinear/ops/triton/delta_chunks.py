@@ -7,10 +7,10 @@ S.
 
 Precision, for 16-bit inputs (all else is float32): A, its inverse and the products that join it are float32 in three
 tf32 parts, for the inverse of a chunk of nearly equal keys is as badly conditioned as the chunk is long. What every
-later product passes through is in two bfloat16 parts, the second of them what the first has lost: T, W, T v, and P in
-`delta_nodes.py`. With single ones the output is wrong by 6e-3 where nothing decays, instead of 4e-3, of which 1.7e-3 is
-the rounding of the output. U, the queries and the scores, before T and after it, are single, and so is P where queries
-pass it, and all that the backward multiplies by.
+later product passes through is in two bfloat16 parts, the second of them what the first has lost: the inverse as it is
+stored, T, W, T v, and P in `delta_nodes.py` where nodes grow. With single ones the output is wrong by 6e-3 where
+nothing decays, instead of 4e-3, of which 1.7e-3 is the rounding of the output. U, the queries and the scores, before T
+and after it, are single, and so is P where queries pass it, and all that the backward multiplies by.
 
 Legend
     N chunks (slots), C rows of a chunk, H heads, G groups, K key width, V value width, L levels
