@@ -4,7 +4,9 @@
 
 A call of the operator runs on the CPU with launches that compile and do nothing else. A row for each kernel: registers
 and spilled bytes a thread, shared memory, warps, seconds. Spills that cost nothing in the interpreter, and what the
-compiler refuses, show here. Run it alone: what it puts in Triton's place stays there.
+compiler refuses, show here, and so does machine code that reads uniform registers which nothing has written: CUDA's
+assembler makes such code of some right programs, and what it computes depends on what ran before. Run it alone: what it
+puts in Triton's place stays there.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -40,6 +43,7 @@ class Compiled:
     registers: int = 0
     spilled_bytes: int = 0
     shared_bytes: int = 0
+    unwritten: list[str] = dataclasses.field(default_factory=list)  # instructions that read what nothing has written
     seconds: float = 0.0
     failed: str | None = None
 
@@ -81,18 +85,60 @@ def compile_instead_of_launching() -> list[Compiled]:
     return rows
 
 
-def used(kernel) -> dict[str, int]:
-    """Registers, spills, shared memory and warps of a compiled kernel."""
+def used(kernel) -> dict[str, Any]:
+    """What `Compiled` says of a compiled kernel."""
+    tools = Path(nvidia.__file__).parent / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-        told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        told, code = (
+            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
     registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", told)[0])
     return {
         "warps": kernel.metadata.num_warps, "registers": registers, "spilled_bytes": stack,
-        "shared_bytes": kernel.metadata.shared,
+        "shared_bytes": kernel.metadata.shared, "unwritten": reads_of_unwritten(code),
     }  # fmt: skip
+
+
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?);")
+UNIFORM = re.compile(r"(gdesc|desc)?\[?(?:R\d+[.\w]*\+)?\bUR(\d+)")
+WRITE_UNIFORM = ("U", "R2UR", "S2UR", "CS2UR", "VOTEU", "REDUX")
+
+
+def reads_of_unwritten(code: str) -> list[str]:
+    """Instructions of a disassembly that read a uniform register which no instruction before them writes.
+
+    In the order of the listing, where loops come after what leads into them.
+
+    >>> reads_of_unwritten("/*0010*/ UMOV UR4, 0x1 ; /*0020*/ UIADD3 UR5, UR4, UR6, URZ ;")
+    ['UIADD3 UR5, UR4, UR6, URZ']
+    """
+    written: set[int] = set()
+    found = []
+    for match in INSTRUCTION.finditer(code):
+        name, _, rest = match[1].strip().partition(" ")
+        operands = [one.strip() for one in rest.split(",")]
+        reads: set[int] = set()
+        writes: set[int] = set()
+        for place, operand in enumerate(operands):
+            for kind, number in UNIFORM.findall(operand):
+                first = int(number)
+                if kind == "gdesc":  # descriptors of both sides; of the right one alone where the left is in registers
+                    in_registers = re.match(r"R\d", operands[1]) is not None
+                    reads.update(range(first + 2 * in_registers, first + 4))
+                elif kind == "desc":
+                    reads.update((first, first + 1))
+                elif place == 0 and name.startswith(WRITE_UNIFORM):
+                    wide = ".64" in name or ".WIDE" in name or name.startswith("CS2UR")
+                    writes.update(range(first, first + 1 + wide))
+                else:
+                    reads.update(range(first, first + 1 + (".64" in name and name.startswith("U"))))
+        if not reads <= written:
+            found.append(match[1].strip())
+        written |= writes
+    return found
 
 
 def call(family: str, dtype: torch.dtype, heads: int, groups: int, key: int, value: int, state: bool) -> None:
@@ -148,6 +194,7 @@ def main() -> None:
             f"{row.kernel:24} {row.failed}" if row.failed else
             f"{row.kernel:24} {row.warps:2} warps {row.registers:4} registers {row.spilled_bytes:6} B spilled "
             f"{row.shared_bytes:7} B shared {row.seconds:6.1f} s"
+            + (f"  reads what nothing has written: {row.unwritten[0]}" if row.unwritten else "")
         )  # fmt: skip
 
 

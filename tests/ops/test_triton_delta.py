@@ -1,6 +1,5 @@
 """The delta rule's kernels against the torch backend in fp64: interpreted on small shapes, on a GPU on real ones."""
 
-import itertools
 import logging
 
 import numpy as np
@@ -23,11 +22,6 @@ from operator_cases import (
 pytest.importorskip("triton")
 from loglinear.ops.triton import (
     delta,
-    delta_backward,
-    delta_backward_halves,
-    delta_backward_whole,
-    delta_halves,
-    delta_nodes,
     scalar,
 )
 
@@ -137,29 +131,11 @@ def test_interpreted_bfloat16_state(bfloat16):
     compare_with_tree(inputs, random_state(shape, [183, 96], torch.float32), returns_state=True)
 
 
-# Ways that are used in the interpreter and not yet on a GPU: what has them, and their values with and without.
-TRIED = {
-    "the walk makes scores": [(delta, "WALK_MAKES_SCORES", True, False)],
-    "pairs of leaves": [(delta_nodes, "PAIRS_LEAVES", True, False)],
-    "weighed leaves": [(delta_halves, "WEIGHS", True, False)],
-    "no products with zero": [(delta_halves, "SKIPS", True, False), (delta_backward_halves, "SKIPS", True, False)],
-    "whole scores": [(delta_halves, "WHOLE_SCORES", True, False)],
-    "whole gradients": [(delta_backward_halves, "WHOLE_GRADIENTS", True, False)],
-    "whole gradients, all columns": [
-        (delta_backward_halves, "WHOLE_GRADIENTS", True, False),
-        (delta_backward_whole, "KEY_COLUMNS", 128, 64),
-    ],
-    "climbing by halves": [(delta_backward, "CLIMBING_ROWS", 64, 128)],
-    "wide tiles of nodes": [(delta_backward, "GATHERED", 128, 64)],
-}
-
-
 @needs_interpreter
 @pytest.mark.parametrize("carried", [False, True])
-def test_interpreted_as_on_a_gpu(carried, monkeypatch):
-    """What is not yet done there, and is here: the other way gives the same."""
-    for module, name, _, without in itertools.chain(*TRIED.values()):
-        monkeypatch.setattr(module, name, without)
+def test_interpreted_with_nodes_made_again(carried, monkeypatch):
+    """The backward makes what the forward has not kept, where nobody said that gradients are wanted."""
+    monkeypatch.setattr(delta, "_wants_gradients", lambda *inputs: False)
     shape = Shape(B=2, T=161, G=1, H=1, K=16, V=16, L=9)
     state = random_state(shape, [183, 32], torch.float32) if carried else None
     compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32), state, returns_state=carried)
@@ -473,12 +449,9 @@ STATES = [
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("carried", [False, True])
-@pytest.mark.parametrize("widths", [(128, 128), (128, 64), (192, 384), (256, 64)])
-@pytest.mark.parametrize("tried", [*TRIED, "all"])
-def test_what_is_not_used_yet(tried, widths, carried, monkeypatch):
-    """One way after the other, and all of them, where chunks begin with their first row and where with any."""
-    for module, name, value, _ in itertools.chain(*(TRIED.values() if tried == "all" else [TRIED[tried]])):
-        monkeypatch.setattr(module, name, value)
+@pytest.mark.parametrize("widths", [(128, 128), (128, 64), (64, 128), (64, 64), (192, 384), (256, 64)])
+def test_widths_on_gpu(widths, carried):
+    """Where chunks begin with their first row, and where with any: not one compiled kernel is the same."""
     shape = Shape(B=2, T=1500, G=2, H=2, K=widths[0], V=widths[1], L=12)
     state = random_state(shape, [1000, 70_001], torch.float32, "cuda") if carried else None
     inputs = make_inputs("gated_deltanet", shape, torch.bfloat16, "cuda", decay=0.05)
@@ -595,8 +568,9 @@ def test_known_bounds_and_positions_cost_no_wait():
 
 
 @needs_interpreter
+@pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("carried", [False, True])
-def test_well_formed_operators(carried):
+def test_well_formed_operators(carried, keeps):
     """Schemas, shapes without data, and gradients under the compiler."""
     shape = Shape(B=2, T=40, G=1, H=1, K=16, V=16, L=8)
     inputs = make_inputs("gated_deltanet", shape, torch.float32).leaves().values()
@@ -606,10 +580,14 @@ def test_well_formed_operators(carried):
         positions = state.positions
         far = state.buckets[:, -fenwick.num_far_buckets(shape.L, delta.CHUNK) :].nan_to_num().requires_grad_()
         near = torch.randn(2, 1, 16, 16, requires_grad=True)
-    torch.library.opcheck(delta._forward_op, (*inputs, 0.7, None, positions, far, near, carried))
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if not keeps:  # of what is kept, nobody fills in what nobody reads, so that two calls differ in it
+        checks.append("test_aot_dispatch_dynamic")
+    operands = (*inputs, 0.7, None, positions, far, near, carried, keeps)
+    torch.library.opcheck(delta._forward_op, operands, test_utils=checks)
     plain = [None if x is None else x.detach() for x in (*inputs, None, positions, far, near)]
-    o, inverse, gamma, *leaving = delta._forward_op(*plain[:6], 0.7, *plain[6:], carried)
-    backward = (*map(torch.randn_like, (o, *leaving)), *plain, inverse, gamma, 0.7, carried)
+    o, added, maps, *kept = delta._forward_op(*plain[:6], 0.7, *plain[6:], carried, keeps)
+    backward = (*map(torch.randn_like, (o, added, maps)), *plain, *kept, 0.7, carried)
     torch.library.opcheck(delta._backward_op, backward, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -98,6 +98,16 @@ def load_column(pointer, token, first, rows, stride, ROWS: tl.constexpr):
 
 
 @triton.jit
+def add_highest_bit(part, whole):
+    """`part` and the highest bit of `whole` that it lacks: what was before `drop_lowest_bit`, if `whole` is what was
+    dropped from."""
+    missing = whole ^ part
+    for power in tl.static_range(5 if whole.dtype.primitive_bitwidth == 32 else 6):
+        missing |= missing >> (1 << power)
+    return part | (missing ^ (missing >> 1))
+
+
+@triton.jit
 def place_of_node(slot, block, origin, oldest, end, remaining):
     """Slot of a node that chunk `block` of a sequence reads and that ends before chunk `end`.
 

@@ -1,9 +1,10 @@
 """The delta rule with one decay per head, or none (DeltaNet, Gated DeltaNet), on Triton kernels.
 
 Forward: `delta_halves.py` (chunks: see `delta_chunks.py`), `delta_nodes.py`, `delta_read.py`. Backward:
-`delta_backward.py`, and `delta_backward_halves.py` for the chunks. Of the forward the inverses of chunks are kept for
-it (three quarters of the bytes of q and k with K = 128 in 16 bits), and all else is made again. States that are carried
-in and out: `delta_carried.py` for the chunks at both ends, the kernels for what is whole.
+`delta_backward.py`, and `delta_backward_halves.py` for the chunks. Where gradients are wanted, the inverses of chunks
+and the nodes are kept for it, and all else is made again: with 16 bits 384 bytes a token and head of inverses, and
+(K V + 2 K²) / 64 of nodes, with K = V = 128 as much as q, k and v have. States that are carried in and out:
+`delta_carried.py` for the chunks at both ends, the kernels for what is whole.
 
 Legend
     B batch, T tokens, G groups, H heads, K key width, V value width, L levels, S sequences (B, or the packed ones)
@@ -25,8 +26,8 @@ from loglinear.ops.triton.carried import near_buckets
 from loglinear.ops.triton.delta_backward import Remade, gradients
 from loglinear.ops.triton.delta_chunks import Chunks, inverse_shape, parts_of, walks
 from loglinear.ops.triton.delta_halves import make_chunks
-from loglinear.ops.triton.delta_nodes import Carried, Leaving, Nodes, leaving, make_nodes
-from loglinear.ops.triton.delta_read import WALK_MAKES_SCORES, descend, read, walk
+from loglinear.ops.triton.delta_nodes import Carried, Kept, Leaving, Nodes, leaving, make_nodes
+from loglinear.ops.triton.delta_read import descend, read, walk
 from loglinear.ops.triton.scalar import (
     INTERPRETED,
     MOST_LEVELS,
@@ -72,7 +73,8 @@ def log_linear_attention_delta(
     assert beta is not None  # see `unsupported`
     if initial_state is None and not return_state:
         o, *_ = _forward_op(
-            q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, None, None, None, return_state
+            q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, None, None, None, return_state,
+            _wants_gradients(q, k, v, level_scales, log_decay, beta),
         )  # fmt: skip
         return o, None, None
     buckets, positions = (None, None) if initial_state is None else initial_state[:2]  # settled at the door
@@ -87,8 +89,9 @@ def log_linear_attention_delta(
             near = near_buckets(buckets, edges)
             first = delta_carried.chunk_factors(q, k, log_decay, beta, edges.first_rows, edges.first_exist, scale)
             written = delta_carried.written_by_near(near, first)
-    o, _, _, added, maps = _forward_op(
-        q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, written, return_state
+    o, added, maps, *_ = _forward_op(
+        q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, written, return_state,
+        _wants_gradients(q, k, v, level_scales, log_decay, beta, far, written),
     )  # fmt: skip
     if near is not None and first is not None and level_scales is not None:
         o = delta_carried.add_near_reads(o, level_scales, near, first, edges)
@@ -96,6 +99,10 @@ def log_linear_attention_delta(
         return o, None, None
     last = delta_carried.chunk_factors(q, k, log_decay, beta, edges.last_rows, edges.last_exist, scale)
     return o, delta_carried.final_buckets(v, last, near, added, maps, edges, num_levels), edges.end
+
+
+def _wants_gradients(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 def _chunk_of(v: Tensor) -> int:
@@ -112,23 +119,27 @@ def _chunk_of(v: Tensor) -> int:
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None, beta: Tensor, scale: float,
     cu_seqlens: Tensor | None, positions: Tensor | None, far: Tensor | None, near: Tensor | None, return_state: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """o; inverse and gamma of the chunks, for the backward; and `Leaving`: the nodes that far buckets of the final
-    state are (none of them unless `return_state`)."""
+    keeps: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """o; `Leaving`: the nodes that far buckets of the final state are (none of them unless `return_state`); and for the
+    backward inverse and gamma of the chunks, and `Kept` of the nodes (nothing unless it `keeps` them)."""
     if cu_seqlens is not None:
         check_bounds(cu_seqlens, v.shape[1])
     if positions is not None:
         check_positions(positions)
     with torch.cuda.device_of(v):  # kernels are launched on the current device
         call = _prepare(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, near, return_state)
-        chunks, nodes, _ = _tree(call)
         queries, keys, values, scales, _, strengths = call.rows
-        if _walks(call):
+        walking = _walks(call)
+        chunks = _chunks(call, descends=not walking)
+        nodes, kept = _nodes(call, chunks, keeps)
+        if walking:
             o = walk(
                 queries, keys, values, scales, strengths, chunks, nodes, call.slots, call.chunk, call.height, scale,
                 call.precision,
             )  # fmt: skip
         else:
+            descend(chunks, nodes.maps, call.slots, call.variants, call.places, call.chunk, call.precision)
             o = read(
                 values, scales, chunks, nodes, call.slots, call.variants, call.places, call.chunk, call.height,
                 call.precision,
@@ -136,7 +147,9 @@ def _forward_op(
         left = Leaving(*(v.new_empty(0, dtype=torch.float32) for _ in range(2)))
         if return_state:
             left = leaving(nodes, call.state, call.slots)
-    return o.view(v.shape).to(v.dtype), chunks.inverse, chunks.gamma, *left
+        if kept is None:
+            kept = Kept(*(values.new_empty(0) for _ in Kept._fields))
+    return o.view(v.shape).to(v.dtype), *left, chunks.inverse, chunks.gamma, *kept
 
 
 class _Call(NamedTuple):
@@ -180,62 +193,69 @@ def _walks(call: _Call) -> bool:
     return walks(keys, values.shape[-1])
 
 
-def _tree(call: _Call, kept: tuple[Tensor, Tensor] | None = None) -> tuple[Chunks, Nodes, Tensor | None]:
-    """Chunks and nodes; the queries on their way down, unless they are to `walk` it; and P of right siblings for the
-    backward, which has `kept` inverse and gamma."""
-    queries, keys, values, scales, decays, strengths = call.rows
-    backward = kept is not None
-    slots, places, descends = call.slots, call.places, backward or not _walks(call)
+def _chunks(call: _Call, descends: bool, kept: tuple[Tensor, Tensor] | None = None) -> Chunks:
+    """With room for the queries on their way down if the call `descends`; the backward has `kept` inverse and gamma."""
+    queries, keys, _, scales, decays, strengths = call.rows
+    slots, places, room = call.slots, call.places, 0
     if not descends:
-        room = len(slots.token)
-        places = None if WALK_MAKES_SCORES else torch.arange(room, dtype=torch.int32, device=values.device)
+        places = None  # `walk` makes scores and queries
     elif slots.origin is None:
         room = fenwick.most_reads(len(slots.token), slots.cap)
     else:
         room = fenwick.most_variants(len(slots.token) - slots.ends.bucket.numel(), slots.cap, len(slots.base))
-    chunks = make_chunks(
-        queries, keys, scales, decays, strengths, slots, places, room, call.chunk, call.height,
-        call.scale, call.precision, kept,
+    return make_chunks(
+        queries, keys, scales, decays, strengths, slots, places, room, call.chunk, call.height, call.scale,
+        call.precision, kept,
     )  # fmt: skip
-    rights = None
-    if backward:
-        rights = values.new_empty(len(slots.token), values.shape[1], keys.shape[-1], keys.shape[-1])
-    nodes = make_nodes(keys, values, strengths, chunks, slots, call.chunk, call.precision, call.state, rights)
-    if descends:
-        descend(chunks, nodes, slots, call.variants, places, call.chunk, call.precision)
-    return chunks, nodes, rights
+
+
+def _nodes(call: _Call, chunks: Chunks, keeps: bool) -> tuple[Nodes, Kept | None]:
+    _, keys, values, _, _, strengths = call.rows
+    return make_nodes(keys, values, strengths, chunks, call.slots, call.chunk, call.precision, call.state, keeps)
 
 
 @_forward_op.register_fake
-def _(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, near, return_state):
+def _(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, near, return_state, keeps):
     (batch, tokens, heads, value_dim), key_dim, chunk = v.shape, q.shape[-1], _chunk_of(v)
     num_levels = 1 if level_scales is None else level_scales.shape[-1]
     count = count_slots(batch, tokens, chunk, num_levels, cu_seqlens, positions, return_state)
-    kept = torch.float32 if parts_of(v) == 1 else v.dtype
-    inverse = v.new_empty(inverse_shape(v, count, heads, chunk), dtype=kept)
+    dtype = torch.float32 if parts_of(v) == 1 else v.dtype
+    inverse = v.new_empty(inverse_shape(v, count, heads, chunk), dtype=dtype)
     gamma = v.new_empty(heads, count, chunk, dtype=torch.float32)
-    added, maps = (v.new_empty(0, dtype=torch.float32) for _ in range(2))
+    left = [v.new_empty(0, dtype=torch.float32) for _ in range(2)]
     if return_state:
         sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         num_far = fenwick.num_far_buckets(num_levels, chunk)
-        added = v.new_empty(sequences, num_far, heads, key_dim, value_dim, dtype=torch.float32)
-        maps = v.new_empty(sequences, num_far - 1, heads, key_dim, key_dim, dtype=torch.float32)
-    return torch.empty_like(v, memory_format=torch.contiguous_format), inverse, gamma, added, maps
+        left[0] = left[0].new_empty(sequences, num_far, heads, key_dim, value_dim)
+        left[1] = left[1].new_empty(sequences, num_far - 1, heads, key_dim, key_dim)
+    kept = [v.new_empty(0, dtype=dtype) for _ in range(3)]
+    if keeps:
+        kept = [v.new_empty(count, heads, key_dim, width, dtype=dtype) for width in (value_dim, key_dim, key_dim)]
+    return torch.empty_like(v, memory_format=torch.contiguous_format), *left, inverse, gamma, *kept
 
 
 @torch.library.custom_op("loglinear::delta_backward", mutates_args=())
 def _backward_op(
     grad_o: Tensor, grad_added: Tensor, grad_maps: Tensor, q: Tensor, k: Tensor, v: Tensor,
     level_scales: Tensor | None, log_decay: Tensor | None, beta: Tensor, cu_seqlens: Tensor | None,
-    positions: Tensor | None, far: Tensor | None, near: Tensor | None, inverse: Tensor, gamma: Tensor, scale: float,
-    return_state: bool,
+    positions: Tensor | None, far: Tensor | None, near: Tensor | None, inverse: Tensor, gamma: Tensor,
+    added: Tensor, maps: Tensor, rights: Tensor, scale: float, return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(v):
         call = _prepare(
             q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, near, return_state, backward=True
         )  # fmt: skip
         queries, keys, values, scales, _, strengths = call.rows
-        remade, left = Remade(*_tree(call, (inverse, gamma))), Leaving(grad_added, grad_maps) if return_state else None
+        left = Leaving(grad_added, grad_maps) if return_state else None
+        kept = Kept(added, maps, rights)
+        chunks = _chunks(call, descends=True, kept=(inverse, gamma))
+        if maps.numel() == 0:  # they were not asked for
+            _, made = _nodes(call, chunks, keeps=True)
+            assert made is not None
+            kept = made
+        descend(chunks, kept.maps, call.slots, call.variants, call.places, call.chunk, call.precision)
+        remade = Remade(chunks, kept)
+        del chunks, kept
         found = gradients(
             queries, keys, values, scales, strengths, as_rows(grad_o.to(values.dtype)), left, remade, call.slots,
             call.variants, call.places, call.chunk, call.height, scale, call.precision,
@@ -250,7 +270,7 @@ def _backward_op(
 @_backward_op.register_fake
 def _(
     grad_o, grad_added, grad_maps, q, k, v, level_scales, log_decay, beta, cu_seqlens, positions, far, near, inverse,
-    gamma, scale, return_state,
+    gamma, added, maps, rights, scale, return_state,
 ):  # fmt: skip
     inputs = (q, k, v, level_scales, log_decay, beta, far, near)
     return tuple(
@@ -259,27 +279,26 @@ def _(
 
 
 def _keep_inputs(ctx, inputs, output):
-    *tensors, ctx.scale, cu_seqlens, positions, far, near, ctx.return_state = inputs
-    o, inverse, gamma, added, maps = output
-    ctx.save_for_backward(*tensors, cu_seqlens, positions, far, near, inverse, gamma)
-    ctx.mark_non_differentiable(inverse, gamma)
-    ctx.set_materialize_grads(False)  # of the inverse, whose gradients nobody wants
+    *tensors, ctx.scale, cu_seqlens, positions, far, near, ctx.return_state, _ = inputs
+    o, added, maps, *kept = output
+    ctx.save_for_backward(*tensors, cu_seqlens, positions, far, near, *kept)
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)  # of what is kept, whose gradients nobody wants
     ctx.shapes = [x.shape for x in (o, added, maps)]
 
 
-def _run_backward(ctx, grad_o, _, __, grad_added, grad_maps):
-    *tensors, cu_seqlens, positions, far, near, inverse, gamma = ctx.saved_tensors
+def _run_backward(ctx, grad_o, grad_added, grad_maps, *_):
+    saved = ctx.saved_tensors
+    (*tensors, _, _, far, near), inverse = saved[:10], saved[10]
     given = [
         inverse.new_zeros(shape) if grad is None else grad
         for grad, shape in zip((grad_o, grad_added, grad_maps), ctx.shapes, strict=True)
     ]
-    found = _backward_op(
-        *given, *tensors, cu_seqlens, positions, far, near, inverse, gamma, ctx.scale, ctx.return_state
-    )
+    found = _backward_op(*given, *saved, ctx.scale, ctx.return_state)
     *grads, grad_far, grad_near = (
         g if x is not None else None for g, x in zip(found, (*tensors, far, near), strict=True)
     )
-    return *grads, None, None, None, grad_far, grad_near, None
+    return *grads, None, None, None, grad_far, grad_near, None, None
 
 
 _forward_op.register_autograd(_run_backward, setup_context=_keep_inputs)

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from loglinear.fenwick import Slots, readers_with_rows
 from loglinear.ops.triton.common import (
+    add_highest_bit,
     cdiv,
     drop_lowest_bit,
     left_sibling,
@@ -52,7 +53,6 @@ from loglinear.ops.triton.common import (
 from loglinear.ops.triton.delta_backward_halves import chunk_gradients
 from loglinear.ops.triton.delta_chunks import (
     TILE,
-    WALKED,
     Chunks,
     load_block,
     load_tile,
@@ -60,10 +60,11 @@ from loglinear.ops.triton.delta_chunks import (
     tile_width,
     walks,
     warps_of,
+    whole_width,
 )
 from loglinear.ops.triton.delta_nodes import (
+    Kept,
     Leaving,
-    Nodes,
     has_running,
     most_higher,
     row_tiles,
@@ -72,7 +73,6 @@ from loglinear.ops.triton.delta_nodes import (
     sibling_tables,
 )
 from loglinear.ops.triton.delta_read import reading_tables
-from loglinear.ops.triton.scalar import INTERPRETED
 
 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
@@ -135,8 +135,8 @@ def _pull_kernel(grad_o, scales, seen, added, pulled, dscales, tokens, firsts, r
 
 
 @triton.jit(do_not_specialize=["N"])
-def _ascend_kernel(pulled, maps, rows_of, blocks, heights, variants, places, N, H, K, C: tl.constexpr, KT: tl.constexpr,
-                   BK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _ascend_kernel(pulled, maps, rows_of, blocks, variants, places, N, H, K, C: tl.constexpr, KT: tl.constexpr,
+                   BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Adds to the gradient of each read's queries what comes through the node that they pass next."""
     head, slot = program_place()
     rows = tl.load(rows_of + slot, mask=slot < N, other=0)
@@ -150,8 +150,7 @@ def _ascend_kernel(pulled, maps, rows_of, blocks, heights, variants, places, N, 
         for _ in range(number):
             rest = drop_lowest_bit(rest)
         node = place_of_node(slot, block, None, None, rest, count - number)  # buckets are not passed
-        half = (tl.load(heights + node) % 2).to(tl.int64) * N * H
-        map = maps + (half + node.to(tl.int64) * H + head) * PARTS * K * K
+        map = maps + (node.to(tl.int64) * H + head) * K * K
         here = base + number * H * C * K
         for column in range(KT):
             total = load_block(pulled + here, 0, C, C, column * BK, K, BK).to(tl.float32)
@@ -166,56 +165,50 @@ def _ascend_kernel(pulled, maps, rows_of, blocks, heights, variants, places, N, 
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
 def _climb_kernel(grad_o, scales, seen, added, maps, pulled, dscales, tokens, firsts, rows_of, blocks, origins, oldests,
                   heights, reads, variants, places, N, H, stride_g, stride_gh, stride_s, stride_sh, K, V, L,
-                  C: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                  PARTS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """`_pull_kernel` and `_ascend_kernel` in one, which has all columns, of ROWS of the rows: from the farthest node to
-    the nearest."""
-    part, slot = program_place()
-    head, start = part // (C // ROWS), part % (C // ROWS) * ROWS
+                  C: tl.constexpr, HEIGHT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                  SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """`_pull_kernel` and `_ascend_kernel` in one, which has all columns: from the farthest node to the nearest."""
+    head, slot = program_place()
     rows = tl.load(rows_of + slot, mask=slot < N, other=0)
     if rows == 0:
         return
-    token, block, count = tl.load(tokens + slot) + start, tl.load(blocks + slot), tl.load(reads + slot)
-    first = None if firsts is None else tl.load(firsts + slot) - start
-    rows -= start
+    token, block, count = tl.load(tokens + slot), tl.load(blocks + slot), tl.load(reads + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
     origin = None if origins is None else tl.load(origins + slot)
     oldest = None if oldests is None else tl.load(oldests + slot)
     different = count if variants is None else tl.load(variants + slot)
-    row = tl.arange(0, ROWS)
+    row = tl.arange(0, C)
     exists = row_exists(row, first, rows)
     base = (tl.load(places + slot).to(tl.int64) * H + head) * C * K
     lam, dlam = scales + head.to(tl.int64) * stride_sh, dscales + (token + row).to(tl.int64) * H * L + head * L
-    grad = load_tile(grad_o + head.to(tl.int64) * stride_gh, token, first, rows, stride_g, ROWS, 0, V, BV)
+    grad = load_tile(grad_o + head.to(tl.int64) * stride_gh, token, first, rows, stride_g, C, 0, V, BV)
     dtype = pulled.dtype.element_ty
-    total = tl.zeros((ROWS, BK), tl.float32)
-    last = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((C, BK), tl.float32)
+    last = tl.zeros((C,), tl.float32)
+    rest = block
+    for _ in range(count - 1):
+        rest = drop_lowest_bit(rest)
     for step in range(count):
         number = count - 1 - step
-        rest = block
-        for _ in range(number):
-            rest = drop_lowest_bit(rest)
         node = place_of_node(slot, block, origin, oldest, rest, count - number)
-        height = tl.load(heights + node)
+        level = tl.minimum(HEIGHT + 1 + tl.load(heights + node), L - 1)
         place = node.to(tl.int64) * H + head
         here = base + tl.minimum(number, different - 1).to(tl.int64) * H * C * K
         state = load_block(added + place * K * V, 0, K, BK, 0, V, BV)
+        # what is read after this node has passed it; nothing passes a bucket, or the farthest node
+        map = load_block(maps + place * K * K, 0, tl.where(number + 1 < different, K, 0), BK, 0, K, BK)
         pull = tl.dot(grad, tl.trans(state), input_precision=PRECISION)
         if SCALED:
-            level = tl.minimum(HEIGHT + 1 + height, L - 1)
-            queries = load_block(seen + here, start, C, ROWS, 0, K, BK).to(tl.float32)
+            queries = load_block(seen + here, 0, C, C, 0, K, BK).to(tl.float32)
             found = tl.sum(queries * pull, 1)
-            if level < L - 1:
-                tl.store(dlam + level, found, mask=exists)
-            else:
-                last += found
-            pull *= load_column(lam + level, token, first, rows, stride_s, ROWS)[:, None]
-        if number + 1 < different:  # what is read after this node has passed it
-            map = maps + ((height % 2).to(tl.int64) * N * H + place) * PARTS * K * K
-            turned = tl.trans(load_block(map, 0, K, BK, 0, K, BK))
-            total = tl.dot(total.to(dtype), turned, pull, input_precision=PRECISION)
-        else:
-            total += pull
-        store_block(pulled + here, total, start, C, ROWS, 0, K, BK)
+            tl.store(dlam + level, found, mask=exists & (level < L - 1))
+            last += tl.where(level < L - 1, 0.0, found)
+            pull *= load_column(lam + level, token, first, rows, stride_s, C)[:, None]
+        if variants is not None:
+            pull += tl.where(number + 1 < different, 0.0, total)
+        total = tl.dot(total.to(dtype), tl.trans(map), pull, input_precision=PRECISION)
+        store_block(pulled + here, total, 0, C, C, 0, K, BK)
+        rest = add_highest_bit(rest, block)
     if SCALED:
         tl.store(dlam + L - 1, last, mask=exists)
 
@@ -270,13 +263,11 @@ def _gather_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens, firsts
 
 @triton.jit(do_not_specialize=["N", "cap"])
 def _running_back_kernel(maps, d_added, bases, counts, origins, oldests, heights, N, H, cap, K, V, KT: tl.constexpr,
-                         BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,
-                         PRECISION: tl.constexpr):  # fmt: skip
+                         BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Back over the running states: each owes P of the next, transposed, times that one's gradient."""
     sequence, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     base, count = tl.load(bases + sequence), tl.load(counts + sequence)
     span = tl.exp2(cap.to(tl.float32)).to(tl.int32)
-    half = maps + (cap % 2).to(tl.int64) * N * H * PARTS * K * K
     begin, oldest = 1, None
     if origins is not None:
         base, count, begin, oldest = running_from(base, count, span, cap, origins, oldests, heights)
@@ -286,7 +277,7 @@ def _running_back_kernel(maps, d_added, bases, counts, origins, oldests, heights
         before = place - span.to(tl.int64) * H
         if oldest is not None:
             before = tl.where(step == steps - 1, oldest.to(tl.int64) * H + head, before)
-        map = half + place * PARTS * K * K
+        map = maps + place * K * K
         for row in range(KT):
             total = load_block(d_added + before * K * V, row * BK, K, BK, tile * BV, V, BV).to(tl.float32)
             for key in range(KT):
@@ -299,8 +290,8 @@ def _running_back_kernel(maps, d_added, bases, counts, origins, oldests, heights
 
 @triton.jit(do_not_specialize=["N", "height"])
 def _left_kernel(rights, d_added, d_maps, tallest, heights, lefts, blocks, origins, oldests, reads, N, H, height, K, V,
-                 KT: tl.constexpr, VT: tl.constexpr, RT: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
-                 BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 KT: tl.constexpr, VT: tl.constexpr, PT: tl.constexpr, RT: tl.constexpr, ROWS: tl.constexpr,
+                 BK: tl.constexpr, BV: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A tile of what the left halves of the nodes of `height` + 1 owe to them."""
     part, number = program_place()
     slot = tl.load(tallest + number, mask=number < N, other=-1)
@@ -308,7 +299,7 @@ def _left_kernel(rights, d_added, d_maps, tallest, heights, lefts, blocks, origi
         return
     if (tl.load(heights + slot) <= height) | (tl.load(lefts + slot) <= 1):
         return
-    head, tile = part // ((KT + VT) * RT), part // RT % (KT + VT)
+    head, tile = part // ((PT + VT) * RT), part // RT % (PT + VT)
     row = part % RT * ROWS
     span = tl.exp2(height.to(tl.float32)).to(tl.int32)
     place = slot.to(tl.int64) * H + head
@@ -325,19 +316,19 @@ def _left_kernel(rights, d_added, d_maps, tallest, heights, lefts, blocks, origi
             total = tl.dot(tl.trans(map), grad, total, input_precision=PRECISION)
         store_block(d_added + left * K * V, total, row, K, ROWS, column, V, BV)
     else:
-        column = (tile - VT) * BK
-        change = load_block(d_maps + left * K * K, row, K, ROWS, column, K, BK).to(tl.float32)
+        column = (tile - VT) * BP
+        change = load_block(d_maps + left * K * K, row, K, ROWS, column, K, BP).to(tl.float32)
         for key in range(KT):
-            grad_map = load_block(d_maps + place * K * K, key * BK, K, BK, column, K, BK)
+            grad_map = load_block(d_maps + place * K * K, key * BK, K, BK, column, K, BP)
             map_again = load_block(right, key * BK, K, BK, row, K, ROWS)
             change = tl.dot(tl.trans(map_again), grad_map, change, input_precision=PRECISION)
-        store_block(d_maps + left * K * K, change, row, K, ROWS, column, K, BK)
+        store_block(d_maps + left * K * K, change, row, K, ROWS, column, K, BP)
 
 
 @triton.jit(do_not_specialize=["N", "height"])
 def _right_kernel(added, maps, d_added, d_maps, tallest, heights, lefts, blocks, origins, oldests, reads, N, H, height,
                   K, V, KT: tl.constexpr, VT: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                  PARTS: tl.constexpr, RUNNING: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                  RUNNING: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Some rows of the gradient of P of the right halves of the nodes of `height` + 1.
 
     RUNNING: of the nodes of the cap height, which took in the running state before them; that has no P.
@@ -375,17 +366,12 @@ def _right_kernel(added, maps, d_added, d_maps, tallest, heights, lefts, blocks,
         state = load_block(added + left * K * V, 0, K, ROWS, tile * BV, V, BV)
         total = tl.dot(grad, tl.trans(state), total, input_precision=PRECISION)
     if not RUNNING:
-        half = maps + (height % 2).to(tl.int64) * N * H * PARTS * K * K
         for key in range(KT):
             grad_map = load_block(d_maps + place * K * K, row, K, BK, key * BK, K, BK)
-            map = load_block(half + left * PARTS * K * K, 0, K, ROWS, key * BK, K, BK)
+            map = load_block(maps + left * K * K, 0, K, ROWS, key * BK, K, BK)
             total = tl.dot(grad_map, tl.trans(map), total, input_precision=PRECISION)
     tl.debug_barrier()
     store_block(d_maps + place * K * K, total, row, K, BK, 0, K, ROWS)
-
-
-CLIMBING_ROWS = 16 if INTERPRETED else 128  # of a program; 64 of them are to be compared on a GPU
-GATHERED = TILE  # columns of a program; 128 of them are to be compared on a GPU
 
 
 class Gradients(NamedTuple):
@@ -401,11 +387,11 @@ class Gradients(NamedTuple):
 
 @dataclass
 class Remade:
-    """The forward's chunks, nodes and descent, made again. Each is let go of when the gradients need it no longer."""
+    """The forward's chunks and descent, made again, and its nodes. Each is let go of when the gradients need it no
+    longer."""
 
     chunks: Chunks
-    nodes: Nodes
-    rights: Tensor
+    nodes: Kept
 
 
 def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: Remade, slots: Slots, variants, places,
@@ -416,7 +402,7 @@ def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: 
     block_k, block_v = tile_width(key_dim), tile_width(value_dim)
     keys = {"KT": cdiv(key_dim, block_k), "BK": block_k, "PRECISION": precision}
     values = {"VT": cdiv(value_dim, block_v), "BV": block_v}
-    columns, rows = keys["KT"] + values["VT"], max(16, next_power_of_2(key_dim))
+    rows = max(16, next_power_of_2(key_dim))
     scaled = scales is not None
     lam = scales if scaled else v
     num_levels = lam.shape[-1] if scaled else 1
@@ -426,71 +412,66 @@ def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: 
     stages = 2 if chunk <= 64 else 3
 
     # the tree
-    chunks, nodes, rights = remade.chunks, remade.nodes, remade.rights
-    del remade.chunks, remade.nodes, remade.rights
-    parts = nodes.maps.shape[3]
+    chunks, nodes = remade.chunks, remade.nodes
+    del remade.chunks, remade.nodes
     pulled = torch.empty_like(chunks.seen)
     read = (slots.token, slots.first, slots.rows, *reading_tables(slots, variants), places, num_slots, heads)
     shape = (*of_g, *of_s, key_dim, value_dim, num_levels)
     if walks(k, value_dim):
-        part = min(chunk, CLIMBING_ROWS)
-        _climb_kernel[programs(heads * (chunk // part), num_slots)](
-            grad_o, lam, chunks.seen, *nodes, pulled, dscales, *read, *shape, C=chunk, ROWS=part, HEIGHT=height,
-            BK=tile_width(key_dim, WALKED), BV=tile_width(value_dim, WALKED), PARTS=parts, SCALED=scaled,
-            PRECISION=precision, num_warps=warps_of(part), num_stages=1,
+        _climb_kernel[programs(heads, num_slots)](
+            grad_o, lam, chunks.seen, nodes.added, nodes.maps, pulled, dscales, *read, *shape, C=chunk, HEIGHT=height,
+            BK=whole_width(key_dim), BV=whole_width(value_dim), SCALED=scaled, PRECISION=precision,
+            num_warps=warps_of(chunk), num_stages=1,
         )  # fmt: skip
     else:
         _pull_kernel[programs(heads, num_slots)](
             grad_o, lam, chunks.seen, nodes.added, pulled, dscales, *read, *shape, HEIGHT=height, C=chunk,
-            SCALED=scaled, num_warps=8 if key_dim > 128 else 4, num_stages=stages, **keys, **values,
+            SCALED=scaled, num_warps=4, num_stages=stages, **keys, **values,
         )  # fmt: skip
         _ascend_kernel[programs(heads, num_slots)](
-            pulled, nodes.maps, slots.rows, slots.block, slots.height, variants, places, num_slots, heads, key_dim,
-            C=chunk, PARTS=parts, num_warps=4, num_stages=stages, **keys,
+            pulled, nodes.maps, slots.rows, slots.block, variants, places, num_slots, heads, key_dim,
+            C=chunk, num_warps=4, num_stages=stages, **keys,
         )  # fmt: skip
     tiled = row_tiles(key_dim) | {"num_stages": 1}
     all_rows = {"num_warps": 8 if rows > 128 else 4, "num_stages": 2, "ROWS": rows}
     # what has no rows reads nothing, and nobody fills in the gradients of a bucket that nothing reads
     readers = readers_with_rows(slots)
     new = torch.empty_like if slots.origin is None else torch.zeros_like
-    d_added, d_maps = new(nodes.added), torch.empty_like(rights)
-    wide_k, wide_v = (
-        tile_width(width, GATHERED if width % GATHERED == 0 else TILE) for width in (key_dim, value_dim)
-    )  # fmt: skip
-    gathered = {"KT": cdiv(key_dim, wide_k), "VT": cdiv(value_dim, wide_v), "BK": wide_k, "BV": wide_v}
-    warps = {"num_warps": 8} if max(wide_k, wide_v) > TILE else {}
-    _gather_kernel[programs(heads * (gathered["KT"] + gathered["VT"]) * tiled["RT"], num_slots)](
+    d_added, d_maps = new(nodes.added), torch.empty_like(nodes.maps)
+    _gather_kernel[programs(heads * (keys["KT"] + values["VT"]) * tiled["RT"], num_slots)](
         grad_o, lam, chunks.seen, pulled, d_added, d_maps, slots.token, slots.first, slots.rows, slots.height,
         slots.left, variants, places, slots.reader, readers, slots.order, num_slots, heads, *of_g, *of_s, key_dim,
-        value_dim, num_levels, HEIGHT=height, C=chunk, SCALED=scaled, PRECISION=precision, **gathered,
-        **tiled | warps,
+        value_dim, num_levels, HEIGHT=height, C=chunk, SCALED=scaled, **keys, **values, **tiled,
     )  # fmt: skip
     chunks = chunks._replace(seen=None)
     if grad_left is not None:
         _add_from_ends(d_added, d_maps, grad_left, slots)
     siblings = sibling_tables(slots)
+    wide = 2 * TILE if key_dim % (2 * TILE) == value_dim % (2 * TILE) == 0 and k.dtype == torch.bfloat16 else TILE
+    left_k, left_v = tile_width(key_dim, wide), tile_width(value_dim, wide)
+    left = {"PT": cdiv(key_dim, left_k), "BP": left_k, "VT": cdiv(value_dim, left_v), "BV": left_v}
     of_nodes = (slots.tallest, slots.height, slots.left)
     if has_running(slots):
         _running_back_kernel[(len(slots.base), heads, values["VT"])](
             nodes.maps, d_added, *running_tables(slots), num_slots, heads, slots.cap, key_dim, value_dim,
-            BV=block_v, PARTS=parts, num_warps=4, num_stages=2, **keys,
+            BV=block_v, num_warps=4, num_stages=2, **keys,
         )  # fmt: skip
         _right_kernel[programs(heads * keys["KT"], most_higher(slots, slots.cap - 1))](
             nodes.added, nodes.maps, d_added, d_maps, *of_nodes, slots.block, *siblings[1:], num_slots, heads,
-            slots.cap, key_dim, value_dim, PARTS=parts, RUNNING=True, **keys, **values, **all_rows,
+            slots.cap, key_dim, value_dim, RUNNING=True, **keys, **values, **all_rows,
         )  # fmt: skip
     for level in reversed(range(slots.cap)):
         highest = most_higher(slots, level)
         if highest:
-            _left_kernel[programs(heads * columns * tiled["RT"], highest)](
-                rights, d_added, d_maps, *of_nodes, *siblings, num_slots, heads, level, key_dim, value_dim,
-                **keys, **values, **tiled,
+            _left_kernel[programs(heads * (left["VT"] + left["PT"]) * tiled["RT"], highest)](
+                nodes.rights, d_added, d_maps, *of_nodes, *siblings, num_slots, heads, level, key_dim, value_dim,
+                **keys, **left, **tiled,
             )  # fmt: skip
             _right_kernel[programs(heads * keys["KT"], highest)](
                 nodes.added, nodes.maps, d_added, d_maps, *of_nodes, slots.block, *siblings[1:], num_slots, heads,
-                level, key_dim, value_dim, PARTS=parts, RUNNING=False, **keys, **values, **all_rows,
+                level, key_dim, value_dim, RUNNING=False, **keys, **values, **all_rows,
             )  # fmt: skip
-    del nodes, rights
+    del nodes
     far, near = None, None
     if slots.origin is not None:
         far = torch.where(slots.ends.has_bucket[..., None, None, None], d_added[slots.ends.bucket].float(), 0)

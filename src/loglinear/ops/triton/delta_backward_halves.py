@@ -30,7 +30,6 @@ from loglinear.ops.triton.common import (
     programs,
     row_exists,
 )
-from loglinear.ops.triton.delta_backward_whole import whole_gradients
 from loglinear.ops.triton.delta_chunks import (
     Chunks,
     load_block,
@@ -40,10 +39,8 @@ from loglinear.ops.triton.delta_chunks import (
     store_quarter,
     store_tile,
     tile_width,
-    walks,
 )
-from loglinear.ops.triton.delta_halves import SKIPS, decays_across
-from loglinear.ops.triton.scalar import INTERPRETED
+from loglinear.ops.triton.delta_halves import decays_across
 
 
 @triton.jit(do_not_specialize=["N", "stride_b"])
@@ -103,10 +100,11 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
                    tokens, firsts, rows_of, reads, places, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg,
                    stride_v, stride_vh, stride_s, stride_sh, stride_b, stride_g, stride_gh, K, V, L, E: tl.constexpr,
                    HEIGHT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                   SCALED: tl.constexpr, SKIPS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                   SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Back through the scores of half of the rows: gradients of λ, of MT and of q kᵀ. E = 2^HEIGHT.
 
-    For the first half all that is across is zero, and multiplied unless it SKIPS that.
+    For the first half all that is across is zero, and multiplied as well: to skip that saves little, and left the
+    gradient of k wrong where a kernel is pipelined.
     """
     part, slot = program_place()
     head, half = part // 2, part % 2
@@ -121,7 +119,7 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
     v += head.to(tl.int64) * stride_vh
     grad_o += head.to(tl.int64) * stride_gh
     place = slot.to(tl.int64) * H + head
-    start, reaches = half * E, (half == 1) | (not SKIPS)
+    start = half * E
     own_first = None if first is None else first - start
     own_token, own_rows = token + start, rows - start
     earlier = rows * half  # none for the first half
@@ -136,8 +134,7 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
         values = load_tile(v, own_token, own_first, own_rows, stride_v, E, tile * BV, V, BV)
         others = load_tile(v, token, first, earlier, stride_v, E, tile * BV, V, BV)
         own = tl.dot(grad, tl.trans(values), own, input_precision=PRECISION)
-        if reaches:
-            across = tl.dot(grad, tl.trans(others), across, input_precision=PRECISION)
+        across = tl.dot(grad, tl.trans(others), across, input_precision=PRECISION)
     if SCALED:
         lam = scales + head.to(tl.int64) * stride_sh
         dlam = dscales + (own_token + row).to(tl.int64) * H * L + head * L
@@ -171,8 +168,7 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
             keys = load_tile(k, own_token, own_first, own_rows, stride_k, E, tile * BK, K, BK)
             others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
             met = tl.dot(pull, tl.trans(keys), met, input_precision=PRECISION)
-            if reaches:
-                met_across = tl.dot(pull, tl.trans(others), met_across, input_precision=PRECISION)
+            met_across = tl.dot(pull, tl.trans(others), met_across, input_precision=PRECISION)
         own -= met * tl.exp2(own_sums)[None, :]
         across -= met_across * tl.exp2(other_sums)[None, :]
     own = tl.where(causal, own, 0.0)
@@ -186,18 +182,15 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
     before = load_column(beta + head, token, first, earlier, stride_b, E)
     own, across = (own * strength[None, :]).to(dtype), (across * before[None, :]).to(dtype)
     of_own = tl.dot(own, tl.trans(load_quarter(inverse, place, 2 * half, E)), input_precision=PRECISION)
-    of_across = tl.zeros((E, E), tl.float32)
-    if reaches:
-        of_own = tl.dot(across, tl.trans(load_quarter(inverse, place, half, E)), of_own, input_precision=PRECISION)
-        of_across = tl.dot(across, tl.trans(load_quarter(inverse, place, 0, E)), input_precision=PRECISION)
+    of_own = tl.dot(across, tl.trans(load_quarter(inverse, place, half, E)), of_own, input_precision=PRECISION)
+    of_across = tl.dot(across, tl.trans(load_quarter(inverse, place, 0, E)), input_precision=PRECISION)
     product, product_across = tl.zeros((E, E), tl.float32), tl.zeros((E, E), tl.float32)
     for tile in range(KT):
         queries = load_tile(q, own_token, own_first, own_rows, stride_q, E, tile * BK, K, BK)
         keys = load_tile(k, own_token, own_first, own_rows, stride_k, E, tile * BK, K, BK)
         others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
         product = tl.dot(queries, tl.trans(keys), product, input_precision=PRECISION)
-        if reaches:
-            product_across = tl.dot(queries, tl.trans(others), product_across, input_precision=PRECISION)
+        product_across = tl.dot(queries, tl.trans(others), product_across, input_precision=PRECISION)
     of_own = tl.where(causal, of_own * decays_between(own_sums) * scale, 0.0)
     of_across *= decays_across(own_sums, other_sums) * scale
     store_quarter(d_pairs, of_own, place, 2 * half, E)
@@ -213,9 +206,9 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
 @triton.jit(do_not_specialize=["N"])
 def _solved_kernel(q, k, v, gamma, d_maps, d_written, d_mixed, d_solved, d_erase, tokens, firsts, rows_of, lefts, N, H,
                    G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, K, V, E: tl.constexpr,
-                   KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SKIPS: tl.constexpr,
+                   KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
                    PRECISION: tl.constexpr):  # fmt: skip
-    """Gradients of half of the rows of T, and of W. What is zero for one half is multiplied unless it SKIPS that."""
+    """Gradients of half of the rows of T, and of W. What is zero for one half is multiplied as well."""
     part, slot = program_place()
     head, half = part // 2, part % 2
     rows = tl.load(rows_of + slot, mask=slot < N, other=0)
@@ -228,7 +221,7 @@ def _solved_kernel(q, k, v, gamma, d_maps, d_written, d_mixed, d_solved, d_erase
     k += group.to(tl.int64) * stride_kg
     v += head.to(tl.int64) * stride_vh
     place = slot.to(tl.int64) * H + head
-    start, reaches, is_read = half * E, (half == 1) | (not SKIPS), (half == 0) | (not SKIPS)
+    start = half * E
     own_first = None if first is None else first - start
     later_first = None if first is None else first - E
     own_token, own_rows = token + start, rows - start
@@ -252,8 +245,7 @@ def _solved_kernel(q, k, v, gamma, d_maps, d_written, d_mixed, d_solved, d_erase
             met = load_tile(k, own_token, own_first, own_rows, stride_k, E, column * BK, K, BK)
             others = load_tile(k, token, first, earlier, stride_k, E, column * BK, K, BK)
             own = tl.dot(erased, tl.trans(met), own, input_precision=PRECISION)
-            if reaches:
-                across = tl.dot(erased, tl.trans(others), across, input_precision=PRECISION)
+            across = tl.dot(erased, tl.trans(others), across, input_precision=PRECISION)
         own *= tl.exp2(own_sums)[None, :]
         across *= tl.exp2(first_sums)[None, :]
         for tile in range(VT):
@@ -261,8 +253,7 @@ def _solved_kernel(q, k, v, gamma, d_maps, d_written, d_mixed, d_solved, d_erase
             values = load_tile(v, own_token, own_first, own_rows, stride_v, E, tile * BV, V, BV)
             others_v = load_tile(v, token, first, earlier, stride_v, E, tile * BV, V, BV)
             own = tl.dot(wrote, tl.trans(values), own, input_precision=PRECISION)
-            if reaches:
-                across = tl.dot(wrote, tl.trans(others_v), across, input_precision=PRECISION)
+            across = tl.dot(wrote, tl.trans(others_v), across, input_precision=PRECISION)
     # the transposed products are made directly: a product, cast and turned, is silently wrong on Hopper before 3.7.1
     product, product_later = tl.zeros((E, E), tl.float32), tl.zeros((E, E), tl.float32)
     for tile in range(KT):
@@ -270,16 +261,14 @@ def _solved_kernel(q, k, v, gamma, d_maps, d_written, d_mixed, d_solved, d_erase
         queries = load_tile(q, own_token, own_first, own_rows, stride_q, E, tile * BK, K, BK)
         later = load_tile(q, token + E, later_first, later_rows, stride_q, E, tile * BK, K, BK)
         product = tl.dot(keys_of, tl.trans(queries), product, input_precision=PRECISION)
-        if is_read:
-            product_later = tl.dot(keys_of, tl.trans(later), product_later, input_precision=PRECISION)
+        product_later = tl.dot(keys_of, tl.trans(later), product_later, input_precision=PRECISION)
     passing = tl.exp2(tl.minimum(own_sums[None, :] - own_sums[:, None], 0.0)) * scale
     product = tl.where(row[:, None] <= row[None, :], product * passing, 0.0)
     product_later *= tl.exp2(tl.minimum(later_sums[None, :] - own_sums[:, None], 0.0)) * scale
     below = load_quarter(d_mixed, place, 1, E)
     product = product.to(dtype)
     own = tl.dot(product, load_quarter(d_mixed, place, 2 * half, E), own, input_precision=PRECISION)
-    if is_read:
-        own = tl.dot(product_later.to(dtype), below, own, input_precision=PRECISION)
+    own = tl.dot(product_later.to(dtype), below, own, input_precision=PRECISION)
     store_quarter(d_solved, own, place, 2 * half, E)
     if half == 1:
         across = tl.dot(product, below, across, input_precision=PRECISION)
@@ -505,21 +494,12 @@ def _decays_kernel(gamma, d_maps, d_scored, d_mass, d_strength, d_sums, d_end, d
     tl.store(d_decay + own, tl.sum(mass, 0) - tl.cumsum(mass, 0) + mass + whole, mask=exists)
 
 
-WHOLE_GRADIENTS = INTERPRETED  # by programs that have all rows: to be compared on a GPU
-
-
 def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tensor, d_added: Tensor, d_maps: Tensor,
                     dscales: Tensor, slots: Slots, places: Tensor, chunk: int, height: int, scale: float,
                     precision: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q and k by head [T, H, K], of v, log_decay and beta, from those of nodes and queries; adds to
     `dscales`."""
     num_slots, (tokens, groups, key_dim), (_, heads, value_dim) = len(slots.token), q.shape, v.shape
-    if WHOLE_GRADIENTS and walks(k, value_dim):
-        dq, dk, dv, *parts = whole_gradients(
-            q, k, v, scales, beta, grad_o, chunks, pulled, d_added, d_maps, dscales, slots, places, chunk, height,
-            scale, precision,
-        )  # fmt: skip
-        return dq, dk, dv, *_of_decays(chunks, d_maps, slots, tokens, *parts)
     block_k, block_v = tile_width(key_dim), tile_width(value_dim)
     key_tiles, value_tiles = cdiv(key_dim, block_k), cdiv(value_dim, block_v)
     keys = {"E": chunk // 2, "KT": key_tiles, "BK": block_k, "PRECISION": precision, "num_warps": 4}
@@ -546,12 +526,12 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
         q, k, v, lam, beta, grad_o, chunks.inverse, chunks.mixed, pulled, chunks.gamma, d_mixed, d_pairs, dscales,
         d_scored, *rows, slots.reads, places, num_slots, heads, groups, scale, *of_q[:2], *of_k[:2], *of_v[:2],
         *of_s[:2], of_b[0], *of_g[:2], key_dim, value_dim, lam.shape[-1] if scaled else 1, HEIGHT=height - 1,
-        SCALED=scaled, SKIPS=SKIPS, **values, **{**keys, "num_stages": 1},
+        SCALED=scaled, **values, **{**keys, "num_stages": 1},
     )  # fmt: skip
     d_solved, d_erase = v.new_empty(quarters), v.new_empty(num_slots, heads, chunk, key_dim)
     _solved_kernel[halves](
         q, k, v, chunks.gamma, d_maps, d_written, d_mixed, d_solved, d_erase, *rows, slots.left, num_slots, heads,
-        groups, scale, *of_q[:2], *of_k[:2], *of_v[:2], key_dim, value_dim, SKIPS=SKIPS, **values, **keys,
+        groups, scale, *of_q[:2], *of_k[:2], *of_v[:2], key_dim, value_dim, **values, **keys,
     )  # fmt: skip
     del d_mixed, d_written
     d_overlap, d_strength, d_mass = v.new_empty(quarters), *(torch.empty(by_half, **float32) for _ in range(2))
@@ -563,8 +543,8 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
     wide = {"dtype": v.dtype if groups == heads else torch.float32, "device": v.device}  # sums over a group's heads
     dq, dk = (torch.empty(tokens, heads, key_dim, **wide) for _ in range(2))
     d_sums, d_end = (torch.empty(key_tiles, *chunks.gamma.shape, **float32) for _ in range(2))
-    # pipelined, it is wrong by 6e-2 to 1e-1 where sequences start anywhere and K > 128
-    staged = keys if slots.first is None else {**keys, "num_stages": 1}
+    # pipelined, it is wrong where K > 128: by 1e-2, and by 1e-1 where sequences start anywhere
+    staged = keys if key_dim <= 128 and slots.first is None else {**keys, "num_stages": 1}
     _keys_kernel[programs(2 * heads * key_tiles, num_slots)](
         q, k, v, beta, chunks.inverse, pulled, chunks.gamma, d_added, d_maps, d_erase, chunks.mixed, d_pairs, d_overlap,
         dq, dk, d_sums, d_end, *rows, slots.left, slots.reads, places, num_slots, heads, groups, scale, *of_q[:2],

@@ -1,16 +1,16 @@
 """One chunk of the delta rule: what it is, how exact, and how the kernels that make it and use it load and store tiles.
 
 The WY form (arXiv 2406.06484; gated: 2412.06464): with A = strictly lower part of diag(β) (k kᵀ ⊙ e^{γ_t - γ_s}) the
-rows of a chunk write T (v - W S), where S is the state that enters it, T = (I + A)⁻¹ diag(β), and W = T (k e^γ). The
-kernels of `delta_halves.py` make all of it, and the scores of the rows among each other, and their queries as seen from
-S.
+rows of a chunk write T (v - k̂ S), where S is the state that enters it, T = (I + A)⁻¹ diag(β), and k̂ = k e^γ. So S
+leaves it as P S + U, with P = e^Γ I - k̄ᵀ T k̂ and U = k̄ᵀ T v, where k̄ = k e^{Γ-γ}. The kernels of `delta_halves.py` make
+all of it, and the scores of the rows among each other, and their queries as seen from S.
 
 Precision, for 16-bit inputs (all else is float32): A, its inverse and the products that join it are float32 in three
 tf32 parts, for the inverse of a chunk of nearly equal keys is as badly conditioned as the chunk is long. What every
 later product passes through is in two bfloat16 parts, the second of them what the first has lost: the inverse as it is
-stored, T, W, T v, and P in `delta_nodes.py` where nodes grow. With single ones the output is wrong by 6e-3 where
-nothing decays, instead of 4e-3, of which 1.7e-3 is the rounding of the output. U, the queries and the scores, before T
-and after it, are single, and so is P where queries pass it, and all that the backward multiplies by.
+stored, k̄ᵀ T, and P in `delta_nodes.py` where nodes grow. With single ones the output is wrong by 6e-3 where nothing
+decays, instead of 4e-3, of which 1.7e-3 is the rounding of the output. U, the queries and the scores, before T and
+after it, are single, and so is P where queries pass it, and all that the backward multiplies by.
 
 Legend
     N chunks (slots), C rows of a chunk, H heads, G groups, K key width, V value width, L levels
@@ -151,6 +151,12 @@ def has_room_for_keys(k: Tensor) -> bool:
 def walks(k: Tensor, value_dim: int) -> bool:
     """The same, and of the output and U."""
     return has_room_for_keys(k) and value_dim <= WALKED
+
+
+def whole_width(width: int) -> int:
+    """Columns of a program that has all of them. Never fewer than a tile: for narrower ones the assembler of CUDA 12.8
+    multiplies what a register that nothing has written points to (the walk with K = 16, V = 32)."""
+    return max(16 if INTERPRETED else TILE, tile_width(width, WALKED))
 
 
 def warps_of(chunk: int) -> int:

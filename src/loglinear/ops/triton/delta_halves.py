@@ -29,12 +29,11 @@ from loglinear.ops.triton.common import (
     log2_decays,
     program_place,
     programs,
+    row_exists,
 )
 from loglinear.ops.triton.delta_chunks import (
     TILE,
     Chunks,
-    dot_parts,
-    has_room_for_keys,
     inverse_shape,
     load_block,
     load_quarter,
@@ -45,8 +44,6 @@ from loglinear.ops.triton.delta_chunks import (
     store_quarter,
     tile_width,
 )
-from loglinear.ops.triton.delta_whole import make_scores
-from loglinear.ops.triton.scalar import INTERPRETED
 
 
 @triton.jit
@@ -161,11 +158,11 @@ def _times_inverse(left, inverse, place, quarter, total, size, E: tl.constexpr, 
 def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, tokens, firsts, rows_of, reads, places, N, H,
                    G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_s, stride_sh, stride_b, K, L,
                    E: tl.constexpr, HEIGHT: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
-                   SKIPS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                   PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Scores and queries of half of the rows. E = 2^HEIGHT.
 
     The other half is what the second one reads of the first; of the first half, for which it lies ahead, all of that
-    is zero, and multiplied unless it SKIPS that.
+    is zero, and multiplied as well.
     """
     part, slot = program_place()
     head, half = part // 2, part % 2
@@ -177,7 +174,7 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
     first = None if firsts is None else tl.load(firsts + slot)
     q += group.to(tl.int64) * stride_qg
     k += group.to(tl.int64) * stride_kg
-    start, ahead, reaches = half * E, (1 - half) * E, (half == 1) | (not SKIPS)
+    start, ahead = half * E, (1 - half) * E
     first_of = None if first is None else first - start
     token_of, rows_of_half = token + start, rows - start
     earlier = rows * half  # none for the first half
@@ -190,8 +187,7 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
         keys = load_tile(k, token_of, first_of, rows_of_half, stride_k, E, tile * BK, K, BK)
         others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
         product = tl.dot(queries, tl.trans(keys), product, input_precision=PRECISION)
-        if reaches:
-            across = tl.dot(queries, tl.trans(others), across, input_precision=PRECISION)
+        across = tl.dot(queries, tl.trans(others), across, input_precision=PRECISION)
     product = tl.where(row[:, None] >= row[None, :], product * decays_between(own_sums) * scale, 0.0)
     across *= decays_across(own_sums, other_sums) * scale
 
@@ -203,12 +199,10 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
     product, across, nothing = product.to(dtype), across.to(dtype), tl.zeros((E, E), tl.float32)
     mixed = _times_inverse(product, inverse, place, 2 * half, nothing, size, E, PARTS, PRECISION)
     mixed *= strength[None, :]
-    mixed_across = nothing
-    if reaches:
-        mixed_across = _times_inverse(across, inverse, place, 0, nothing, size, E, PARTS, PRECISION)
-        # of the first half with itself again: what is multiplied by zero must be as finite as its own
-        mixed_across = _times_inverse(product, inverse, place, half, mixed_across, size, E, PARTS, PRECISION)
-        mixed_across *= before[None, :]
+    mixed_across = _times_inverse(across, inverse, place, 0, nothing, size, E, PARTS, PRECISION)
+    # of the first half with itself again: what is multiplied by zero must be as finite as its own
+    mixed_across = _times_inverse(product, inverse, place, half, mixed_across, size, E, PARTS, PRECISION)
+    mixed_across *= before[None, :]
     out = scores + place * 4 * E * E
     if SCALED:
         lam = scales + head.to(tl.int64) * stride_sh
@@ -233,8 +227,7 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
         keys = load_tile(k, token_of, first_of, rows_of_half, stride_k, E, tile * BK, K, BK)
         others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
         passed = tl.dot(mixed, keys, input_precision=PRECISION)
-        if reaches:
-            passed = tl.dot(mixed_across, others, passed, input_precision=PRECISION)
+        passed = tl.dot(mixed_across, others, passed, input_precision=PRECISION)
         queries = load_tile(q, token_of, first_of, rows_of_half, stride_q, E, tile * BK, K, BK).to(tl.float32)
         store_block(seen, queries * (entering * scale)[:, None] - passed, start, 2 * E, E, tile * BK, K, BK)
 
@@ -246,58 +239,39 @@ def _in_parts(values, dtype: tl.constexpr):
 
 
 @triton.jit
-def _solved(inverse, place, quarter, whole, lost, total, size, E: tl.constexpr, PARTS: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
-    """`total` + a quarter of X times what is in parts."""
-    first = load_quarter(inverse, place, quarter, E)
-    total = tl.dot(first, whole, total, input_precision=PRECISION)
-    if PARTS == 2:
-        total = tl.dot(first, lost, total, input_precision=PRECISION)
-        total = tl.dot(load_quarter(inverse + size, place, quarter, E), whole, total, input_precision=PRECISION)
-    return total
+def _turned_keys(k, decay, token, first, rows, stride, E: tl.constexpr, column, K, BK: tl.constexpr,
+                 dtype: tl.constexpr):  # fmt: skip
+    """BK columns of half of the rows of k, turned [BK, E], each row times its `decay`."""
+    row, columns = tl.arange(0, E), column + tl.arange(0, BK)
+    at = k + token.to(tl.int64) * stride + (row[None, :] * stride + columns[:, None])
+    keys = tl.load(at, mask=row_exists(row, first, rows)[None, :] & (columns < K)[:, None], other=0.0)
+    return (keys.to(tl.float32) * decay[None, :]).to(dtype)
 
 
 @triton.jit
-def _own_rows(inverse, place, quarter, strength, size, E: tl.constexpr, PARTS: tl.constexpr):
-    """A quarter of X, float32, with what its columns are multiplied by."""
-    whole = load_quarter(inverse, place, quarter, E).to(tl.float32)
+def _times_rows(whole0, lost0, whole1, lost1, right, token, first, later, rows, stride, E: tl.constexpr, column, width,
+                W: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """What is kept in parts for each half of the rows of a chunk times W columns of them."""
+    right0 = load_tile(right, token, first, rows, stride, E, column, width, W)
+    right1 = load_tile(right, token + E, later, rows - E, stride, E, column, width, W)
+    made = tl.dot(whole0, right0, input_precision=PRECISION)
+    made = tl.dot(whole1, right1, made, input_precision=PRECISION)
     if PARTS == 2:
-        whole += load_quarter(inverse + size, place, quarter, E).to(tl.float32)
-    return whole * strength[None, :]
-
-
-@triton.jit
-def _times_keys(k, whole0, lost0, whole1, lost1, token, first, later, rows, stride, column, K, E: tl.constexpr,
-                BK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """BK columns of k, transposed, times what is kept in parts for each half of the rows."""
-    keys0 = load_tile(k, token, first, rows, stride, E, column, K, BK)
-    keys1 = load_tile(k, token + E, later, rows - E, stride, E, column, K, BK)
-    made = tl.dot(tl.trans(keys0), whole0, input_precision=PRECISION)
-    made = tl.dot(tl.trans(keys1), whole1, made, input_precision=PRECISION)
-    if PARTS == 2:
-        made = tl.dot(tl.trans(keys0), lost0, made, input_precision=PRECISION)
-        made = tl.dot(tl.trans(keys1), lost1, made, input_precision=PRECISION)
+        made = tl.dot(lost0, right0, made, input_precision=PRECISION)
+        made = tl.dot(lost1, right1, made, input_precision=PRECISION)
     return made
 
 
 @triton.jit(do_not_specialize=["N", "stride_b"])
-def _leaves_kernel(k, v, beta, inverse, gamma, added, maps, tokens, firsts, rows_of, lefts, heights, N, H, G, stride_k,
-                   stride_kg, stride_v, stride_vh, stride_b, K, V, E: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr,
-                   BK: tl.constexpr, W: tl.constexpr, WEIGHS: tl.constexpr, PARTS: tl.constexpr,
+def _leaves_kernel(k, v, beta, inverse, gamma, added, maps, finals, tokens, firsts, rows_of, lefts, heights, N, H, G,
+                   stride_k, stride_kg, stride_v, stride_vh, stride_b, K, V, E: tl.constexpr, KT: tl.constexpr,
+                   VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,
                    PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of columns of U, or of P, of one chunk: kᵀ of what T makes of the tile of v, or of k e^γ.
-
-    heights: None, or only of chunks that take in no left sibling. WEIGHS: X as it comes from memory times β v in parts,
-    in the place of X diag(β) in parts times v.
-    """
+    """BK rows of U and of P of one chunk: k̄ᵀ T times v, and times k e^γ."""
     part, slot = program_place()
-    columns: tl.constexpr = VT + (KT * BK + W - 1) // W
-    head, tile = part // columns, part % columns
+    head, column = part // KT, part % KT * BK
     if tl.load(lefts + slot, mask=slot < N, other=0) <= 1:
         return  # nobody reads the last chunk of a sequence
-    if heights is not None:
-        if tl.load(heights + slot) > 0:
-            return
     rows, token = tl.load(rows_of + slot), tl.load(tokens + slot)
     first = None if firsts is None else tl.load(firsts + slot)
     later = None if first is None else first - E
@@ -308,143 +282,36 @@ def _leaves_kernel(k, v, beta, inverse, gamma, added, maps, tokens, firsts, rows
     sums = gamma + (head.to(tl.int64) * N + slot) * 2 * E + row
     sums0, sums1 = tl.load(sums), tl.load(sums + E)
     end = tl.load(gamma + (head.to(tl.int64) * N + slot) * 2 * E + 2 * E - 1)
-    strength0 = load_column(beta + head, token, first, rows, stride_b, E)
-    strength1 = load_column(beta + head, token + E, later, rows - E, stride_b, E)
     dtype = added.dtype.element_ty
-    of_values = tile < VT
-    if of_values:
-        column = tile * W
-        source0 = load_tile(v, token, first, rows, stride_v, E, column, V, W)
-        source1 = load_tile(v, token + E, later, rows - E, stride_v, E, column, V, W)
-    else:
-        column = (tile - VT) * W
-        source0 = load_tile(k, token, first, rows, stride_k, E, column, K, W)
-        source1 = load_tile(k, token + E, later, rows - E, stride_k, E, column, K, W)
-        strength0 *= tl.exp2(sums0)
-        strength1 *= tl.exp2(sums1)
-    size = N.to(tl.int64) * H * 3 * E * E  # of a part of X
-    if WEIGHS:
-        whole0, lost0 = _in_parts(source0.to(tl.float32) * strength0[:, None], dtype)
-        whole1, lost1 = _in_parts(source1.to(tl.float32) * strength1[:, None], dtype)
-        nothing = tl.zeros((E, W), tl.float32)
-        solved0 = _solved(inverse, place, 0, whole0, lost0, nothing, size, E, PARTS, PRECISION)
-        solved1 = _solved(inverse, place, 1, whole0, lost0, nothing, size, E, PARTS, PRECISION)
-        solved1 = _solved(inverse, place, 2, whole1, lost1, solved1, size, E, PARTS, PRECISION)
-        whole0, lost0 = _in_parts(solved0 * tl.exp2(end - sums0)[:, None], dtype)
-        whole1, lost1 = _in_parts(solved1 * tl.exp2(end - sums1)[:, None], dtype)
-    else:
-        solved0 = dot_parts(_own_rows(inverse, place, 0, strength0, size, E, PARTS), source0, PARTS, PRECISION)
-        solved1 = dot_parts(_own_rows(inverse, place, 1, strength0, size, E, PARTS), source0, PARTS, PRECISION)
-        solved1 += dot_parts(_own_rows(inverse, place, 2, strength1, size, E, PARTS), source1, PARTS, PRECISION)
-        solved0 *= tl.exp2(end - sums0)[:, None]
-        solved1 *= tl.exp2(end - sums1)[:, None]
-        whole0, whole1 = solved0.to(dtype), solved1.to(dtype)
-        lost0, lost1 = (solved0 - whole0.to(tl.float32)).to(dtype), (solved1 - whole1.to(tl.float32)).to(dtype)
-    if of_values:
-        for key in range(KT):
-            made = _times_keys(k, whole0, lost0, whole1, lost1, token, first, later, rows, stride_k, key * BK, K, E, BK,
-                               PARTS, PRECISION)  # fmt: skip
-            store_block(added + place * K * V, made, key * BK, K, BK, column, V, W)
-    else:
-        for key in range(KT):
-            made = _times_keys(k, whole0, lost0, whole1, lost1, token, first, later, rows, stride_k, key * BK, K, E, BK,
-                               PARTS, PRECISION)  # fmt: skip
-            unchanged = (key * BK + tl.arange(0, BK))[:, None] == (column + tl.arange(0, W))[None, :]
-            made = tl.where(unchanged, tl.exp2(end), 0.0) - made
-            store_parts(maps + place * PARTS * K * K, made, K * K, key * BK, K, BK, column, K, W, PARTS)
-
-
-@triton.jit
-def _met(k, left, token, first, later, rows, stride, column, width, K, E: tl.constexpr, KT: tl.constexpr,
-         BK: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Both halves of k times W columns of `left` [K, width], which is in parts."""
-    met0, met1 = tl.zeros((E, W), tl.float32), tl.zeros((E, W), tl.float32)
-    for key in range(KT):
-        keys0 = load_tile(k, token, first, rows, stride, E, key * BK, K, BK)
-        keys1 = load_tile(k, token + E, later, rows - E, stride, E, key * BK, K, BK)
-        whole = load_block(left, key * BK, K, BK, column, width, W)
-        met0 = tl.dot(keys0, whole, met0, input_precision=PRECISION)
-        met1 = tl.dot(keys1, whole, met1, input_precision=PRECISION)
-        if PARTS == 2:
-            lost = load_block(left + K * width, key * BK, K, BK, column, width, W)
-            met0 = tl.dot(keys0, lost, met0, input_precision=PRECISION)
-            met1 = tl.dot(keys1, lost, met1, input_precision=PRECISION)
-    return met0, met1
-
-
-@triton.jit(do_not_specialize=["N", "stride_b"])
-def _right_leaves_kernel(k, v, beta, inverse, gamma, added, maps, tokens, rows_of, lefts, tallest, heights, N, H, G,
-                         stride_k, stride_kg, stride_v, stride_vh, stride_b, K, V, E: tl.constexpr, KT: tl.constexpr,
-                         VT: tl.constexpr, BK: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr,
-                         PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of columns of U, or of P, of one chunk and its left sibling together.
-
-    With S for the sibling's U, or its P and v = 0: e^Γ S + k̄ᵀ T (v - k̂ S).
-    """
-    part, number = program_place()
-    slot = tl.load(tallest + number, mask=number < N, other=-1)
-    if slot < 0:
-        return
-    if (tl.load(heights + slot) <= 0) | (tl.load(lefts + slot) <= 1):
-        return
-    columns: tl.constexpr = VT + (KT * BK + W - 1) // W
-    head, tile = part // columns, part % columns
-    rows, token = tl.load(rows_of + slot), tl.load(tokens + slot)
-    k += (head // (H // G)).to(tl.int64) * stride_kg
-    v += head.to(tl.int64) * stride_vh
-    place = slot.to(tl.int64) * H + head
-    row = tl.arange(0, E)
-    sums = gamma + (head.to(tl.int64) * N + slot) * 2 * E + row
-    sums0, sums1 = tl.load(sums), tl.load(sums + E)
-    end = tl.load(gamma + (head.to(tl.int64) * N + slot) * 2 * E + 2 * E - 1)
-    strength0 = load_column(beta + head, token, None, rows, stride_b, E)
-    strength1 = load_column(beta + head, token + E, None, rows - E, stride_b, E)
-    dtype = added.dtype.element_ty
-    of_values = tile < VT
-    before = place - H  # the sibling's
-    if of_values:
-        column = tile * W
-        met0, met1 = _met(k, added + before * K * V, token, None, None, rows, stride_k, column, V, K, E, KT, BK, W, 1,
-                          PRECISION)  # fmt: skip
-        source0 = load_tile(v, token, None, rows, stride_v, E, column, V, W).to(tl.float32)
-        source1 = load_tile(v, token + E, None, rows - E, stride_v, E, column, V, W).to(tl.float32)
-    else:
-        column = (tile - VT) * W
-        met0, met1 = _met(k, maps + before * PARTS * K * K, token, None, None, rows, stride_k, column, K, K, E, KT, BK,
-                          W, PARTS, PRECISION)  # fmt: skip
-        source0, source1 = tl.zeros((E, W), tl.float32), tl.zeros((E, W), tl.float32)
-    # T = X diag(β)
-    whole0, lost0 = _in_parts((source0 - met0 * tl.exp2(sums0)[:, None]) * strength0[:, None], dtype)
-    whole1, lost1 = _in_parts((source1 - met1 * tl.exp2(sums1)[:, None]) * strength1[:, None], dtype)
-    size, nothing = N.to(tl.int64) * H * 3 * E * E, tl.zeros((E, W), tl.float32)
-    solved0 = _solved(inverse, place, 0, whole0, lost0, nothing, size, E, PARTS, PRECISION)
-    solved1 = _solved(inverse, place, 1, whole0, lost0, nothing, size, E, PARTS, PRECISION)
-    solved1 = _solved(inverse, place, 2, whole1, lost1, solved1, size, E, PARTS, PRECISION)
-    whole0, lost0 = _in_parts(solved0 * tl.exp2(end - sums0)[:, None], dtype)
-    whole1, lost1 = _in_parts(solved1 * tl.exp2(end - sums1)[:, None], dtype)
+    keys0 = _turned_keys(k, tl.exp2(end - sums0), token, first, rows, stride_k, E, column, K, BK, dtype)
+    keys1 = _turned_keys(k, tl.exp2(end - sums1), token + E, later, rows - E, stride_k, E, column, K, BK, dtype)
+    size, nothing = N.to(tl.int64) * H * 3 * E * E, tl.zeros((BK, E), tl.float32)  # size: of a part of X
+    left0 = _times_inverse(keys0, inverse, place, 0, nothing, size, E, PARTS, PRECISION)
+    left0 = _times_inverse(keys1, inverse, place, 1, left0, size, E, PARTS, PRECISION)
+    left1 = _times_inverse(keys1, inverse, place, 2, nothing, size, E, PARTS, PRECISION)
+    left0 *= load_column(beta + head, token, first, rows, stride_b, E)[None, :]
+    left1 *= load_column(beta + head, token + E, later, rows - E, stride_b, E)[None, :]
+    whole0, lost0 = _in_parts(left0, dtype)
+    whole1, lost1 = _in_parts(left1, dtype)
+    for value in range(VT):
+        made = _times_rows(whole0, lost0, whole1, lost1, v, token, first, later, rows, stride_v, E, value * BV, V, BV,
+                           PARTS, PRECISION)  # fmt: skip
+        store_block(added + place * K * V, made, column, K, BK, value * BV, V, BV)
+    whole0, lost0 = _in_parts(left0 * tl.exp2(sums0)[None, :], dtype)
+    whole1, lost1 = _in_parts(left1 * tl.exp2(sums1)[None, :], dtype)
     passing = tl.exp2(end)
-    if of_values:
-        for key in range(KT):
-            made = _times_keys(k, whole0, lost0, whole1, lost1, token, None, None, rows, stride_k, key * BK, K, E, BK,
-                               PARTS, PRECISION)  # fmt: skip
-            made += passing * load_block(added + before * K * V, key * BK, K, BK, column, V, W).to(tl.float32)
-            store_block(added + place * K * V, made, key * BK, K, BK, column, V, W)
-    else:
-        other = maps + N.to(tl.int64) * H * PARTS * K * K  # where P of height 1 is
-        for key in range(KT):
-            made = _times_keys(k, whole0, lost0, whole1, lost1, token, None, None, rows, stride_k, key * BK, K, E, BK,
-                               PARTS, PRECISION)  # fmt: skip
-            sibling = maps + before * PARTS * K * K
-            made += passing * load_block(sibling, key * BK, K, BK, column, K, W).to(tl.float32)
-            if PARTS == 2:
-                made += passing * load_block(sibling + K * K, key * BK, K, BK, column, K, W).to(tl.float32)
-            store_parts(other + place * PARTS * K * K, made, K * K, key * BK, K, BK, column, K, W, PARTS)
+    for key in range(KT):
+        made = _times_rows(whole0, lost0, whole1, lost1, k, token, first, later, rows, stride_k, E, key * BK, K, BK,
+                           PARTS, PRECISION)  # fmt: skip
+        unchanged = (column + tl.arange(0, BK))[:, None] == (key * BK + tl.arange(0, BK))[None, :]
+        made = tl.where(unchanged, passing, 0.0) - made
+        store_parts(maps + place * PARTS * K * K, made, K * K, column, K, BK, key * BK, K, BK, PARTS)
+        if finals is not None:
+            if tl.load(heights + slot) == 0:
+                store_block(finals + place * K * K, made, column, K, BK, key * BK, K, BK)
 
 
-# To be compared on a GPU:
-SKIPS = INTERPRETED  # what is zero for one half of a chunk's rows
-WHOLE_SCORES = INTERPRETED  # by programs that have all rows
-WEIGHS = INTERPRETED  # leaves: β on what T is multiplied by, and X from memory as it is
+JOINED = 16  # rows of a block for each warp
 
 
 def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor | None, num_variants: int, chunk: int,
@@ -462,11 +329,6 @@ def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor | No
         return Chunks(inverse, None, None, gamma, None)
     scores, seen = k.new_empty(num_slots, heads, chunk, chunk), k.new_empty(num_variants, heads, chunk, key_dim)
     mixed = None if kept is None else k.new_empty(num_slots, heads, 3, chunk // 2, chunk // 2)
-    if WHOLE_SCORES and has_room_for_keys(k):
-        make_scores(
-            q, k, scales, beta, inverse, gamma, scores, seen, mixed, slots, places, chunk, height, scale, precision
-        )  # fmt: skip
-        return Chunks(inverse, scores, seen, gamma, mixed)
     scaled = scales is not None
     lam = scales if scaled else k
     block = tile_width(key_dim)
@@ -474,7 +336,7 @@ def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor | No
         q, k, lam, beta, inverse, scores, seen, gamma, mixed, slots.token, slots.first, slots.rows, slots.reads, places,
         num_slots, heads, groups, scale, *q.stride()[:2], *k.stride()[:2], *lam.stride()[:2], beta.stride(0), key_dim,
         lam.shape[-1] if scaled else 1, E=chunk // 2, HEIGHT=height - 1, KT=cdiv(key_dim, block), BK=block,
-        SCALED=scaled, SKIPS=SKIPS, PARTS=parts_of(k), PRECISION=precision, num_warps=4, num_stages=1,
+        SCALED=scaled, PARTS=parts_of(k), PRECISION=precision, num_warps=4, num_stages=1,
     )  # fmt: skip
     return Chunks(inverse, scores, seen, gamma, mixed)
 
@@ -508,34 +370,21 @@ def _inverses(k: Tensor, log_decay: Tensor, beta: Tensor, slots: Slots, chunk: i
             SIZE=size,
             PARTS=parts,
             PRECISION=exact,
-            num_warps=size // 16,
+            num_warps=size // JOINED,
         )
         size *= 2
     return inverse, gamma
 
 
-def make_leaves(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, added: Tensor, maps: Tensor, slots: Slots,
-                chunk: int, precision: str, pairs: int = 0) -> None:  # fmt: skip
-    """Fills in U and P of the chunks.
-
-    pairs: where no more than so many have a left sibling, theirs and the sibling's together, of height 1, instead; 0:
-    of each by itself.
-    """
+def make_leaves(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, added: Tensor, maps: Tensor, finals: Tensor | None,
+                slots: Slots, chunk: int, precision: str) -> None:  # fmt: skip
+    """Fills in U and P of the chunks; also P of those that stay leaves in `finals`, if that is given."""
     num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), k.shape, v.shape
-    block, parts = tile_width(key_dim), parts_of(k)
-    width = max(block, tile_width(value_dim))
-    wide = width
-    if parts == 2 and key_dim % (2 * TILE) == value_dim % (2 * TILE) == 0:
-        wide = 2 * TILE  # T is read and cast half as often; of float32 only so much fits
-    shared = (chunks.inverse, chunks.gamma, added, maps, slots.token)
-    shape = (num_slots, heads, groups, *k.stride()[:2], *v.stride()[:2], beta.stride(0), key_dim, value_dim)
-    options = {"E": chunk // 2, "KT": cdiv(key_dim, block), "BK": block, "PARTS": parts, "PRECISION": precision}
-    _leaves_kernel[programs(heads * (cdiv(key_dim, wide) + cdiv(value_dim, wide)), num_slots)](
-        k, v, beta, *shared, slots.first, slots.rows, slots.left, slots.height if pairs else None, *shape,
-        VT=cdiv(value_dim, wide), W=wide, WEIGHS=WEIGHS, num_warps=4, num_stages=1 if wide > TILE else 2, **options,
+    block, wide = tile_width(key_dim), tile_width(value_dim, 2 * TILE)
+    key_tiles = cdiv(key_dim, block)
+    _leaves_kernel[programs(heads * key_tiles, num_slots)](
+        k, v, beta, chunks.inverse, chunks.gamma, added, maps, finals, slots.token, slots.first, slots.rows, slots.left,
+        slots.height, num_slots, heads, groups, *k.stride()[:2], *v.stride()[:2], beta.stride(0), key_dim, value_dim,
+        E=chunk // 2, KT=key_tiles, VT=cdiv(value_dim, wide), BK=block, BV=wide, PARTS=parts_of(k), PRECISION=precision,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
-    if pairs:
-        _right_leaves_kernel[programs(heads * (cdiv(key_dim, width) + cdiv(value_dim, width)), pairs)](
-            k, v, beta, *shared, slots.rows, slots.left, slots.tallest, slots.height, *shape,
-            VT=cdiv(value_dim, width), W=width, num_warps=4, num_stages=1, **options,
-        )  # fmt: skip

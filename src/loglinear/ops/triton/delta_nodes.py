@@ -27,11 +27,10 @@ from loglinear.fenwick import Ends, Slots
 from loglinear.ops.triton.common import block_end, cdiv, left_sibling, next_power_of_2, program_place, programs
 from loglinear.ops.triton.delta_chunks import Chunks, load_block, parts_of, store_block, store_parts, tile_width
 from loglinear.ops.triton.delta_halves import make_leaves
-from loglinear.ops.triton.scalar import INTERPRETED
 
 
 @triton.jit(do_not_specialize=["N", "height"])
-def _merge_kernel(added, maps, rights, tallest, heights, blocks, origins, oldests, reads, N, H, height, K, V,
+def _merge_kernel(added, maps, finals, rights, tallest, heights, blocks, origins, oldests, reads, N, H, height, K, V,
                   KT: tl.constexpr, VT: tl.constexpr, RT: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
                   BV: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A tile of U or P of the nodes of `height` + 1, from those of `height`."""
@@ -79,6 +78,8 @@ def _merge_kernel(added, maps, rights, tallest, heights, blocks, origins, oldest
         if rights is not None:  # the backward needs P of this node, the right sibling of the one on its left
             right = load_block(map, row, K, ROWS, column, K, BK)
             store_block(rights + left * K * K, right, row, K, ROWS, column, K, BK)
+            if tl.load(heights + slot) == height + 1:
+                store_block(finals + place * K * K, composed, row, K, ROWS, column, K, BK)
         other = maps + (1 - height % 2).to(tl.int64) * N * H * PARTS * K * K
         store_parts(other + place * PARTS * K * K, composed, K * K, row, K, ROWS, column, K, BK, PARTS)
 
@@ -125,14 +126,19 @@ def _running_kernel(added, maps, bases, counts, origins, oldests, heights, N, H,
         tl.debug_barrier()
 
 
-PAIRS_LEAVES = INTERPRETED  # right leaves take in their left siblings as they are made: to be compared on a GPU
-
-
 class Nodes(NamedTuple):
     """See the legend of this file."""
 
     added: Tensor
     maps: Tensor
+
+
+class Kept(NamedTuple):
+    """What the backward needs of the nodes: all single, as they are read."""
+
+    added: Tensor  # [N, H, K, V] U
+    maps: Tensor  # [N, H, K, K] P
+    rights: Tensor  # [N, H, K, K] P of the right sibling of the node in a slot, where it has one
 
 
 class Carried(NamedTuple):
@@ -148,10 +154,9 @@ def _value_width(value_dim: int, key_dim: int, parts: int) -> int:
 
 
 def make_nodes(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, slots: Slots, chunk: int, precision: str,
-               state: Carried | None, rights: Tensor | None = None) -> Nodes:  # fmt: skip
-    """Nodes of k [T, G, K], v [T, H, V] and beta [T, H]. The last chunks of sequences have none.
-
-    rights [N, H, K, K], if given, gets P of the right sibling of the node in each slot, where it has one.
+               state: Carried | None, keeps: bool) -> tuple[Nodes, Kept | None]:  # fmt: skip
+    """Nodes of k [T, G, K], v [T, H, V] and beta [T, H], and what of them is kept if it `keeps` something. The last
+    chunks of sequences have none.
     """
     num_slots, key_dim, (_, heads, value_dim) = len(slots.token), k.shape[-1], v.shape
     parts = parts_of(k)
@@ -159,22 +164,25 @@ def make_nodes(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, slots: Slots,
         added=v.new_empty(num_slots, heads, key_dim, value_dim),
         maps=v.new_empty(2, num_slots, heads, parts, key_dim, key_dim),
     )
+    kept, finals, rights = None, None, None
+    if keeps:
+        finals, rights = (v.new_empty(num_slots, heads, key_dim, key_dim) for _ in range(2))
+        kept = Kept(nodes.added, finals, rights)
     block_k, block_v = tile_width(key_dim), tile_width(value_dim)
     wide_v = _value_width(value_dim, key_dim, parts)
     keys = {"KT": cdiv(key_dim, block_k), "BK": block_k, "PARTS": parts, "PRECISION": precision}
     values = {"VT": cdiv(value_dim, wide_v), "BV": wide_v}
     columns = keys["KT"] + values["VT"]
-    pairs = most_higher(slots, 0) if PAIRS_LEAVES and rights is None and slots.origin is None and slots.cap else 0
-    make_leaves(k, v, beta, chunks, *nodes, slots, chunk, precision, pairs)
+    make_leaves(k, v, beta, chunks, *nodes, finals, slots, chunk, precision)
     if state is not None:
-        _store_state(nodes, state, slots)
+        _store_state(nodes, finals, state, slots)
     merge = row_tiles(key_dim)
-    for height in range(1 if pairs else 0, slots.cap):
+    for height in range(slots.cap):
         highest = most_higher(slots, height)
         if highest:
             _merge_kernel[programs(heads * columns * merge["RT"], highest)](
-                *nodes, rights, slots.tallest, slots.height, *sibling_tables(slots), num_slots, heads, height, key_dim,
-                value_dim, **merge, **keys, **values,
+                *nodes, finals, rights, slots.tallest, slots.height, *sibling_tables(slots), num_slots, heads, height,
+                key_dim, value_dim, **merge, **keys, **values,
             )  # fmt: skip
     if has_running(slots):
         # one program after the other has each head's columns: narrow tiles make more of them
@@ -182,10 +190,10 @@ def make_nodes(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, slots: Slots,
             *nodes, *running_tables(slots), num_slots, heads, slots.cap, key_dim, value_dim,
             BV=block_v, num_warps=4, num_stages=3, **keys,
         )  # fmt: skip
-    return nodes
+    return nodes, kept
 
 
-def _store_state(nodes: Nodes, state: Carried, slots: Slots) -> None:
+def _store_state(nodes: Nodes, finals: Tensor | None, state: Carried, slots: Slots) -> None:
     """Far buckets into their slots, and the near ones to what the first chunks have written."""
     ends, (_, _, _, parts, key_dim, _) = slots.ends, nodes.maps.shape
     held = torch.where(ends.has_bucket[..., None, None, None], state.far, 0)
@@ -193,6 +201,8 @@ def _store_state(nodes: Nodes, state: Carried, slots: Slots) -> None:
     unchanged = nodes.maps.new_zeros(parts, key_dim, key_dim)
     unchanged[0].fill_diagonal_(1)
     nodes.maps[_heights(ends) % 2, ends.bucket] = unchanged
+    if finals is not None:
+        finals[ends.bucket.flatten()] = unchanged[0]
     if state.near is not None:
         nodes.added[slots.base] = (nodes.added[slots.base] + state.near).to(nodes.added.dtype)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from loglinear.fenwick import Slots
 from loglinear.ops.triton.common import (
     cdiv,
+    decays_between,
     drop_lowest_bit,
     level_factor,
     load_column,
@@ -30,20 +31,19 @@ from loglinear.ops.triton.common import (
     programs,
 )
 from loglinear.ops.triton.delta_chunks import (
-    TILE,
-    WALKED,
     Chunks,
     has_room_for_keys,
     load_block,
+    load_quarters,
     load_tile,
+    parts_of,
     store_block,
     store_tile,
     tile_width,
     warps_of,
+    whole_width,
 )
 from loglinear.ops.triton.delta_nodes import Nodes
-from loglinear.ops.triton.delta_whole import scores_of
-from loglinear.ops.triton.scalar import INTERPRETED
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -52,7 +52,8 @@ def _descend_kernel(seen, maps, rows_of, blocks, heights, variants, places, N, H
                     PRECISION: tl.constexpr):  # fmt: skip
     """The queries of one chunk as they meet each node that it reads, the nearest first.
 
-    Where one tile has all keys (KT = 1) ROWS of the queries stay in registers on the way; else a program has all rows.
+    heights: None where every P is in its place. Where one tile has all keys (KT = 1) ROWS of the queries stay in
+    registers on the way; else a program has all rows.
     """
     part, slot = program_place()
     head, start = part // (C // ROWS), part % (C // ROWS) * ROWS
@@ -68,8 +69,9 @@ def _descend_kernel(seen, maps, rows_of, blocks, heights, variants, places, N, H
         queries = load_block(seen + here, start, C, ROWS, 0, K, BK)
     for number in range(count - 1):
         node = place_of_node(slot, block, None, None, rest, count - number)  # buckets are not passed
-        half = (tl.load(heights + node) % 2).to(tl.int64) * N * H
-        map = maps + (half + node.to(tl.int64) * H + head) * PARTS * K * K
+        map = maps + (node.to(tl.int64) * H + head) * PARTS * K * K
+        if heights is not None:
+            map += (tl.load(heights + node) % 2).to(tl.int64) * N * H * PARTS * K * K
         there = here + H * C * K
         if KT == 1:
             passed = tl.dot(queries, load_block(map, 0, K, BK, 0, K, BK), input_precision=PRECISION)
@@ -131,16 +133,34 @@ def _read_kernel(v, scales, o, scores, seen, added, tokens, firsts, rows_of, blo
     store_tile(o + head * V, out, token, first, rows, H * V, C, column, V, BV)
 
 
+@triton.jit
+def _scores_of(q, k, beta, inverse, sums, token, first, rows, place, size, scale, stride_q, stride_k, stride_b, K,
+              C: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Scores before λ, float32, and queries as seen from S. size: of a part of X."""
+    row = tl.arange(0, C)
+    queries = load_tile(q, token, first, rows, stride_q, C, 0, K, BK)
+    keys = load_tile(k, token, first, rows, stride_k, C, 0, K, BK)
+    dtype = queries.dtype
+    product = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    product = tl.where(row[:, None] >= row[None, :], product * decays_between(sums) * scale, 0.0).to(dtype)
+    mixed = tl.dot(product, load_quarters(inverse, place, C // 2), input_precision=PRECISION)
+    if PARTS == 2:
+        mixed = tl.dot(product, load_quarters(inverse + size, place, C // 2), mixed, input_precision=PRECISION)
+    mixed *= load_column(beta, token, first, rows, stride_b, C)[None, :]
+    entering = tl.exp2(sums)
+    passed = tl.dot((mixed * entering[None, :]).to(dtype), keys, input_precision=PRECISION)
+    seen = queries.to(tl.float32) * (entering * scale)[:, None] - passed
+    return mixed, seen.to(dtype)
+
+
 @triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
-def _walk_kernel(q, k, v, scales, beta, inverse, gamma, o, scores, seen, added, maps, tokens, firsts, rows_of, blocks,
-                 origins, oldests, heights, reads, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v,
+def _walk_kernel(q, k, v, scales, beta, inverse, gamma, o, added, maps, tokens, firsts, rows_of, blocks, origins,
+                 oldests, heights, reads, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v,
                  stride_vh, stride_s, stride_sh, stride_b, K, V, L, C: tl.constexpr, HEIGHT: tl.constexpr,
                  BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
-    """What the rows of one chunk read: its queries meet one node after the other, the nearest first.
-
-    Buckets that are carried in pass them as they are, for P = I. Scores and queries: made here where they are None.
-    """
+    """What the rows of one chunk read: its queries meet one node after the other, the nearest first. Buckets that are
+    carried in pass them as they are, for P = I."""
     head, slot = program_place()
     rows = tl.load(rows_of + slot, mask=slot < N, other=0)
     if rows == 0:
@@ -151,20 +171,16 @@ def _walk_kernel(q, k, v, scales, beta, inverse, gamma, o, scores, seen, added, 
     oldest = None if oldests is None else tl.load(oldests + slot)
     place = slot.to(tl.int64) * H + head
     lam = scales + head.to(tl.int64) * stride_sh
-    if scores is None:
-        group = head // (H // G)
-        sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + tl.arange(0, C))
-        inside, queries = scores_of(
-            q + group.to(tl.int64) * stride_qg, k + group.to(tl.int64) * stride_kg, beta + head, inverse, sums, token,
-            first, rows, place, N.to(tl.int64) * H * 3 * (C * C // 4), scale, stride_q, stride_k, stride_b, K, C, BK,
-            PARTS, PRECISION,
-        )  # fmt: skip
-        if SCALED:
-            inside *= level_factor(lam, token, first, rows, stride_s, L, C, HEIGHT)
-        inside = inside.to(queries.dtype)
-    else:
-        inside = load_block(scores + place * C * C, 0, C, C, 0, C, C)
-        queries = load_block(seen + place * C * K, 0, C, C, 0, K, BK)
+    group = head // (H // G)
+    sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + tl.arange(0, C))
+    inside, queries = _scores_of(
+        q + group.to(tl.int64) * stride_qg, k + group.to(tl.int64) * stride_kg, beta + head, inverse, sums, token,
+        first, rows, place, N.to(tl.int64) * H * 3 * (C * C // 4), scale, stride_q, stride_k, stride_b, K, C, BK,
+        PARTS, PRECISION,
+    )  # fmt: skip
+    if SCALED:
+        inside *= level_factor(lam, token, first, rows, stride_s, L, C, HEIGHT)
+    inside = inside.to(queries.dtype)
     values = load_tile(v + head.to(tl.int64) * stride_vh, token, first, rows, stride_v, C, 0, V, BV)
     out = tl.dot(inside, values, input_precision=PRECISION)
     rest = block
@@ -199,37 +215,33 @@ def reading_tables(slots: Slots, variants: Tensor) -> tuple[Tensor | None, ...]:
     return slots.block, slots.origin, slots.oldest, slots.height, slots.reads, variants if carried else None
 
 
-def descend(chunks: Chunks, nodes: Nodes, slots: Slots, variants: Tensor, places: Tensor, chunk: int,
+def descend(chunks: Chunks, maps: Tensor, slots: Slots, variants: Tensor, places: Tensor, chunk: int,
             precision: str) -> None:  # fmt: skip
-    """Fills in the rest of `chunks.seen`."""
-    num_slots, (heads, key_dim) = len(slots.token), nodes.added.shape[1:3]
-    whole = has_room_for_keys(chunks.seen)
-    block, rows = tile_width(key_dim, WALKED if whole else TILE), min(chunk, 64) if whole else chunk
+    """Fills in the rest of `chunks.seen`, with P as they are in `Nodes` or in `Kept`."""
+    num_slots, (heads, key_dim) = len(slots.token), chunks.seen.shape[1::2]
+    whole, grown = has_room_for_keys(chunks.seen), maps.dim() == 6
+    block, rows = whole_width(key_dim) if whole else tile_width(key_dim), min(chunk, 64) if whole else chunk
     _descend_kernel[programs(heads * (chunk // rows), num_slots)](
-        chunks.seen, nodes.maps, slots.rows, slots.block, slots.height, variants, places, num_slots, heads, key_dim,
-        C=chunk, ROWS=rows, KT=cdiv(key_dim, block), BK=block, PARTS=nodes.maps.shape[3], PRECISION=precision,
-        num_warps=4, num_stages=1 if whole else 3,
+        chunks.seen, maps, slots.rows, slots.block, slots.height if grown else None, variants, places, num_slots, heads,
+        key_dim, C=chunk, ROWS=rows, KT=cdiv(key_dim, block), BK=block, PARTS=maps.shape[3] if grown else 1,
+        PRECISION=precision, num_warps=4, num_stages=1 if whole else 3,
     )  # fmt: skip
-
-
-WALK_MAKES_SCORES = INTERPRETED  # and not a kernel before it, with 2 GB less to move: to be compared on a GPU
 
 
 def walk(q, k, v, scales, beta, chunks: Chunks, nodes: Nodes, slots: Slots, chunk: int, height: int, scale: float,
          precision: str) -> Tensor:  # fmt: skip
-    """As `descend` and `read`, for queries `chunks.seen` [N, H, C, K] of which there is one variant for each slot; or,
-    where there are none, also what makes them and `chunks.scores`."""
+    """As `descend` and `read`, and what makes scores and queries, which are not stored."""
     num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), q.shape, v.shape
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     scaled = scales is not None
     lam = scales if scaled else v
     _walk_kernel[programs(heads, num_slots)](
-        q, k, v, lam, beta, chunks.inverse, chunks.gamma, o, chunks.scores, chunks.seen, nodes.added, nodes.maps,
-        slots.token, slots.first, slots.rows, slots.block, slots.origin, slots.oldest, slots.height, slots.reads,
+        q, k, v, lam, beta, chunks.inverse, chunks.gamma, o, nodes.added, nodes.maps, slots.token, slots.first,
+        slots.rows, slots.block, slots.origin, slots.oldest, slots.height, slots.reads,
         num_slots, heads, groups, scale, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *lam.stride()[:2],
         beta.stride(0), key_dim, value_dim, lam.shape[-1] if scaled else 1, C=chunk, HEIGHT=height,
-        BK=tile_width(key_dim, WALKED), BV=tile_width(value_dim, WALKED), PARTS=nodes.maps.shape[3], SCALED=scaled,
-        PRECISION=precision, num_warps=warps_of(chunk), num_stages=2,
+        BK=whole_width(key_dim), BV=whole_width(value_dim), PARTS=parts_of(k), SCALED=scaled,
+        PRECISION=precision, num_warps=warps_of(chunk), num_stages=3,
     )  # fmt: skip
     return o
 
