@@ -119,6 +119,17 @@ def test_the_page_of_a_comparison(tmp_path):
         assert f"({FIGURES}/{path.name})" in page
 
 
+def test_the_page_of_a_comparison_of_costs(tmp_path):
+    write_language(tmp_path, better_with_levels)
+    file = tmp_path / "experiments" / "words.yaml"
+    file.write_text(file.read_text() + "cost_only: true\n")
+    written = write_page(tmp_path / "experiments", tmp_path / "benchmarks", tmp_path / "docs" / "results.md")
+    page = written[0].read_text()
+    assert written == [tmp_path / "docs" / "results.md"], "a page without plots"
+    assert "| mamba2 | 1,234 | 2 |" in page and "Use both." in page and "`loglinear compare" in page
+    assert not any(word in page for word in ("Loss by position", "Needles", "What the levels are used for", "minus"))
+
+
 def test_what_is_missing_or_went_wrong_is_said(tmp_path):
     def status(rows):
         kept = []

@@ -114,6 +114,7 @@ class ComparisonConfig:
         longest: positions that the loss is measured at; default: four times `sequence_length`.
         documents: held-out documents that reach the last position, at most so many.
         level_tokens: what is read for the use of levels; default: `sequence_length`.
+        cost_only: the page of results shows loss and cost, and leaves out what runs that are too short say.
         title, about, conclusion: what the page of results says of it.
 
     Raises:
@@ -127,6 +128,7 @@ class ComparisonConfig:
     longest: int | None = None
     documents: int = 64
     level_tokens: int | None = None
+    cost_only: bool = False
     title: str = ""
     about: str = ""
     conclusion: str = ""
@@ -141,6 +143,8 @@ class ComparisonConfig:
         for name in _NOT_COMMON:
             if name in self.train:
                 raise ValueError(f"train: got {name}, which is not for all runs; wanted options that they share")
+        if not isinstance(self.cost_only, bool):
+            raise TypeError(f"cost_only: got {self.cost_only!r}, wanted true or false")
         if self.train.get("steps") is None:
             raise ValueError("train: got no steps, wanted them: all models see as many tokens")
         for name in ("longest", "documents", "level_tokens"):

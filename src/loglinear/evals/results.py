@@ -161,6 +161,8 @@ def recall_section(file: Path, config: SweepConfig, rows: Sequence[SweepRow], ou
         parts += ["Runs that failed, which the same command tries again:", _bullets(lines)]
     if config.conclusion:
         parts.append(config.conclusion.strip())
+    if not rows:
+        return "\n\n".join(parts)
     seconds = sum(row.seconds / row.together for row in rows)
     parts.append(_repeat(f"loglinear sweep {file} --output benchmarks/{file.stem}", seconds, rows))
     return "\n\n".join(parts)
@@ -266,6 +268,10 @@ def language_section(file: Path, config: ComparisonConfig, rows: Sequence[Compar
     most = max(sharing.values(), default=1)
     shared = f" Up to {most} runs shared a device, and its speed." if most > 1 else ""
     parts += ["### Loss and cost", markdown(*_cost_table(values, models)), _COST_NOTE + shared]
+    seconds = sum((row.value or 0.0) / sharing.get(row.key, 1) for row in ends)
+    repeat = _repeat(f"loglinear compare {file} --output benchmarks/{file.stem}", seconds, ends)
+    if config.cost_only:
+        return "\n\n".join([*parts, *([config.conclusion.strip()] if config.conclusion else []), repeat])
     parts += ["### Loss by position", markdown(*_position_table(values, models)), "Nats per token, mean ± standard "
               "deviation over seeds, on the same held-out documents."]  # fmt: skip
     figure = plots.save(_plot_positions(values, models, pairs, trained), output / f"{file.stem}-positions.png")
@@ -292,8 +298,7 @@ def language_section(file: Path, config: ComparisonConfig, rows: Sequence[Compar
     )
     if config.conclusion:
         parts.append(config.conclusion.strip())
-    seconds = sum((row.value or 0.0) / sharing.get(row.key, 1) for row in ends)
-    parts.append(_repeat(f"loglinear compare {file} --output benchmarks/{file.stem}", seconds, ends))
+    parts.append(repeat)
     return "\n\n".join(parts)
 
 
