@@ -1,5 +1,7 @@
 """Bookkeeping against direct constructions: the Fenwick partition by peeling bits off, the plan by counting reads."""
 
+import itertools
+
 import numpy
 import pytest
 import torch
@@ -208,3 +210,12 @@ def test_plan_is_built_once():
 def test_chunk_levels(num_levels):
     table = fenwick.chunk_levels(16, num_levels)
     assert table.tolist() == [[fenwick.level(t, s, num_levels) if s <= t else 0 for s in range(16)] for t in range(16)]
+
+
+def test_a_dropped_bit_comes_back():
+    for whole in [*range(300), 2**31 - 1, 2**32 - 1, 2**31 + 2**16 + 1]:
+        rests = [whole]
+        while rests[-1]:
+            rests.append(fenwick.drop_lowest_bit(rests[-1]))
+        for rest, before in itertools.pairwise(reversed(rests)):
+            assert fenwick.add_highest_bit(rest, whole) == before

@@ -457,6 +457,18 @@ def drop_lowest_bit(x):
     return x & (x - 1)
 
 
+def add_highest_bit(part, whole):
+    """One `drop_lowest_bit` less: `part`, which is left of `whole`, with the highest bit that was dropped (below 2^32;
+    operators only: ints, tensors, kernels)."""
+    dropped = part ^ whole
+    dropped |= dropped >> 1
+    dropped |= dropped >> 2
+    dropped |= dropped >> 4
+    dropped |= dropped >> 8
+    dropped |= dropped >> 16
+    return part | (dropped ^ (dropped >> 1))
+
+
 @dataclass(frozen=True)
 class Slots:
     """What kernels need to know about N slots of S sequences; all int32 on one device.

@@ -20,7 +20,7 @@ CASES = {
     "scalar with a state": (["scalar", *MAMBA2, "--state"], 300),
     "delta": (["delta"], 300),
     "delta, float32": (["delta", "--dtype", "float32"], 2500),
-    "delta, all columns in a program": (["delta", "--heads", "2", "--key", "128", "--value", "128"], 300),
+    "delta, all columns in a program": (["delta", "--heads", "2", "--key", "128", "--value", "128"], 400),
     "delta, narrow": (["delta", "--heads", "2", "--key", "16", "--value", "32"], 300),
     "delta, narrow, with a state": (["delta", "--heads", "2", "--key", "64", "--value", "64", "--state"], 300),
 }

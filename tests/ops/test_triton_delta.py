@@ -16,12 +16,14 @@ from operator_cases import (
     make_inputs,
     poisoned,
     random_state,
+    relative_error,
     with_buckets,
 )
 
 pytest.importorskip("triton")
 from loglinear.ops.triton import (
     delta,
+    delta_inverse,
     scalar,
 )
 
@@ -129,6 +131,17 @@ def test_interpreted_bfloat16_state(bfloat16):
     shape = Shape(B=2, T=75, G=1, H=1, K=32, V=32, L=9)
     inputs = make_inputs("gated_deltanet", shape, torch.bfloat16, decay=0.05)
     compare_with_tree(inputs, random_state(shape, [183, 96], torch.float32), returns_state=True)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("carried", [False, True])
+def test_interpreted_inverse_as_on_a_gpu(carried, monkeypatch):
+    """By five kernels, of which GPUs have not tried the two in their place yet."""
+    monkeypatch.setattr(delta_inverse, "FUSED", False)
+    monkeypatch.setattr(delta, "CHUNK", 64)
+    shape = Shape(B=1, T=150, G=1, H=1, K=16, V=16, L=9)
+    state = random_state(shape, [3 * 64 + 41], torch.float32) if carried else None
+    compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32), state, returns_state=carried)
 
 
 @needs_interpreter
@@ -445,6 +458,32 @@ STATES = [
     Shape(B=4, T=300, G=1, H=2, K=96, V=48, L=None),
     Shape(B=4, T=500, G=2, H=2, K=256, V=512, L=14),
 ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("carried", [False, True])
+def test_inverse_not_used_yet_on_gpu(carried, dtype, monkeypatch):
+    """By two kernels instead of five."""
+    monkeypatch.setattr(delta_inverse, "FUSED", True)
+    shape = Shape(B=2, T=1500, G=2, H=2, K=128, V=128, L=12)
+    state = random_state(shape, [1000, 70_001], torch.float32, "cuda") if carried else None
+    on_device(make_inputs("gated_deltanet", shape, dtype, "cuda", decay=0.05), None, state, returns_state=carried)
+
+
+@pytest.mark.gpu
+def test_inverse_not_used_yet_of_nearly_equal_keys_on_gpu(monkeypatch):
+    """They are the hardest to tell apart: as right as by five kernels."""
+    inputs = make_inputs("delta_net", Shape(B=2, T=1500, G=2, H=2, K=128, V=128, L=12), torch.bfloat16, "cuda")
+    k = torch.nn.functional.normalize(inputs.k[:, :1] + 0.1 * inputs.k, dim=-1)
+    given = inputs.arguments() | {"k": k.detach()}
+    exact = {name: x.double() if torch.is_tensor(x) else x for name, x in given.items()}
+    wanted, *_ = log_linear_attention(**exact, backend="torch")
+    errors = {}
+    for fused in (False, True):
+        monkeypatch.setattr(delta_inverse, "FUSED", fused)
+        errors[fused] = relative_error(log_linear_attention(**given, backend="triton")[0], wanted)
+    assert errors[True] <= 1.2 * errors[False]
 
 
 @pytest.mark.gpu

@@ -2,13 +2,14 @@
 
     PYTHONPATH=src python tests/ops/time_kernels.py delta --heads 32 --key 128 --value 128
     PYTHONPATH=src python tests/ops/time_kernels.py delta --try _walk_kernel:8:1 --try _walk_kernel:8:3
-    PYTHONPATH=src python tests/ops/time_kernels.py delta --set delta_backward.GATHERED=128
+    PYTHONPATH=src python tests/ops/time_kernels.py delta --set delta_inverse.FUSED=True,_below_kernel:8:2
 
-Milliseconds of a call, forward and with its backward: medians of calls by events, then means by kernel from torch's
-profiler. `--try KERNEL:WARPS:STAGES[:REGISTERS]` changes a launch (which cannot tell two kernels of one name apart),
-`--set MODULE.NAME=VALUE` (or several, with commas) constants of modules of `loglinear.ops.triton`. Beside either stands
-by how much output and gradients then differ from those of the usual call, relative to them: the tests compare them with
-what is right.
+Milliseconds of a call, forward without gradients and forward with backward: medians of calls by events, which wait
+for the host, the sum of their kernels, and means by kernel from torch's profiler. `--try
+KERNEL:WARPS:STAGES[:REGISTERS]` changes a launch (which cannot tell two kernels of one name apart), `--set
+MODULE.NAME=VALUE` (or several, with commas, launches among them) constants of modules of `loglinear.ops.triton`.
+Beside either stands by how much output and gradients then differ from those of the usual call, relative to them: the
+tests compare them with what is right.
 """
 
 from __future__ import annotations
@@ -50,6 +51,13 @@ def set_constant(one: str) -> tuple[ModuleType, str, object]:
     before = getattr(module, name)
     setattr(module, name, ast.literal_eval(value))
     return module, name, before
+
+
+def set_launch(one: str) -> str:
+    """Sets KERNEL:WARPS:STAGES[:REGISTERS]; the kernel."""
+    name, *numbers = one.split(":")
+    changed[name] = dict(zip(("num_warps", "num_stages", "maxnreg"), map(int, numbers), strict=False))
+    return name
 
 
 def milliseconds(call: Callable[[], object], times: int = 10) -> float:
@@ -116,6 +124,10 @@ def main() -> None:
 
     cotangent = torch.randn_like(forward())
 
+    def without_gradients() -> torch.Tensor:
+        with torch.no_grad():
+            return forward()
+
     def both() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(forward(), list(inputs.values()), cotangent)
 
@@ -131,33 +143,37 @@ def main() -> None:
         before = torch.cuda.memory_allocated()
         took = milliseconds(call)
         peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-        print(f"{title}: {took:.3f} ms, {peak:.2f} GiB beside the inputs", flush=True)
-        for name, each in by_kernel(call).items():
+        kernels = by_kernel(call)
+        total = sum(kernels.values())
+        print(f"{title}: {took:.3f} ms, {total:.3f} in kernels, {peak:.2f} GiB beside the inputs", flush=True)
+        for name, each in kernels.items():
             if each >= LEAST:
                 print(f"  {each:8.3f}  {name[:100]}")
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}")
     usual = results()
-    show("forward", forward)
+    show("forward", without_gradients)
     show("forward and backward", both)
     for one in options.tries:
-        name, *numbers = one.split(":")
-        changed[name] = dict(zip(("num_warps", "num_stages", "maxnreg"), map(int, numbers), strict=False))
+        name = set_launch(one)
         try:
             print(f"{one}: {by_kernel(both).get(name, 0.0):.3f} ms, differs by {difference():.1e}", flush=True)
         except Exception as error:  # whatever a compiler or a launch can do: the next one is tried
             print(f"{one}: {type(error).__name__}: {str(error)[:200]}", flush=True)
         del changed[name]
     for one in options.sets:
-        before = [set_constant(each) for each in one.split(",")]
+        before = [set_constant(each) for each in one.split(",") if ":" not in each]
+        launches = [set_launch(each) for each in one.split(",") if ":" in each]
         try:
             print(f"{one}: differs by {difference():.1e}")
-            show("forward", forward)
+            show("forward", without_gradients)
             show("forward and backward", both)
         except Exception as error:
             print(f"{one}: {type(error).__name__}: {str(error)[:200]}", flush=True)
         for module, name, value in before:
             setattr(module, name, value)
+        for name in launches:
+            del changed[name]
 
 
 if __name__ == "__main__":

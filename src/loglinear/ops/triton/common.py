@@ -28,6 +28,7 @@ block_start = _on_device(fenwick.block_start)
 block_end = _on_device(fenwick.block_end)
 is_right_half = _on_device(fenwick.is_right_half)
 lowest_bit = _on_device(fenwick.lowest_bit)
+add_highest_bit = _on_device(fenwick.add_highest_bit)
 drop_lowest_bit = _on_device(fenwick.drop_lowest_bit)
 
 
@@ -95,16 +96,6 @@ def load_column(pointer, token, first, rows, stride, ROWS: tl.constexpr):
     row = tl.arange(0, ROWS)
     at = pointer + token.to(tl.int64) * stride + row * stride
     return tl.load(at, mask=row_exists(row, first, rows), other=0.0).to(tl.float32)
-
-
-@triton.jit
-def add_highest_bit(part, whole):
-    """`part` and the highest bit of `whole` that it lacks: what was before `drop_lowest_bit`, if `whole` is what was
-    dropped from."""
-    missing = whole ^ part
-    for power in tl.static_range(5 if whole.dtype.primitive_bitwidth == 32 else 6):
-        missing |= missing >> (1 << power)
-    return part | (missing ^ (missing >> 1))
 
 
 @triton.jit

@@ -201,8 +201,10 @@ def _climb_kernel(grad_o, scales, seen, added, maps, pulled, dscales, tokens, fi
         if SCALED:
             queries = load_block(seen + here, 0, C, C, 0, K, BK).to(tl.float32)
             found = tl.sum(queries * pull, 1)
-            tl.store(dlam + level, found, mask=exists & (level < L - 1))
-            last += tl.where(level < L - 1, 0.0, found)
+            if level < L - 1:
+                tl.store(dlam + level, found, mask=exists)
+            else:
+                last += found
             pull *= load_column(lam + level, token, first, rows, stride_s, C)[:, None]
         if variants is not None:
             pull += tl.where(number + 1 < different, 0.0, total)

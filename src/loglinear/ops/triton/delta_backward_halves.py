@@ -32,6 +32,7 @@ from loglinear.ops.triton.common import (
 )
 from loglinear.ops.triton.delta_chunks import (
     Chunks,
+    decays_across,
     load_block,
     load_quarter,
     load_tile,
@@ -40,7 +41,6 @@ from loglinear.ops.triton.delta_chunks import (
     store_tile,
     tile_width,
 )
-from loglinear.ops.triton.delta_halves import decays_across
 
 
 @triton.jit(do_not_specialize=["N", "stride_b"])

@@ -133,6 +133,12 @@ def dot_parts(left, right, PARTS: tl.constexpr, PRECISION: tl.constexpr):
     return total
 
 
+@triton.jit
+def decays_across(later, earlier):
+    """2^(sums of the row, in the second half - sums of the column, in the first): [E, E]."""
+    return tl.exp2(tl.minimum(later[:, None] - earlier[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
 class Chunks(NamedTuple):
     """See the legend of this file."""
 

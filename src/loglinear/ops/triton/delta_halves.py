@@ -15,7 +15,6 @@ Legend as in `delta_chunks.py` and `delta_nodes.py`, and
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,7 +25,6 @@ from loglinear.ops.triton.common import (
     decays_between,
     level_factor,
     load_column,
-    log2_decays,
     program_place,
     programs,
     row_exists,
@@ -34,8 +32,7 @@ from loglinear.ops.triton.common import (
 from loglinear.ops.triton.delta_chunks import (
     TILE,
     Chunks,
-    inverse_shape,
-    load_block,
+    decays_across,
     load_quarter,
     load_tile,
     parts_of,
@@ -44,104 +41,7 @@ from loglinear.ops.triton.delta_chunks import (
     store_quarter,
     tile_width,
 )
-
-
-@triton.jit
-def decays_across(later, earlier):
-    """2^(sums of the row, in the second half - sums of the column, in the first): [E, E]."""
-    return tl.exp2(tl.minimum(later[:, None] - earlier[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL))
-
-
-@triton.jit(do_not_specialize=["N", "stride_d", "stride_b"])
-def _overlap_kernel(k, log_decay, beta, lower, gamma, tokens, firsts, rows_of, N, H, G, stride_k, stride_kg, stride_d,
-                    stride_b, K, E: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr,
-                    PRECISION: tl.constexpr):  # fmt: skip
-    """A quarter of A, and gamma: quarters 0 and 2 are what a half has with itself, 1 what the second has with the
-    first. Nobody reads the one above the diagonal."""
-    part, slot = program_place()
-    head, quarter = part // 3, part % 3
-    above, left = tl.minimum(quarter, 1) * E, (quarter // 2) * E  # its first row and column
-    lower += (slot.to(tl.int64) * H + head) * 4 * E * E
-    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
-    if rows == 0:
-        return
-    token = tl.load(tokens + slot)
-    first = None if firsts is None else tl.load(firsts + slot)
-    later = None if first is None else first - E
-    k += (head // (H // G)).to(tl.int64) * stride_kg
-    row = tl.arange(0, E)
-    sums = tl.cumsum(log2_decays(log_decay + head, token, first, rows, stride_d, E), 0)
-    before = tl.sum(tl.where(row == E - 1, sums, 0.0), 0)
-    later_sums = before + tl.cumsum(log2_decays(log_decay + head, token + E, later, rows - E, stride_d, E), 0)
-    row_sums = tl.where(quarter == 0, sums, later_sums)
-    column_sums = tl.where(quarter == 2, later_sums, sums)
-    if quarter != 1:
-        tl.store(gamma + (head.to(tl.int64) * N + slot) * 2 * E + above + row, row_sums)
-    first_row = None if first is None else first - above
-    first_column = None if first is None else first - left
-    overlap = tl.zeros((E, E), tl.float32)
-    for tile in range(KT):
-        keys = load_tile(k, token + above, first_row, rows - above, stride_k, E, tile * BK, K, BK)
-        others = load_tile(k, token + left, first_column, rows - left, stride_k, E, tile * BK, K, BK)
-        overlap = tl.dot(keys, tl.trans(others), overlap, input_precision=PRECISION)
-    strength = load_column(beta + head, token + above, first_row, rows - above, stride_b, E)
-    strict = (row[:, None] > row[None, :]) | (quarter == 1)
-    overlap = tl.where(strict, overlap * decays_across(row_sums, column_sums) * strength[:, None], 0.0)
-    store_block(lower, overlap, above, 2 * E, E, left, 2 * E, E)
-
-
-@triton.jit(do_not_specialize=["N"])
-def _substitute_kernel(lower, rows_of, N, H, C: tl.constexpr, BASE: tl.constexpr):
-    """(I + A)⁻¹ in place of one block of BASE rows of A on its diagonal: row by row, each from those above it."""
-    part, slot = program_place()
-    head, block = part // (C // BASE), part % (C // BASE)
-    if tl.load(rows_of + slot, mask=slot < N, other=0) == 0:
-        return
-    lower += (slot.to(tl.int64) * H + head) * C * C + block * BASE * (C + 1)
-    row = tl.arange(0, BASE)
-    solved = tl.where(row[:, None] == row[None, :], 1.0, 0.0)
-    for number in tl.static_range(1, BASE):
-        weights = tl.load(lower + number * C + row)  # zero from this row on
-        known = tl.sum(weights[:, None] * solved, 0)
-        solved = tl.where(row[:, None] == number, solved - known[None, :], solved)
-    tl.debug_barrier()  # all of it is read
-    tl.store(lower + (row[:, None] * C + row[None, :]), solved)
-
-
-@triton.jit
-def _store_quarter_in_parts(matrix, values, place, quarter, size, E: tl.constexpr, PARTS: tl.constexpr):
-    """In PARTS parts of `size` numbers each: what the first has lost goes to the second."""
-    store_quarter(matrix, values, place, quarter, E)
-    if PARTS == 2:
-        store_quarter(matrix + size, values - values.to(matrix.dtype.element_ty).to(tl.float32), place, quarter, E)
-
-
-@triton.jit(do_not_specialize=["N"])
-def _join_kernel(lower, inverse, rows_of, N, H, C: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
-    """From two blocks of SIZE rows that are inverted to one: [[X, 0], [-Y B X, Y]] for [[X⁻¹, 0], [B, Y⁻¹]].
-
-    In place; the last one, of half a chunk, writes the quarters of `inverse` instead.
-    """
-    part, slot = program_place()
-    head, pair = part // (C // (2 * SIZE)), part % (C // (2 * SIZE))
-    if slot >= N:
-        return
-    exists = tl.load(rows_of + slot) > 0
-    place, start = slot.to(tl.int64) * H + head, pair * 2 * SIZE
-    lower += place * C * C
-    left = load_block(lower, start, C * exists, SIZE, start, C, SIZE)
-    between = load_block(lower, start + SIZE, C * exists, SIZE, start, C, SIZE)
-    right = load_block(lower, start + SIZE, C * exists, SIZE, start + SIZE, C, SIZE)
-    step = tl.dot(between, left, input_precision=PRECISION)
-    step = -tl.dot(right, step, input_precision=PRECISION)
-    if inverse is None:
-        store_block(lower, step, start + SIZE, C, SIZE, start, C, SIZE)
-    else:
-        size = N.to(tl.int64) * H * 3 * SIZE * SIZE
-        _store_quarter_in_parts(inverse, left, place, 0, size, SIZE, PARTS)
-        _store_quarter_in_parts(inverse, step, place, 1, size, SIZE, PARTS)
-        _store_quarter_in_parts(inverse, right, place, 2, size, SIZE, PARTS)
+from loglinear.ops.triton.delta_inverse import make_inverses
 
 
 @triton.jit
@@ -311,9 +211,6 @@ def _leaves_kernel(k, v, beta, inverse, gamma, added, maps, finals, tokens, firs
                 store_block(finals + place * K * K, made, column, K, BK, key * BK, K, BK)
 
 
-JOINED = 16  # rows of a block for each warp
-
-
 def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor | None, num_variants: int, chunk: int,
                 height: int, scale: float, precision: str, kept: tuple[Tensor, Tensor] | None = None,
                 ) -> Chunks:  # fmt: skip
@@ -324,7 +221,7 @@ def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor | No
     needs.
     """
     num_slots, (_, groups, key_dim), heads = len(slots.token), q.shape, beta.shape[1]
-    inverse, gamma = _inverses(k, log_decay, beta, slots, chunk, precision) if kept is None else kept
+    inverse, gamma = make_inverses(k, log_decay, beta, slots, chunk, precision) if kept is None else kept
     if places is None:
         return Chunks(inverse, None, None, gamma, None)
     scores, seen = k.new_empty(num_slots, heads, chunk, chunk), k.new_empty(num_variants, heads, chunk, key_dim)
@@ -339,41 +236,6 @@ def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor | No
         SCALED=scaled, PARTS=parts_of(k), PRECISION=precision, num_warps=4, num_stages=1,
     )  # fmt: skip
     return Chunks(inverse, scores, seen, gamma, mixed)
-
-
-def _inverses(k: Tensor, log_decay: Tensor, beta: Tensor, slots: Slots, chunk: int, precision: str,
-              ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`inverse` and `gamma` of chunks of k [T, G, K], log_decay and beta [T, H]."""
-    num_slots, (_, groups, key_dim), heads = len(slots.token), k.shape, beta.shape[-1]
-    lower = k.new_empty(num_slots, heads, chunk, chunk, dtype=torch.float32)
-    parts = parts_of(k)
-    inverse = k.new_empty(inverse_shape(k, num_slots, heads, chunk))
-    gamma = k.new_zeros(heads, num_slots, chunk, dtype=torch.float32)
-    block, size = tile_width(key_dim), 16
-    _overlap_kernel[programs(3 * heads, num_slots)](
-        k, log_decay, beta, lower, gamma, slots.token, slots.first, slots.rows, num_slots, heads, groups,
-        *k.stride()[:2], log_decay.stride(0), beta.stride(0), key_dim, E=chunk // 2, KT=cdiv(key_dim, block), BK=block,
-        PRECISION=precision, num_warps=4, num_stages=2,
-    )  # fmt: skip
-    _substitute_kernel[programs(chunk // size * heads, num_slots)](
-        lower, slots.rows, num_slots, heads, C=chunk, BASE=size, num_warps=1
-    )
-    exact = precision if k.dtype == torch.float32 else "tf32x3"
-    while size < chunk:
-        _join_kernel[programs(chunk // (2 * size) * heads, num_slots)](
-            lower,
-            inverse if 2 * size == chunk else None,
-            slots.rows,
-            num_slots,
-            heads,
-            C=chunk,
-            SIZE=size,
-            PARTS=parts,
-            PRECISION=exact,
-            num_warps=size // JOINED,
-        )
-        size *= 2
-    return inverse, gamma
 
 
 def make_leaves(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, added: Tensor, maps: Tensor, finals: Tensor | None,

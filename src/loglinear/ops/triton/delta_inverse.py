@@ -1,0 +1,271 @@
+"""The inverse of one chunk's I + A, for `delta_chunks.py`, and gamma.
+
+From blocks of 16 rows on the diagonal, which are inverted row by row, to those of half a chunk and the quarter below:
+
+    [[X⁻¹, 0], [B, Y⁻¹]]⁻¹ = [[X, 0], [-Y B X, Y]]
+
+Legend as in `delta_chunks.py`, and
+    lower [N, H, C, C] A, and what is inverted of it; halves [N, H, 2, E, E] the same of the two blocks on the diagonal
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loglinear.fenwick import Slots, chunk_height
+from loglinear.ops.triton.common import cdiv, load_column, log2_decays, program_place, programs
+from loglinear.ops.triton.delta_chunks import (
+    decays_across,
+    inverse_shape,
+    load_block,
+    load_quarter,
+    load_tile,
+    parts_of,
+    store_block,
+    store_quarter,
+    tile_width,
+)
+from loglinear.ops.triton.scalar import INTERPRETED
+
+BASE = 16  # rows that are inverted one by one
+FUSED = INTERPRETED  # two kernels, not five, and 1 GB less to move: to be compared on a GPU
+
+
+@triton.jit(do_not_specialize=["N", "stride_d", "stride_b"])
+def _overlap_kernel(k, log_decay, beta, lower, gamma, tokens, firsts, rows_of, N, H, G, stride_k, stride_kg, stride_d,
+                    stride_b, K, E: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr,
+                    PRECISION: tl.constexpr):  # fmt: skip
+    """A quarter of A, and gamma: quarters 0 and 2 are what a half has with itself, 1 what the second has with the
+    first. Nobody reads the one above the diagonal."""
+    part, slot = program_place()
+    head, quarter = part // 3, part % 3
+    above, left = tl.minimum(quarter, 1) * E, (quarter // 2) * E  # its first row and column
+    lower += (slot.to(tl.int64) * H + head) * 4 * E * E
+    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
+    if rows == 0:
+        return
+    token = tl.load(tokens + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    later = None if first is None else first - E
+    k += (head // (H // G)).to(tl.int64) * stride_kg
+    row = tl.arange(0, E)
+    sums = tl.cumsum(log2_decays(log_decay + head, token, first, rows, stride_d, E), 0)
+    before = tl.sum(tl.where(row == E - 1, sums, 0.0), 0)
+    later_sums = before + tl.cumsum(log2_decays(log_decay + head, token + E, later, rows - E, stride_d, E), 0)
+    row_sums = tl.where(quarter == 0, sums, later_sums)
+    column_sums = tl.where(quarter == 2, later_sums, sums)
+    if quarter != 1:
+        tl.store(gamma + (head.to(tl.int64) * N + slot) * 2 * E + above + row, row_sums)
+    first_row = None if first is None else first - above
+    first_column = None if first is None else first - left
+    overlap = tl.zeros((E, E), tl.float32)
+    for tile in range(KT):
+        keys = load_tile(k, token + above, first_row, rows - above, stride_k, E, tile * BK, K, BK)
+        others = load_tile(k, token + left, first_column, rows - left, stride_k, E, tile * BK, K, BK)
+        overlap = tl.dot(keys, tl.trans(others), overlap, input_precision=PRECISION)
+    strength = load_column(beta + head, token + above, first_row, rows - above, stride_b, E)
+    strict = (row[:, None] > row[None, :]) | (quarter == 1)
+    overlap = tl.where(strict, overlap * decays_across(row_sums, column_sums) * strength[:, None], 0.0)
+    store_block(lower, overlap, above, 2 * E, E, left, 2 * E, E)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _substitute_kernel(lower, rows_of, N, H, C: tl.constexpr, BASE: tl.constexpr):
+    """(I + A)⁻¹ in place of one block of BASE rows of A on its diagonal: row by row, each from those above it."""
+    part, slot = program_place()
+    head, block = part // (C // BASE), part % (C // BASE)
+    if tl.load(rows_of + slot, mask=slot < N, other=0) == 0:
+        return
+    lower += (slot.to(tl.int64) * H + head) * C * C + block * BASE * (C + 1)
+    row = tl.arange(0, BASE)
+    solved = tl.where(row[:, None] == row[None, :], 1.0, 0.0)
+    for number in tl.static_range(1, BASE):
+        weights = tl.load(lower + number * C + row)  # zero from this row on
+        known = tl.sum(weights[:, None] * solved, 0)
+        solved = tl.where(row[:, None] == number, solved - known[None, :], solved)
+    tl.debug_barrier()  # all of it is read
+    tl.store(lower + (row[:, None] * C + row[None, :]), solved)
+
+
+@triton.jit
+def _store_quarter_in_parts(matrix, values, place, quarter, size, E: tl.constexpr, PARTS: tl.constexpr):
+    """In PARTS parts of `size` numbers each: what the first has lost goes to the second."""
+    store_quarter(matrix, values, place, quarter, E)
+    if PARTS == 2:
+        store_quarter(matrix + size, values - values.to(matrix.dtype.element_ty).to(tl.float32), place, quarter, E)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _join_kernel(lower, inverse, rows_of, N, H, C: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """From two blocks of SIZE rows that are inverted to one: [[X, 0], [-Y B X, Y]] for [[X⁻¹, 0], [B, Y⁻¹]].
+
+    In place; the last one, of half a chunk, writes the quarters of `inverse` instead.
+    """
+    part, slot = program_place()
+    head, pair = part // (C // (2 * SIZE)), part % (C // (2 * SIZE))
+    if slot >= N:
+        return
+    exists = tl.load(rows_of + slot) > 0
+    place, start = slot.to(tl.int64) * H + head, pair * 2 * SIZE
+    lower += place * C * C
+    left = load_block(lower, start, C * exists, SIZE, start, C, SIZE)
+    between = load_block(lower, start + SIZE, C * exists, SIZE, start, C, SIZE)
+    right = load_block(lower, start + SIZE, C * exists, SIZE, start + SIZE, C, SIZE)
+    step = tl.dot(between, left, input_precision=PRECISION)
+    step = -tl.dot(right, step, input_precision=PRECISION)
+    if inverse is None:
+        store_block(lower, step, start + SIZE, C, SIZE, start, C, SIZE)
+    else:
+        size = N.to(tl.int64) * H * 3 * SIZE * SIZE
+        _store_quarter_in_parts(inverse, left, place, 0, size, SIZE, PARTS)
+        _store_quarter_in_parts(inverse, step, place, 1, size, SIZE, PARTS)
+        _store_quarter_in_parts(inverse, right, place, 2, size, SIZE, PARTS)
+
+
+@triton.jit
+def _join_pair(matrix, pair, E: tl.constexpr, SIZE: tl.constexpr, EXACT: tl.constexpr):
+    """In place, of a matrix [E, E]: two blocks of SIZE rows on its diagonal that are inverted become one."""
+    start = pair * 2 * SIZE
+    left = load_block(matrix, start, E, SIZE, start, E, SIZE)
+    between = load_block(matrix, start + SIZE, E, SIZE, start, E, SIZE)
+    right = load_block(matrix, start + SIZE, E, SIZE, start + SIZE, E, SIZE)
+    step = tl.dot(between, left, input_precision=EXACT)
+    step = -tl.dot(right, step, input_precision=EXACT)
+    store_block(matrix, step, start + SIZE, E, SIZE, start, E, SIZE)
+
+
+@triton.jit(do_not_specialize=["N", "stride_d", "stride_b"])
+def _diagonal_kernel(k, log_decay, beta, halves, inverse, gamma, tokens, firsts, rows_of, N, H, G, stride_k, stride_kg,
+                     stride_d, stride_b, K, E: tl.constexpr, LEVELS: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr,
+                     BASE: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+                     EXACT: tl.constexpr):  # fmt: skip
+    """The inverse of one of the two halves of a chunk, by itself, and its gamma. E = 2^LEVELS BASE."""
+    part, slot = program_place()
+    head, half = part // 2, part % 2
+    if slot >= N:
+        return
+    rows, place = tl.load(rows_of + slot), slot.to(tl.int64) * H + head
+    halves += (place * 2 + half) * E * E
+    start = half * E
+    token = tl.load(tokens + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    own_first = None if first is None else first - start
+    k += (head // (H // G)).to(tl.int64) * stride_kg
+    row = tl.arange(0, E)
+    earlier = log2_decays(log_decay + head, token, first, rows * half, stride_d, E)  # none for the first half
+    own = log2_decays(log_decay + head, token + start, own_first, rows - start, stride_d, E)
+    sums = tl.sum(earlier, 0) + tl.cumsum(own, 0)
+    tl.store(gamma + (head.to(tl.int64) * N + slot) * 2 * E + start + row, sums)
+    overlap = tl.zeros((E, E), tl.float32)
+    for tile in range(KT):
+        keys = load_tile(k, token + start, own_first, rows - start, stride_k, E, tile * BK, K, BK)
+        overlap = tl.dot(keys, tl.trans(keys), overlap, input_precision=PRECISION)
+    strength = load_column(beta + head, token + start, own_first, rows - start, stride_b, E)
+    overlap = tl.where(row[:, None] > row[None, :], overlap * decays_across(sums, sums) * strength[:, None], 0.0)
+    store_block(halves, overlap, 0, E, E, 0, E, E)
+    tl.debug_barrier()
+    inner = tl.arange(0, BASE)
+    corner = halves + tl.arange(0, E // BASE) * BASE * (E + 1)
+    solved = tl.where(inner[:, None] == inner[None, :], 1.0, 0.0)[None, :, :] + tl.zeros((E // BASE, 1, 1), tl.float32)
+    for number in tl.static_range(1, BASE):
+        weights = tl.load(corner[:, None] + (number * E + inner)[None, :])  # zero from this row on
+        known = tl.sum(weights[:, :, None] * solved, 1)
+        solved = tl.where(inner[None, :, None] == number, solved - known[:, None, :], solved)
+    tl.debug_barrier()  # all of it is read
+    tl.store(corner[:, None, None] + (inner[:, None] * E + inner[None, :])[None, :, :], solved)
+    tl.debug_barrier()
+    for level in tl.static_range(LEVELS):
+        for pair in tl.static_range(E // (BASE * 2 ** (level + 1))):
+            _join_pair(halves, pair, E, BASE * 2**level, EXACT)
+        tl.debug_barrier()
+    found = load_block(halves, 0, E, E, 0, E, E)
+    _store_quarter_in_parts(inverse, found, place, 2 * half, N.to(tl.int64) * H * 3 * E * E, E, PARTS)
+
+
+@triton.jit
+def _whole_quarter(inverse, place, quarter, size, E: tl.constexpr, PARTS: tl.constexpr):
+    """A quarter of X, float32."""
+    whole = load_quarter(inverse, place, quarter, E).to(tl.float32)
+    if PARTS == 2:
+        whole += load_quarter(inverse + size, place, quarter, E).to(tl.float32)
+    return whole
+
+
+@triton.jit(do_not_specialize=["N", "stride_b"])
+def _below_kernel(k, beta, inverse, gamma, tokens, firsts, rows_of, N, H, G, stride_k, stride_kg, stride_b, K,
+                  E: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+                  EXACT: tl.constexpr):  # fmt: skip
+    """The quarter below the two halves of a chunk: -Y B X."""
+    head, slot = program_place()
+    if slot >= N:
+        return
+    rows, place = tl.load(rows_of + slot), slot.to(tl.int64) * H + head
+    token = tl.load(tokens + slot)
+    first = None if firsts is None else tl.load(firsts + slot)
+    later = None if first is None else first - E
+    k += (head // (H // G)).to(tl.int64) * stride_kg
+    sums = gamma + (head.to(tl.int64) * N + slot) * 2 * E + tl.arange(0, E)
+    below = tl.zeros((E, E), tl.float32)
+    for tile in range(KT):
+        keys = load_tile(k, token + E, later, rows - E, stride_k, E, tile * BK, K, BK)
+        others = load_tile(k, token, first, rows, stride_k, E, tile * BK, K, BK)
+        below = tl.dot(keys, tl.trans(others), below, input_precision=PRECISION)
+    strength = load_column(beta + head, token + E, later, rows - E, stride_b, E)
+    below *= decays_across(tl.load(sums + E), tl.load(sums)) * strength[:, None]
+    size = N.to(tl.int64) * H * 3 * E * E
+    step = tl.dot(below, _whole_quarter(inverse, place, 0, size, E, PARTS), input_precision=EXACT)
+    step = -tl.dot(_whole_quarter(inverse, place, 2, size, E, PARTS), step, input_precision=EXACT)
+    _store_quarter_in_parts(inverse, step, place, 1, size, E, PARTS)
+
+
+def make_inverses(k: Tensor, log_decay: Tensor, beta: Tensor, slots: Slots, chunk: int, precision: str,
+              ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`inverse` and `gamma` of chunks of k [T, G, K], log_decay and beta [T, H]."""
+    num_slots, (_, groups, key_dim), heads = len(slots.token), k.shape, beta.shape[-1]
+    parts = parts_of(k)
+    inverse = k.new_empty(inverse_shape(k, num_slots, heads, chunk))
+    gamma = k.new_zeros(heads, num_slots, chunk, dtype=torch.float32)
+    block, size = tile_width(key_dim), BASE
+    exact = precision if k.dtype == torch.float32 else "tf32x3"
+    if FUSED:
+        half = chunk // 2
+        halves = k.new_empty(num_slots, heads, 2, half, half, dtype=torch.float32)
+        shape = {"E": half, "KT": cdiv(key_dim, block), "BK": block, "PARTS": parts, "PRECISION": precision}
+        _diagonal_kernel[programs(2 * heads, num_slots)](
+            k, log_decay, beta, halves, inverse, gamma, slots.token, slots.first, slots.rows, num_slots, heads, groups,
+            *k.stride()[:2], log_decay.stride(0), beta.stride(0), key_dim, LEVELS=chunk_height(half // BASE),
+            BASE=BASE, EXACT=exact, num_warps=4, num_stages=2, **shape,
+        )  # fmt: skip
+        _below_kernel[programs(heads, num_slots)](
+            k, beta, inverse, gamma, slots.token, slots.first, slots.rows, num_slots, heads, groups, *k.stride()[:2],
+            beta.stride(0), key_dim, EXACT=exact, num_warps=4, num_stages=2, **shape,
+        )  # fmt: skip
+        return inverse, gamma
+    lower = k.new_empty(num_slots, heads, chunk, chunk, dtype=torch.float32)
+    _overlap_kernel[programs(3 * heads, num_slots)](
+        k, log_decay, beta, lower, gamma, slots.token, slots.first, slots.rows, num_slots, heads, groups,
+        *k.stride()[:2], log_decay.stride(0), beta.stride(0), key_dim, E=chunk // 2, KT=cdiv(key_dim, block), BK=block,
+        PRECISION=precision, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    _substitute_kernel[programs(chunk // size * heads, num_slots)](
+        lower, slots.rows, num_slots, heads, C=chunk, BASE=size, num_warps=1
+    )
+    while size < chunk:
+        _join_kernel[programs(chunk // (2 * size) * heads, num_slots)](
+            lower,
+            inverse if 2 * size == chunk else None,
+            slots.rows,
+            num_slots,
+            heads,
+            C=chunk,
+            SIZE=size,
+            PARTS=parts,
+            PRECISION=exact,
+            num_warps=size // 16,
+        )
+        size *= 2
+    return inverse, gamma
