@@ -146,6 +146,33 @@ def gradients(outputs: list[Tensor], cotangents: list[Tensor], wanted: dict[str,
     return dict(zip(wanted, found, strict=True))
 
 
+def same_without_pipelining(run, inputs: Inputs, state: FenwickState | None, monkeypatch) -> None:
+    """Output, returned state and every gradient are those of kernels compiled with one stage: compilers have made wrong
+    ones of right kernels by pipelining them, by less than roundings are allowed to be off."""
+    from triton.runtime.jit import JITFunction
+
+    inputs = inputs.map(lambda x: x.detach().requires_grad_())
+    if state is not None:
+        state = FenwickState(state.buckets.detach().requires_grad_(), state.positions)
+    leaves = with_buckets(inputs, state)
+
+    def results() -> dict[str, Tensor]:
+        outputs = dict(zip(("o", "state"), (x for x in run(inputs, state) if x is not None), strict=False))
+        torch.manual_seed(0)
+        cotangents = [torch.randn_like(x) for x in outputs.values()]
+        return outputs | gradients(list(outputs.values()), cotangents, leaves)
+
+    pipelined, launch = results(), JITFunction.run
+
+    def run_unpipelined(self, *arguments, grid, warmup, **options):
+        return launch(self, *arguments, grid=grid, warmup=warmup, **options | {"num_stages": 1})
+
+    monkeypatch.setattr(JITFunction, "run", run_unpipelined)
+    for name, wanted in results().items():
+        error = relative_error(pipelined[name].detach(), wanted.detach())
+        assert error <= 1e-4, f"{name}: {error:.1e} apart"
+
+
 def compare(run, reference, inputs: Inputs, state: FenwickState | None = None, returns_state: bool = True) -> None:
     """Output, returned state and every gradient of `run` against `reference` on the same values in float64.
 

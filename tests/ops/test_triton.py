@@ -16,6 +16,7 @@ from operator_cases import (
     make_inputs,
     poisoned,
     random_state,
+    same_without_pipelining,
     with_buckets,
 )
 
@@ -276,6 +277,17 @@ def on_device(inputs, cu_seqlens=None, state=None):
         assert_close(a, b, tolerance.forward, name)
     for name in true:
         assert_close(found[name], true[name], tolerance.gradient, f"gradient of {name}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize(("groups", "heads", "widths"), [(1, 8, (128, 64)), (2, 4, (64, 128)), (1, 2, (192, 384))])
+def test_pipelining_changes_nothing(groups, heads, widths, carried, dtype, monkeypatch):
+    shape = Shape(B=2, T=1500, G=groups, H=heads, K=widths[0], V=widths[1], L=12)
+    state = random_state(shape, [1000, 70_001], torch.float32, "cuda") if carried else None
+    inputs = make_inputs("mamba2", shape, dtype, "cuda", decay=0.05)
+    same_without_pipelining(runner("triton", None, carried), inputs, state, monkeypatch)
 
 
 STATES = [

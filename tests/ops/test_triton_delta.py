@@ -17,6 +17,7 @@ from operator_cases import (
     poisoned,
     random_state,
     relative_error,
+    same_without_pipelining,
     with_buckets,
 )
 
@@ -486,9 +487,23 @@ def test_inverse_not_used_yet_of_nearly_equal_keys_on_gpu(monkeypatch):
     assert errors[True] <= 1.2 * errors[False]
 
 
+WIDTHS = [(128, 128), (128, 64), (64, 128), (64, 64), (96, 192), (192, 384), (256, 64), (256, 512)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_pipelining_changes_nothing(widths, carried, dtype, monkeypatch):
+    shape = Shape(B=2, T=1500, G=2, H=2, K=widths[0], V=widths[1], L=12)
+    state = random_state(shape, [1000, 70_001], torch.float32, "cuda") if carried else None
+    inputs = make_inputs("gated_deltanet", shape, dtype, "cuda", decay=0.05)
+    same_without_pipelining(runner("triton", None, carried), inputs, state, monkeypatch)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("carried", [False, True])
-@pytest.mark.parametrize("widths", [(128, 128), (128, 64), (64, 128), (64, 64), (192, 384), (256, 64)])
+@pytest.mark.parametrize("widths", WIDTHS)
 def test_widths_on_gpu(widths, carried):
     """Where chunks begin with their first row, and where with any: not one compiled kernel is the same."""
     shape = Shape(B=2, T=1500, G=2, H=2, K=widths[0], V=widths[1], L=12)
