@@ -162,13 +162,16 @@ def same_without_pipelining(run, inputs: Inputs, state: FenwickState | None, mon
         cotangents = [torch.randn_like(x) for x in outputs.values()]
         return outputs | gradients(list(outputs.values()), cotangents, leaves)
 
-    pipelined, launch = results(), JITFunction.run
+    pipelined, launch, launched = results(), JITFunction.run, []
 
     def run_unpipelined(self, *arguments, grid, warmup, **options):
+        launched.append(self)
         return launch(self, *arguments, grid=grid, warmup=warmup, **options | {"num_stages": 1})
 
     monkeypatch.setattr(JITFunction, "run", run_unpipelined)
-    for name, wanted in results().items():
+    unpipelined = results()
+    assert launched, "no kernel was launched again"
+    for name, wanted in unpipelined.items():
         error = relative_error(pipelined[name].detach(), wanted.detach())
         assert error <= 1e-4, f"{name}: {error:.1e} apart"
 

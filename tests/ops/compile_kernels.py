@@ -110,14 +110,18 @@ WRITE_UNIFORM = ("U", "R2UR", "S2UR", "CS2UR", "VOTEU", "REDUX")
 def reads_of_unwritten(code: str) -> list[str]:
     """Instructions of a disassembly that read a uniform register which no instruction before them writes.
 
-    In the order of the listing, where loops come after what leads into them.
+    In the order of the listing, where loops come after what leads into them. Raises ValueError for a text without
+    instructions, in which nothing could be found.
 
     >>> reads_of_unwritten("/*0010*/ UMOV UR4, 0x1 ; /*0020*/ UIADD3 UR5, UR4, UR6, URZ ;")
     ['UIADD3 UR5, UR4, UR6, URZ']
     """
+    instructions = list(INSTRUCTION.finditer(code))
+    if not instructions:
+        raise ValueError(f"got {code[:100]!r}, wanted a disassembly")
     written: set[int] = set()
     found = []
-    for match in INSTRUCTION.finditer(code):
+    for match in instructions:
         name, _, rest = match[1].strip().partition(" ")
         operands = [one.strip() for one in rest.split(",")]
         reads: set[int] = set()

@@ -139,7 +139,7 @@ def _forward_op(
                 call.precision,
             )  # fmt: skip
         else:
-            descend(chunks, nodes.maps, call.slots, call.variants, call.places, call.chunk, call.precision)
+            descend(chunks, nodes, call.slots, call.variants, call.places, call.chunk, call.precision)
             o = read(
                 values, scales, chunks, nodes, call.slots, call.variants, call.places, call.chunk, call.height,
                 call.precision,
@@ -253,7 +253,7 @@ def _backward_op(
             _, made = _nodes(call, chunks, keeps=True)
             assert made is not None
             kept = made
-        descend(chunks, kept.maps, call.slots, call.variants, call.places, call.chunk, call.precision)
+        descend(chunks, kept, call.slots, call.variants, call.places, call.chunk, call.precision)
         remade = Remade(chunks, kept)
         del chunks, kept
         found = gradients(

@@ -22,9 +22,9 @@ Legend
     N slots, C rows of a chunk, H heads, G groups, K key width, V value width, L levels, S sequences, F far buckets
     M variants of the queries of all chunks: see `delta_read.py`
     KT, VT, RT tiles of BK keys, BV values and ROWS rows
-    pulled [M, H, C, K] dR; d_added [N, H, K, V], d_maps, rights [N, H, K, K] gradients of nodes, and P of the right
-    sibling of the node in a slot; d_erase [N, H, C, K] dW; mixed [N, H, 3, E, E] MT; d_mixed, d_solved, d_pairs,
-    d_overlap [N, H, 3, E, E] gradients of MT, T, q kᵀ and k kᵀ
+    added, maps, rights: see `Kept` in `delta_nodes.py`; pulled [M, H, C, K] dR; d_added [N, H, K, V], d_maps [N, H,
+    K, K] gradients of nodes; d_erase [N, H, C, K] dW; mixed [N, H, 3, E, E] MT; d_mixed, d_solved, d_pairs, d_overlap
+    [N, H, 3, E, E] gradients of MT, T, q kᵀ and k kᵀ
 """
 
 from __future__ import annotations

@@ -103,8 +103,7 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
                    SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Back through the scores of half of the rows: gradients of λ, of MT and of q kᵀ. E = 2^HEIGHT.
 
-    For the first half all that is across is zero, and multiplied as well: to skip that saves little, and left the
-    gradient of k wrong where a kernel is pipelined.
+    For the first half all that is across is zero, and multiplied as well: to skip that saves little.
     """
     part, slot = program_place()
     head, half = part // 2, part % 2

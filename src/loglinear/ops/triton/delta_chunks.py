@@ -98,39 +98,16 @@ def load_quarter(matrix, place, quarter, E: tl.constexpr):
 
 
 @triton.jit
-def _quarters(matrix, place, E: tl.constexpr):
-    """Where all of a lower triangular matrix [2 E, 2 E] is, and which of it there is."""
+def load_quarters(matrix, place, E: tl.constexpr):
+    """All of a lower triangular matrix [2 E, 2 E], zero above the diagonal."""
     half, row = tl.arange(0, 2 * E) // E, tl.arange(0, 2 * E) % E
     at = (half[:, None] + half[None, :]) * (E * E) + (row[:, None] * E + row[None, :])
-    return matrix + place * 3 * E * E + at, half[:, None] >= half[None, :]
-
-
-@triton.jit
-def load_quarters(matrix, place, E: tl.constexpr):
-    """All of it, zero above the diagonal."""
-    at, exists = _quarters(matrix, place, E)
-    return tl.load(at, mask=exists, other=0.0)
-
-
-@triton.jit
-def store_quarters(matrix, values, place, E: tl.constexpr):
-    at, exists = _quarters(matrix, place, E)
-    tl.store(at, values.to(matrix.dtype.element_ty), mask=exists)
+    return tl.load(matrix + place * 3 * E * E + at, mask=half[:, None] >= half[None, :], other=0.0)
 
 
 @triton.jit
 def store_quarter(matrix, values, place, quarter, E: tl.constexpr):
     tl.store(_quarter(matrix, place, quarter, E), values.to(matrix.dtype.element_ty))
-
-
-@triton.jit
-def dot_parts(left, right, PARTS: tl.constexpr, PRECISION: tl.constexpr):
-    """`left`, float32, in parts of right's dtype, times `right`."""
-    first = left.to(right.dtype)
-    total = tl.dot(first, right, input_precision=PRECISION)
-    if PARTS == 2:
-        total = tl.dot((left - first.to(tl.float32)).to(right.dtype), right, total, input_precision=PRECISION)
-    return total
 
 
 @triton.jit

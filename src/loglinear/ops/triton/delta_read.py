@@ -9,7 +9,7 @@ Legend
     M variants of the queries of all chunks, as many as `variants` says for each: one for each read, or one for all
     buckets that are carried in
     KT tiles of BK keys; seen [M, H, C, K], scores [N, H, C, C]: see `delta_chunks.py`
-    added [N, H, K, V], maps [2, N, H, PARTS, K, K]: see `delta_nodes.py`
+    added [N, H, K, V], maps [2, N, H, PARTS, K, K], or those of `Kept` [N, H, K, K]: see `delta_nodes.py`
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from loglinear.ops.triton.delta_chunks import (
     warps_of,
     whole_width,
 )
-from loglinear.ops.triton.delta_nodes import Nodes
+from loglinear.ops.triton.delta_nodes import Kept, Nodes
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -215,16 +215,16 @@ def reading_tables(slots: Slots, variants: Tensor) -> tuple[Tensor | None, ...]:
     return slots.block, slots.origin, slots.oldest, slots.height, slots.reads, variants if carried else None
 
 
-def descend(chunks: Chunks, maps: Tensor, slots: Slots, variants: Tensor, places: Tensor, chunk: int,
+def descend(chunks: Chunks, nodes: Nodes | Kept, slots: Slots, variants: Tensor, places: Tensor, chunk: int,
             precision: str) -> None:  # fmt: skip
-    """Fills in the rest of `chunks.seen`, with P as they are in `Nodes` or in `Kept`."""
+    """Fills in the rest of `chunks.seen`."""
     num_slots, (heads, key_dim) = len(slots.token), chunks.seen.shape[1::2]
-    whole, grown = has_room_for_keys(chunks.seen), maps.dim() == 6
+    whole, grown = has_room_for_keys(chunks.seen), isinstance(nodes, Nodes)  # grown: P has changed places
     block, rows = whole_width(key_dim) if whole else tile_width(key_dim), min(chunk, 64) if whole else chunk
     _descend_kernel[programs(heads * (chunk // rows), num_slots)](
-        chunks.seen, maps, slots.rows, slots.block, slots.height if grown else None, variants, places, num_slots, heads,
-        key_dim, C=chunk, ROWS=rows, KT=cdiv(key_dim, block), BK=block, PARTS=maps.shape[3] if grown else 1,
-        PRECISION=precision, num_warps=4, num_stages=1 if whole else 3,
+        chunks.seen, nodes.maps, slots.rows, slots.block, slots.height if grown else None, variants, places, num_slots,
+        heads, key_dim, C=chunk, ROWS=rows, KT=cdiv(key_dim, block), BK=block,
+        PARTS=nodes.maps.shape[3] if grown else 1, PRECISION=precision, num_warps=4, num_stages=1 if whole else 3,
     )  # fmt: skip
 
 
