@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python tests/ops/time_kernels.py delta --heads 32 --key 128 --value 128
     PYTHONPATH=src python tests/ops/time_kernels.py delta --try _walk_kernel:8:1 --try _walk_kernel:8:3
-    PYTHONPATH=src python tests/ops/time_kernels.py delta --set delta_inverse.FUSED=True,_below_kernel:8:2
+    PYTHONPATH=src python tests/ops/time_kernels.py delta --set delta.CHUNK=64,_below_kernel:8:2
 
 Milliseconds of a call, forward without gradients and forward with backward: medians of calls by events, which wait
 for the host, the sum of their kernels, and means by kernel from torch's profiler. `--try

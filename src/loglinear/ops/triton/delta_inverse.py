@@ -5,7 +5,7 @@ From blocks of 16 rows on the diagonal, which are inverted row by row, to those 
     [[X⁻¹, 0], [B, Y⁻¹]]⁻¹ = [[X, 0], [-Y B X, Y]]
 
 Legend as in `delta_chunks.py`, and
-    lower [N, H, C, C] A, and what is inverted of it; halves [N, H, 2, E, E] the same of the two blocks on the diagonal
+    halves [N, H, 2, E, E] the two blocks of A on the diagonal, and what is inverted of them
 """
 
 from __future__ import annotations
@@ -28,66 +28,8 @@ from loglinear.ops.triton.delta_chunks import (
     store_quarter,
     tile_width,
 )
-from loglinear.ops.triton.scalar import INTERPRETED
 
 BASE = 16  # rows that are inverted one by one
-FUSED = INTERPRETED  # two kernels, not five, and 1 GB less to move: to be compared on a GPU
-
-
-@triton.jit(do_not_specialize=["N", "stride_d", "stride_b"])
-def _overlap_kernel(k, log_decay, beta, lower, gamma, tokens, firsts, rows_of, N, H, G, stride_k, stride_kg, stride_d,
-                    stride_b, K, E: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr,
-                    PRECISION: tl.constexpr):  # fmt: skip
-    """A quarter of A, and gamma: quarters 0 and 2 are what a half has with itself, 1 what the second has with the
-    first. Nobody reads the one above the diagonal."""
-    part, slot = program_place()
-    head, quarter = part // 3, part % 3
-    above, left = tl.minimum(quarter, 1) * E, (quarter // 2) * E  # its first row and column
-    lower += (slot.to(tl.int64) * H + head) * 4 * E * E
-    rows = tl.load(rows_of + slot, mask=slot < N, other=0)
-    if rows == 0:
-        return
-    token = tl.load(tokens + slot)
-    first = None if firsts is None else tl.load(firsts + slot)
-    later = None if first is None else first - E
-    k += (head // (H // G)).to(tl.int64) * stride_kg
-    row = tl.arange(0, E)
-    sums = tl.cumsum(log2_decays(log_decay + head, token, first, rows, stride_d, E), 0)
-    before = tl.sum(tl.where(row == E - 1, sums, 0.0), 0)
-    later_sums = before + tl.cumsum(log2_decays(log_decay + head, token + E, later, rows - E, stride_d, E), 0)
-    row_sums = tl.where(quarter == 0, sums, later_sums)
-    column_sums = tl.where(quarter == 2, later_sums, sums)
-    if quarter != 1:
-        tl.store(gamma + (head.to(tl.int64) * N + slot) * 2 * E + above + row, row_sums)
-    first_row = None if first is None else first - above
-    first_column = None if first is None else first - left
-    overlap = tl.zeros((E, E), tl.float32)
-    for tile in range(KT):
-        keys = load_tile(k, token + above, first_row, rows - above, stride_k, E, tile * BK, K, BK)
-        others = load_tile(k, token + left, first_column, rows - left, stride_k, E, tile * BK, K, BK)
-        overlap = tl.dot(keys, tl.trans(others), overlap, input_precision=PRECISION)
-    strength = load_column(beta + head, token + above, first_row, rows - above, stride_b, E)
-    strict = (row[:, None] > row[None, :]) | (quarter == 1)
-    overlap = tl.where(strict, overlap * decays_across(row_sums, column_sums) * strength[:, None], 0.0)
-    store_block(lower, overlap, above, 2 * E, E, left, 2 * E, E)
-
-
-@triton.jit(do_not_specialize=["N"])
-def _substitute_kernel(lower, rows_of, N, H, C: tl.constexpr, BASE: tl.constexpr):
-    """(I + A)⁻¹ in place of one block of BASE rows of A on its diagonal: row by row, each from those above it."""
-    part, slot = program_place()
-    head, block = part // (C // BASE), part % (C // BASE)
-    if tl.load(rows_of + slot, mask=slot < N, other=0) == 0:
-        return
-    lower += (slot.to(tl.int64) * H + head) * C * C + block * BASE * (C + 1)
-    row = tl.arange(0, BASE)
-    solved = tl.where(row[:, None] == row[None, :], 1.0, 0.0)
-    for number in tl.static_range(1, BASE):
-        weights = tl.load(lower + number * C + row)  # zero from this row on
-        known = tl.sum(weights[:, None] * solved, 0)
-        solved = tl.where(row[:, None] == number, solved - known[None, :], solved)
-    tl.debug_barrier()  # all of it is read
-    tl.store(lower + (row[:, None] * C + row[None, :]), solved)
 
 
 @triton.jit
@@ -96,34 +38,6 @@ def _store_quarter_in_parts(matrix, values, place, quarter, size, E: tl.constexp
     store_quarter(matrix, values, place, quarter, E)
     if PARTS == 2:
         store_quarter(matrix + size, values - values.to(matrix.dtype.element_ty).to(tl.float32), place, quarter, E)
-
-
-@triton.jit(do_not_specialize=["N"])
-def _join_kernel(lower, inverse, rows_of, N, H, C: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
-    """From two blocks of SIZE rows that are inverted to one: [[X, 0], [-Y B X, Y]] for [[X⁻¹, 0], [B, Y⁻¹]].
-
-    In place; the last one, of half a chunk, writes the quarters of `inverse` instead.
-    """
-    part, slot = program_place()
-    head, pair = part // (C // (2 * SIZE)), part % (C // (2 * SIZE))
-    if slot >= N:
-        return
-    exists = tl.load(rows_of + slot) > 0
-    place, start = slot.to(tl.int64) * H + head, pair * 2 * SIZE
-    lower += place * C * C
-    left = load_block(lower, start, C * exists, SIZE, start, C, SIZE)
-    between = load_block(lower, start + SIZE, C * exists, SIZE, start, C, SIZE)
-    right = load_block(lower, start + SIZE, C * exists, SIZE, start + SIZE, C, SIZE)
-    step = tl.dot(between, left, input_precision=PRECISION)
-    step = -tl.dot(right, step, input_precision=PRECISION)
-    if inverse is None:
-        store_block(lower, step, start + SIZE, C, SIZE, start, C, SIZE)
-    else:
-        size = N.to(tl.int64) * H * 3 * SIZE * SIZE
-        _store_quarter_in_parts(inverse, left, place, 0, size, SIZE, PARTS)
-        _store_quarter_in_parts(inverse, step, place, 1, size, SIZE, PARTS)
-        _store_quarter_in_parts(inverse, right, place, 2, size, SIZE, PARTS)
 
 
 @triton.jit
@@ -229,43 +143,17 @@ def make_inverses(k: Tensor, log_decay: Tensor, beta: Tensor, slots: Slots, chun
     parts = parts_of(k)
     inverse = k.new_empty(inverse_shape(k, num_slots, heads, chunk))
     gamma = k.new_zeros(heads, num_slots, chunk, dtype=torch.float32)
-    block, size = tile_width(key_dim), BASE
+    block, half = tile_width(key_dim), chunk // 2
     exact = precision if k.dtype == torch.float32 else "tf32x3"
-    if FUSED:
-        half = chunk // 2
-        halves = k.new_empty(num_slots, heads, 2, half, half, dtype=torch.float32)
-        shape = {"E": half, "KT": cdiv(key_dim, block), "BK": block, "PARTS": parts, "PRECISION": precision}
-        _diagonal_kernel[programs(2 * heads, num_slots)](
-            k, log_decay, beta, halves, inverse, gamma, slots.token, slots.first, slots.rows, num_slots, heads, groups,
-            *k.stride()[:2], log_decay.stride(0), beta.stride(0), key_dim, LEVELS=chunk_height(half // BASE),
-            BASE=BASE, EXACT=exact, num_warps=4, num_stages=2, **shape,
-        )  # fmt: skip
-        _below_kernel[programs(heads, num_slots)](
-            k, beta, inverse, gamma, slots.token, slots.first, slots.rows, num_slots, heads, groups, *k.stride()[:2],
-            beta.stride(0), key_dim, EXACT=exact, num_warps=4, num_stages=2, **shape,
-        )  # fmt: skip
-        return inverse, gamma
-    lower = k.new_empty(num_slots, heads, chunk, chunk, dtype=torch.float32)
-    _overlap_kernel[programs(3 * heads, num_slots)](
-        k, log_decay, beta, lower, gamma, slots.token, slots.first, slots.rows, num_slots, heads, groups,
-        *k.stride()[:2], log_decay.stride(0), beta.stride(0), key_dim, E=chunk // 2, KT=cdiv(key_dim, block), BK=block,
-        PRECISION=precision, num_warps=4, num_stages=2,
+    halves = k.new_empty(num_slots, heads, 2, half, half, dtype=torch.float32)
+    shape = {"E": half, "KT": cdiv(key_dim, block), "BK": block, "PARTS": parts, "PRECISION": precision, "EXACT": exact}
+    _diagonal_kernel[programs(2 * heads, num_slots)](
+        k, log_decay, beta, halves, inverse, gamma, slots.token, slots.first, slots.rows, num_slots, heads, groups,
+        *k.stride()[:2], log_decay.stride(0), beta.stride(0), key_dim, LEVELS=chunk_height(half // BASE), BASE=BASE,
+        num_warps=2 if k.dtype == torch.float32 else 1, num_stages=2, **shape,
     )  # fmt: skip
-    _substitute_kernel[programs(chunk // size * heads, num_slots)](
-        lower, slots.rows, num_slots, heads, C=chunk, BASE=size, num_warps=1
-    )
-    while size < chunk:
-        _join_kernel[programs(chunk // (2 * size) * heads, num_slots)](
-            lower,
-            inverse if 2 * size == chunk else None,
-            slots.rows,
-            num_slots,
-            heads,
-            C=chunk,
-            SIZE=size,
-            PARTS=parts,
-            PRECISION=exact,
-            num_warps=size // 16,
-        )
-        size *= 2
+    _below_kernel[programs(heads, num_slots)](
+        k, beta, inverse, gamma, slots.token, slots.first, slots.rows, num_slots, heads, groups, *k.stride()[:2],
+        beta.stride(0), key_dim, num_warps=4, num_stages=2, **shape,
+    )  # fmt: skip
     return inverse, gamma
