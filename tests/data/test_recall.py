@@ -95,6 +95,10 @@ def test_pairs_are_read_from_numbers_and_texts():
         ({"pairs": 0}, "got 0, wanted at least 1"),
         ({"power": 0.0}, "power: got 0.0, wanted a finite number above 0"),
         ({"power": float("nan")}, "power: got nan"),
+        ({"pairs": (4, 8), "begins": (0.0,)}, "begins: got 1 shares, wanted one for each of 2 numbers of pairs"),
+        ({"pairs": (4, 8), "begins": (0.5, 1.0)}, "begins: got 1.0, wanted shares of the training from 0 to below 1"),
+        ({"pairs": (4, 8), "begins": (0.5, 0.1)}, "begins: got 0.1 as the lowest, wanted 0 for one"),
+        ({"pairs": (4, 4), "begins": (0.0, 0.1)}, "pairs: got 2 numbers, 1 different ones; wanted each once"),
     ],
 )
 def test_what_cannot_be_is_refused(options, message):
@@ -102,12 +106,22 @@ def test_what_cannot_be_is_refused(options, message):
         RecallTask(**options)
 
 
+def test_numbers_of_pairs_begin_one_after_the_other():
+    task = RecallTask.from_options({"pairs": "16, 4 8", "begins": "0.5,0,0.25"}, length=64)
+    assert (task.pairs, task.begins) == ((4, 8, 16), (0.0, 0.25, 0.5))
+    assert [task.at(progress).pairs for progress in (0, 0.2, 0.25, 0.9)] == [(4,), (4,), (4, 8), (4, 8, 16)]
+    assert RecallTask().at(0.3) == RecallTask()
+    assert set(recall_batch(task.at(0.3), 50, seed=0).pairs.tolist()) == {4, 8}
+
+
 def test_wrong_types_and_names_are_refused():
     with pytest.raises(TypeError, match="pairs: got 4.5, wanted whole numbers"):
         RecallTask(pairs=(4.5,))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="begins: got 'early', wanted numbers"):
+        RecallTask(pairs=(4,), begins="early")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="length: got '8'"):
         RecallTask(length="8")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="unknown option 'pair' of the task mqar; known: pairs, vocabulary, power"):
+    with pytest.raises(ValueError, match="unknown option 'pair' of the task mqar; known: pairs, .*, begins"):
         RecallTask.from_options({"pair": 4}, length=64)
     with pytest.raises(ValueError, match="count: got 0"):
         recall_batch(RecallTask(), 0, 0)

@@ -140,6 +140,16 @@ def test_all_models_of_a_seed_see_the_same_sequences():
         assert not torch.equal(one._rows_of(step).inputs, another._rows_of(step).inputs)
 
 
+def test_pairs_that_begin_later_come_later_and_are_examined_all_the_same():
+    options = {"pairs": "1,4", "vocabulary": 16, "begins": "0,0.5"}
+    run = run_of(config_of(steps=96, rows=64, sequence_length=16, task_options=options))
+    run.fixed_shapes = True  # as many places for answers in each step
+    assert [set(run._rows_of(step).pairs.tolist()) for step in (0, 47, 48, 95)] == [{1}, {1}, {1, 4}, {1, 4}]
+    answers = [run.questions_of(step).answers for step in (0, 95)]
+    assert answers[0].shape == answers[1].shape and int((answers[0] != NO_ANSWER).sum()) == 64
+    assert list(examination(run.task, "test", 3)) == [1, 4]
+
+
 def test_examinations_are_the_same_for_all_and_share_nothing():
     task = RecallTask(length=64, pairs=(2, 8), vocabulary=64)
     validation, test = (examination(task, stream, 50) for stream in ("validation", "test"))

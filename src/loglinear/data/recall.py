@@ -12,8 +12,12 @@ nowhere else anything. The answer itself is not in the sequence again.
 Queries stand on every second place behind the pairs, so that 4 P tokens are needed. The place `j = 0, 1, …` of those
 is taken with a probability in proportion to `(j + 1)^(power - 1)`: for small `power` most queries follow soon and few
 come late. Which pair a query asks for is drawn evenly.
+
+Training may begin with few pairs (`begins`): of a long mixture most questions are about many pairs, from which a model
+that has learned nothing learns nothing.
 """
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping
@@ -38,6 +42,8 @@ class RecallTask:
         pairs: numbers of key-value pairs; each sequence has one of them, drawn evenly.
         vocabulary: number of tokens V, an even number.
         power: of the query positions, above 0; 1 spreads them evenly, 0.01 (as in Zoology) puts most of them early.
+        begins: for each of `pairs`, the share of the training after which sequences with so many are among the others,
+            from 0 (at least one of them) to below 1. Default: all from the start.
 
     Raises:
         ValueError: pairs that do not fit into the length or the vocabulary, or numbers out of their range.
@@ -51,8 +57,13 @@ class RecallTask:
     pairs: tuple[int, ...] = (4, 8, 16, 32, 64)
     vocabulary: int = 8192
     power: float = 0.01
+    begins: tuple[float, ...] | None = None
 
     def __post_init__(self):
+        if self.begins is not None:
+            pairs, begins = _in_order(self.pairs, self.begins)
+            object.__setattr__(self, "pairs", pairs)
+            object.__setattr__(self, "begins", begins)
         object.__setattr__(self, "pairs", _as_pairs(self.pairs))
         for name in ("length", "vocabulary"):
             value = getattr(self, name)
@@ -78,6 +89,17 @@ class RecallTask:
         """Places where a query can stand in a sequence of so many pairs."""
         return (self.length - 2 * pairs) // 2
 
+    def at(self, progress: float) -> "RecallTask":
+        """The task at a share of the training, from 0 to below 1: with the numbers of pairs that have begun.
+
+        >>> RecallTask(length=64, pairs=(4, 16), begins=(0, 0.5)).at(0.25).pairs
+        (4,)
+        """
+        if self.begins is None:
+            return self
+        begun = tuple(pairs for pairs, begin in zip(self.pairs, self.begins, strict=True) if begin <= progress)
+        return dataclasses.replace(self, pairs=begun, begins=None)
+
     @classmethod
     def from_options(cls, options: Mapping[str, Any], **fixed: Any) -> "RecallTask":
         """A task from options by name, and others that are not for the user to give.
@@ -85,18 +107,43 @@ class RecallTask:
         Raises:
             ValueError: an unknown option, and as the class.
         """
-        known = ("pairs", "vocabulary", "power")
+        known = ("pairs", "vocabulary", "power", "begins")
         for name in options:
             if name not in known:
                 raise ValueError(f"unknown option {name!r} of the task mqar; known: {', '.join(known)}")
         return cls(**{**options, **fixed})
 
 
+def _several(values: Any) -> list[Any]:
+    """One value or several; a text may hold several: "4 8" or "4,8"."""
+    if isinstance(values, str):
+        values = values.replace(",", " ").split()
+    return list(values) if isinstance(values, (list, tuple)) else [values]
+
+
+def _in_order(pairs: Any, begins: Any) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Numbers of pairs, each once and in order, and when each begins."""
+    numbers, shares = _as_pairs(pairs), []
+    if (given := len(_several(pairs))) != len(numbers):
+        raise ValueError(f"pairs: got {given} numbers, {len(numbers)} different ones; wanted each once, with `begins`")
+    for share in _several(begins):
+        try:
+            shares.append(float(share))
+        except (TypeError, ValueError):
+            raise TypeError(f"begins: got {share!r}, wanted numbers") from None
+        if not 0 <= shares[-1] < 1:
+            raise ValueError(f"begins: got {share}, wanted shares of the training from 0 to below 1")
+    if len(shares) != len(numbers):
+        raise ValueError(f"begins: got {len(shares)} shares, wanted one for each of {len(numbers)} numbers of pairs")
+    if min(shares) > 0:
+        raise ValueError(f"begins: got {min(shares)} as the lowest, wanted 0 for one number of pairs at least")
+    given_order = sorted(range(len(numbers)), key=[int(number) for number in _several(pairs)].__getitem__)
+    return numbers, tuple(shares[place] for place in given_order)
+
+
 def _as_pairs(pairs: Any) -> tuple[int, ...]:
-    """One number or several, each once and in order; a text may hold several: "4 8" or "4,8"."""
-    if isinstance(pairs, str):
-        pairs = pairs.replace(",", " ").split()
-    numbers = list(pairs) if isinstance(pairs, (list, tuple)) else [pairs]
+    """One number or several, each once and in order."""
+    numbers = _several(pairs)
     found = []
     for number in numbers:
         if isinstance(number, str) and number.strip().isdecimal():

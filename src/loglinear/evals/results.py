@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 from loglinear import plots
 from loglinear.bench.report import markdown
+from loglinear.data.recall import RecallTask
 from loglinear.evals import comparison, sweep
 from loglinear.evals.comparison import ComparisonConfig, ComparisonRow
 from loglinear.evals.needle import NeedleCell
@@ -139,7 +140,8 @@ def recall_section(file: Path, config: SweepConfig, rows: Sequence[SweepRow], ou
     training = config.runs()[0].training
     parts = [f"## {config.title or file.stem}", *([config.about.strip()] if config.about else [])]
     parts.append(
-        f"{task.length:,} tokens, {', '.join(map(str, task.pairs))} pairs, vocabulary of {task.vocabulary:,}; "
+        f"{task.length:,} tokens, {', '.join(map(str, task.pairs))} pairs{_later(task)}, vocabulary of "
+        f"{task.vocabulary:,}; "
         f"{training.steps:,} steps of {training.rows} sequences; learning rates "
         f"{', '.join(f'{rate:g}' for rate in config.learning_rates)}; {len(config.seeds)} seeds; "
         f"{config.test_sequences:,} test sequences of each number of pairs. {_done(len(done), len(wanted))}"
@@ -166,6 +168,15 @@ def recall_section(file: Path, config: SweepConfig, rows: Sequence[SweepRow], ou
     seconds = sum(row.seconds / row.together for row in rows)
     parts.append(_repeat(f"loglinear sweep {file} --output benchmarks/{file.stem}", seconds, rows))
     return "\n\n".join(parts)
+
+
+def _later(task: RecallTask) -> str:
+    """Which numbers of pairs come into the training later, and when."""
+    later: dict[float, list[str]] = {}
+    for pairs, begin in zip(task.pairs, task.begins or (), strict=False):
+        later.setdefault(begin, []).append(str(pairs))
+    lines = [f"{' and '.join(pairs)} after {begin:.0%}" for begin, pairs in sorted(later.items()) if begin > 0]
+    return f" ({', '.join(lines)} of the steps)" if lines else ""
 
 
 def _recall_verdicts(

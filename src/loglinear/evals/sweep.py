@@ -232,6 +232,8 @@ class SweepRun:
         }
         task = self.task
         common |= {"vocabulary": task.vocabulary, "power": task.power}
+        if task.begins is not None:
+            common["begins"] = list(task.begins)
         options = {**self.model.options, "times_width": self.model.times_width}
         return {
             "model": self.model.name,

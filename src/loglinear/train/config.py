@@ -78,7 +78,8 @@ class TrainConfig:
         "Task",
         dict,
         "Options of mqar as KEY=VALUE: pairs (numbers of key-value pairs, such as 4,8,16), vocabulary, power (of the "
-        "query positions). Repeat for several.",
+        "query positions), begins (for each of the pairs the share of the training after which it comes in, such as "
+        "0,0,0.5). Repeat for several.",
     )
     # Model
     model: str = _option(

@@ -93,6 +93,14 @@ class Questions(NamedTuple):
     places: Tensor
     answers: Tensor
 
+    def with_room(self, count: int) -> "Questions":
+        """With so many places at least; those that are added have no answer."""
+        missing = count - len(self.answers)
+        if missing <= 0:
+            return self
+        places, answers = F.pad(self.places, (0, missing)), F.pad(self.answers, (0, missing), value=NO_ANSWER)
+        return Questions(self.inputs, places, answers)
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -192,13 +200,19 @@ class RecallRun:
     def _steps_per_part(self) -> int:
         return max(1, _PART // self.config.rows)
 
+    def _task_of(self, part: int) -> RecallTask:
+        """The task of a part of the sequences, which is that of its first step."""
+        assert self.config.steps is not None
+        return self.task.at(part * self._steps_per_part / self.config.steps)
+
     def _rows_of(self, step: int) -> RecallBatch:
-        """The sequences of a step (from 0); they depend on nothing but the task, the seed and the number of rows."""
+        """The sequences of a step (from 0); they depend on nothing but the task, the seed, the number of rows and, if
+        its numbers of pairs begin at different times, the number of steps."""
         rows, steps = self.config.rows, self._steps_per_part
         part, place = divmod(step, steps)
         if self._part is None or self._part[0] != part:
             seed = stream_seed("training", self.config.seed, part)
-            self._part = part, recall_batch(self.task, steps * rows, seed, self.device)
+            self._part = part, recall_batch(self._task_of(part), steps * rows, seed, self.device)
         return self._part[1].rows(place * rows, (place + 1) * rows)
 
     def questions_of(self, step: int) -> Questions:
@@ -217,7 +231,7 @@ class RecallRun:
         assert self.config.steps is not None
         for part in range(-(-self.config.steps // steps)):
             seed = stream_seed("training", self.config.seed, part)
-            pairs = pairs_of(self.task, steps * self.config.rows, seed, self.device)
+            pairs = pairs_of(self._task_of(part), steps * self.config.rows, seed, self.device)
             most = max(most, int(pairs.view(steps, -1).sum(1).max()))
         return most
 
@@ -335,7 +349,7 @@ def questions_of(batch: RecallBatch, most: int | None = None) -> Questions:
     else:
         chosen = (answers == NO_ANSWER).to(torch.uint8).argsort(stable=True)[:most]
     rows = torch.arange(len(batch.inputs), device=answers.device)[:, None] * batch.inputs.shape[1]
-    return Questions(batch.inputs, (rows + batch.queries).flatten()[chosen], answers[chosen])
+    return Questions(batch.inputs, (rows + batch.queries).flatten()[chosen], answers[chosen]).with_room(most or 0)
 
 
 def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -392,7 +406,7 @@ def examination(task: RecallTask, stream: Any, sequences: int) -> dict[int, Reca
         stream: "validation" or "test"; neither shares a seed with the other or with training.
     """
     return {
-        pairs: recall_batch(replace(task, pairs=(pairs,)), sequences, stream_seed(stream, 0, pairs))
+        pairs: recall_batch(replace(task, pairs=(pairs,), begins=None), sequences, stream_seed(stream, 0, pairs))
         for pairs in task.pairs
     }
 

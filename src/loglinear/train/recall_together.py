@@ -20,12 +20,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from loglinear.data.recall import NO_ANSWER
 from loglinear.train.recall import Questions, RecallRun, answer_loss, capture
 
 logger = logging.getLogger(__name__)
@@ -90,7 +88,9 @@ class RunsTogether:
 
     def advance(self) -> None:
         """One optimiser step of every run."""
-        by_seed = {seed: self._room(run.questions_of(self.step)) for seed, run in self._by_seed().items()}
+        by_seed = {
+            seed: run.questions_of(self.step).with_room(self._most or 0) for seed, run in self._by_seed().items()
+        }
         questions = [by_seed[run.config.seed] for run in self.runs]
         first = self._questions is None
         if self._questions is None or self._most is None:
@@ -127,14 +127,6 @@ class RunsTogether:
     @property
     def _counters(self) -> list[Tensor]:
         return [counter for run in self.runs for counter in run.counters]
-
-    def _room(self, questions: Questions) -> Questions:
-        """The same with `_most` places: those of another seed may have more answers."""
-        missing = 0 if self._most is None else self._most - len(questions.answers)
-        if missing == 0:
-            return questions
-        places, answers = F.pad(questions.places, (0, missing)), F.pad(questions.answers, (0, missing), value=NO_ANSWER)
-        return Questions(questions.inputs, places, answers)
 
     def _pass(self) -> None:
         """Forward and backward of all models. No host syncs."""

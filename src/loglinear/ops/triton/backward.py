@@ -20,7 +20,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -43,10 +42,11 @@ from loglinear.ops.triton.common import (
     row_exists,
     store_rows,
 )
+from loglinear.ops.triton.launch import kernel
 from loglinear.ops.triton.nodes import decay_offsets, leaving, make_nodes, subtree_height
 
 
-@triton.jit(do_not_specialize=["T", "N", "L", "stride_s", "stride_sh"])
+@kernel(do_not_specialize=["T", "N", "L", "stride_s", "stride_sh"])
 def _inside_kernel(q, k, v, scales, grad_o, gamma, dq, dscales, grad_scores, row_mass, tokens, firsts, rows_of, T, N,
                    H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s, stride_sh,
                    stride_g, stride_gh, K: tl.constexpr, V: tl.constexpr, L, C: tl.constexpr, HEIGHT: tl.constexpr,
@@ -116,7 +116,7 @@ def _inside_kernel(q, k, v, scales, grad_o, gamma, dq, dscales, grad_scores, row
     store_rows(dq + share, grad_q, token, first, rows, G * K, C, K, BK, K == BK)
 
 
-@triton.jit(do_not_specialize=["T", "N", "L", "J", "stride_s", "stride_sh"])
+@kernel(do_not_specialize=["T", "N", "L", "J", "stride_s", "stride_sh"])
 def _queries_kernel(q, scales, grad_o, nodes, gamma, offsets, dq, dscales, row_mass, read_mass, tokens, firsts,
                     rows_of, blocks, origins, oldests, heights, reads, T, N, H, G, scale, stride_q, stride_qg,
                     stride_s, stride_sh, stride_g, stride_gh, K: tl.constexpr, V: tl.constexpr, L, J, C: tl.constexpr,
@@ -180,7 +180,7 @@ def _queries_kernel(q, scales, grad_o, nodes, gamma, offsets, dq, dscales, row_m
     store_rows(dq + share, grad_q, token, first, rows, G * K, C, K, BK, K == BK)
 
 
-@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
+@kernel(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
 def _gather_kernel(q, scales, grad_o, grad_nodes, gamma, offsets, tokens, firsts, rows_of, heights, lefts, reader,
                    readers, order, N, H, G, scale, stride_q, stride_qg, stride_s, stride_sh, stride_g, stride_gh,
                    K: tl.constexpr, V: tl.constexpr, L, C: tl.constexpr, HEIGHT: tl.constexpr, BK: tl.constexpr,
@@ -216,7 +216,7 @@ def _gather_kernel(q, scales, grad_o, grad_nodes, gamma, offsets, tokens, firsts
              mask=(key < K)[:, None] & (column < V)[None, :])  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N"])
+@kernel(do_not_specialize=["N"])
 def _walk_back_kernel(nodes, grad_nodes, offsets, inherited_mass, parents, oldests, bases, counts, N, H, size,
                       SUB: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Adds to the gradients of slots that end a subtree what they owe to their ancestors, the last slot first.
@@ -249,7 +249,7 @@ def _walk_back_kernel(nodes, grad_nodes, offsets, inherited_mass, parents, oldes
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["N"])
+@kernel(do_not_specialize=["N"])
 def _settle_kernel(nodes, grad_nodes, offsets, inherited_mass, blocks, lefts, N, H, size, LOW: tl.constexpr,
                    SUB: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """The same for the slots within a subtree, from its end on; LOW is its height."""
@@ -278,7 +278,7 @@ def _settle_kernel(nodes, grad_nodes, offsets, inherited_mass, blocks, lefts, N,
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
+@kernel(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
 def _values_kernel(q, k, v, scales, grad_o, grad_nodes, gamma, dv, row_mass, written_mass, tokens, firsts, rows_of, N,
                    H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s, stride_sh,
                    stride_g, stride_gh, K: tl.constexpr, V: tl.constexpr, L, C: tl.constexpr, HEIGHT: tl.constexpr,
@@ -318,7 +318,7 @@ def _values_kernel(q, k, v, scales, grad_o, grad_nodes, gamma, dv, row_mass, wri
     store_rows(dv + head * V, tl.trans(grad_v), token, first, rows, H * V, C, V, BV, V == BV)
 
 
-@triton.jit(do_not_specialize=["T", "N"])
+@kernel(do_not_specialize=["T", "N"])
 def _keys_kernel(q, v, grad_nodes, grad_scores, gamma, dk, tokens, firsts, rows_of, T, N, H, G, stride_q, stride_qg,
                  stride_v, stride_vh, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, HEADS: tl.constexpr,
                  BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -348,7 +348,7 @@ def _keys_kernel(q, v, grad_nodes, grad_scores, gamma, dk, tokens, firsts, rows_
     store_rows(dk + share, grad_k, token, first, rows, G * K, C, K, BK, K == BK)
 
 
-@triton.jit(do_not_specialize=["N", "J"])
+@kernel(do_not_specialize=["N", "J"])
 def _passed_kernel(read_mass, passed_mass, bases, counts, N, H, J, BLOCK: tl.constexpr):
     """passed_mass [H, J, N] float64: what the chunks of a sequence, up to and with each, have read above a height.
 
@@ -368,7 +368,7 @@ def _passed_kernel(read_mass, passed_mass, bases, counts, N, H, J, BLOCK: tl.con
         before += tl.sum(mass, 0)
 
 
-@triton.jit(do_not_specialize=["N", "cap", "tiles"])
+@kernel(do_not_specialize=["N", "cap", "tiles"])
 def _decay_kernel(row_mass, written_mass, inherited_mass, passed_mass, dlog_decay, tokens, firsts, rows_of, blocks,
                   origins, oldests, lefts, reads, N, H, cap, tiles, C: tl.constexpr):  # fmt: skip
     """Gradient of the log decays [T, H] from the sums over pairs of tokens.

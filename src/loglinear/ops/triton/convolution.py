@@ -6,11 +6,11 @@ Legend: B rows, W taps, C channels.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from loglinear.ops.triton.common import cdiv, next_power_of_2, program_place, programs
+from loglinear.ops.triton.launch import kernel
 
 CHANNELS = 256  # of a program
 
@@ -26,7 +26,7 @@ def unsupported(x: Tensor, state: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-@triton.jit(do_not_specialize=["B"])
+@kernel(do_not_specialize=["B"])
 def _convolution_kernel(x, state, weight, bias, y, B, stride, C: tl.constexpr, W: tl.constexpr, BW: tl.constexpr,
                         BC: tl.constexpr):  # fmt: skip
     """BW: W or more, a power of two. The window [BW, BC] has the state's W - 1 inputs, then the new one."""

@@ -13,6 +13,7 @@ Legend
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from loglinear.ops.triton.delta_chunks import Chunks, inverse_shape, parts_of, w
 from loglinear.ops.triton.delta_halves import make_chunks
 from loglinear.ops.triton.delta_nodes import Carried, Kept, Leaving, Nodes, leaving, make_nodes
 from loglinear.ops.triton.delta_read import descend, read, walk
+from loglinear.ops.triton.launch import compiled_first
 from loglinear.ops.triton.scalar import (
     INTERPRETED,
     MOST_LEVELS,
@@ -129,27 +131,33 @@ def _forward_op(
         check_positions(positions)
     with torch.cuda.device_of(v):  # kernels are launched on the current device
         call = _prepare(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, near, return_state)
-        queries, keys, values, scales, _, strengths = call.rows
-        walking = _walks(call)
-        chunks = _chunks(call, descends=not walking)
-        nodes, kept = _nodes(call, chunks, keeps)
-        if walking:
-            o = walk(
-                queries, keys, values, scales, strengths, chunks, nodes, call.slots, call.chunk, call.height, scale,
-                call.precision,
-            )  # fmt: skip
-        else:
-            descend(chunks, nodes, call.slots, call.variants, call.places, call.chunk, call.precision)
-            o = read(
-                values, scales, chunks, nodes, call.slots, call.variants, call.places, call.chunk, call.height,
-                call.precision,
-            )  # fmt: skip
-        left = Leaving(*(v.new_empty(0, dtype=torch.float32) for _ in range(2)))
-        if return_state:
-            left = leaving(nodes, call.state, call.slots)
-        if kept is None:
-            kept = Kept(*(values.new_empty(0) for _ in Kept._fields))
+        run = functools.partial(_forward, call, return_state, keeps)
+        o, left, chunks, kept = compiled_first(run, "delta", *call.kind, return_state, keeps)
     return o.view(v.shape).to(v.dtype), *left, chunks.inverse, chunks.gamma, *kept
+
+
+def _forward(call: _Call, return_state: bool, keeps: bool) -> tuple[Tensor, Leaving, Chunks, Kept]:
+    queries, keys, values, scales, _, strengths = call.rows
+    walking = _walks(call)
+    chunks = _chunks(call, descends=not walking)
+    nodes, kept = _nodes(call, chunks, keeps)
+    if walking:
+        o = walk(
+            queries, keys, values, scales, strengths, chunks, nodes, call.slots, call.chunk, call.height, call.scale,
+            call.precision,
+        )  # fmt: skip
+    else:
+        descend(chunks, nodes, call.slots, call.variants, call.places, call.chunk, call.precision)
+        o = read(
+            values, scales, chunks, nodes, call.slots, call.variants, call.places, call.chunk, call.height,
+            call.precision,
+        )  # fmt: skip
+    left = Leaving(*(values.new_empty(0, dtype=torch.float32) for _ in range(2)))
+    if return_state:
+        left = leaving(nodes, call.state, call.slots)
+    if kept is None:
+        kept = Kept(*(values.new_empty(0) for _ in Kept._fields))
+    return o, left, chunks, kept
 
 
 class _Call(NamedTuple):
@@ -164,6 +172,11 @@ class _Call(NamedTuple):
     height: int
     scale: float
     precision: str
+
+    @property
+    def kind(self) -> tuple:
+        """What decides which kernels a call has, nearly: see `compiled_first`."""
+        return *self.rows, self.precision, self.state is None, self.slots.first is None
 
 
 def _prepare(
@@ -245,26 +258,32 @@ def _backward_op(
         call = _prepare(
             q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, near, return_state, backward=True
         )  # fmt: skip
-        queries, keys, values, scales, _, strengths = call.rows
         left = Leaving(grad_added, grad_maps) if return_state else None
-        kept = Kept(added, maps, rights)
-        chunks = _chunks(call, descends=True, kept=(inverse, gamma))
-        if maps.numel() == 0:  # they were not asked for
-            _, made = _nodes(call, chunks, keeps=True)
-            assert made is not None
-            kept = made
-        descend(chunks, kept, call.slots, call.variants, call.places, call.chunk, call.precision)
-        remade = Remade(chunks, kept)
-        del chunks, kept
-        found = gradients(
-            queries, keys, values, scales, strengths, as_rows(grad_o.to(values.dtype)), left, remade, call.slots,
-            call.variants, call.places, call.chunk, call.height, scale, call.precision,
-        )  # fmt: skip
+        kept = None if maps.numel() == 0 else Kept(added, maps, rights)  # they were not asked for, or they were
+        run = functools.partial(_backward, call, as_rows(grad_o.to(call.rows[2].dtype)), left, (inverse, gamma), kept)
+        found = compiled_first(run, "delta backward", *call.kind, return_state, kept is None)
     inputs = (q, k, v, level_scales, log_decay, beta, far, near)
     return tuple(
         v.new_empty(0) if x is None or g is None else g.view(x.shape).to(x.dtype)
         for g, x in zip(found, inputs, strict=True)
     )
+
+
+def _backward(
+    call: _Call, grad_o: Tensor, left: Leaving | None, inverses: tuple[Tensor, Tensor], kept: Kept | None
+) -> tuple[Tensor | None, ...]:
+    queries, keys, values, scales, _, strengths = call.rows
+    chunks = _chunks(call, descends=True, kept=inverses)
+    if kept is None:
+        _, kept = _nodes(call, chunks, keeps=True)
+        assert kept is not None
+    descend(chunks, kept, call.slots, call.variants, call.places, call.chunk, call.precision)
+    remade = Remade(chunks, kept)
+    del chunks, kept
+    return gradients(
+        queries, keys, values, scales, strengths, grad_o, left, remade, call.slots, call.variants, call.places,
+        call.chunk, call.height, call.scale, call.precision,
+    )  # fmt: skip
 
 
 @_backward_op.register_fake

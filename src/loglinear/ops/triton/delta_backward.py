@@ -33,7 +33,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -73,9 +72,10 @@ from loglinear.ops.triton.delta_nodes import (
     sibling_tables,
 )
 from loglinear.ops.triton.delta_read import reading_tables
+from loglinear.ops.triton.launch import kernel
 
 
-@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
+@kernel(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
 def _pull_kernel(grad_o, scales, seen, added, pulled, dscales, tokens, firsts, rows_of, blocks, origins, oldests,
                  heights, reads, variants, places, N, H, stride_g, stride_gh, stride_s, stride_sh, K, V, L,
                  C: tl.constexpr, HEIGHT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr,
@@ -134,7 +134,7 @@ def _pull_kernel(grad_o, scales, seen, added, pulled, dscales, tokens, firsts, r
         tl.store(dlam + L - 1, last, mask=exists)
 
 
-@triton.jit(do_not_specialize=["N"])
+@kernel(do_not_specialize=["N"])
 def _ascend_kernel(pulled, maps, rows_of, blocks, variants, places, N, H, K, C: tl.constexpr, KT: tl.constexpr,
                    BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Adds to the gradient of each read's queries what comes through the node that they pass next."""
@@ -162,7 +162,7 @@ def _ascend_kernel(pulled, maps, rows_of, blocks, variants, places, N, H, K, C: 
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
+@kernel(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
 def _climb_kernel(grad_o, scales, seen, added, maps, pulled, dscales, tokens, firsts, rows_of, blocks, origins, oldests,
                   heights, reads, variants, places, N, H, stride_g, stride_gh, stride_s, stride_sh, K, V, L,
                   C: tl.constexpr, HEIGHT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -215,7 +215,7 @@ def _climb_kernel(grad_o, scales, seen, added, maps, pulled, dscales, tokens, fi
         tl.store(dlam + L - 1, last, mask=exists)
 
 
-@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
+@kernel(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
 def _gather_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens, firsts, rows_of, heights, lefts, variants,
                    places, reader, readers, order, N, H, stride_g, stride_gh, stride_s, stride_sh, K, V, L,
                    C: tl.constexpr, HEIGHT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, RT: tl.constexpr,
@@ -263,7 +263,7 @@ def _gather_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens, firsts
         store_block(d_maps + place * K * K, change, row, K, ROWS, column, K, BK)
 
 
-@triton.jit(do_not_specialize=["N", "cap"])
+@kernel(do_not_specialize=["N", "cap"])
 def _running_back_kernel(maps, d_added, bases, counts, origins, oldests, heights, N, H, cap, K, V, KT: tl.constexpr,
                          BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Back over the running states: each owes P of the next, transposed, times that one's gradient."""
@@ -290,7 +290,7 @@ def _running_back_kernel(maps, d_added, bases, counts, origins, oldests, heights
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["N", "height"])
+@kernel(do_not_specialize=["N", "height"])
 def _left_kernel(rights, d_added, d_maps, tallest, heights, lefts, blocks, origins, oldests, reads, N, H, height, K, V,
                  KT: tl.constexpr, VT: tl.constexpr, PT: tl.constexpr, RT: tl.constexpr, ROWS: tl.constexpr,
                  BK: tl.constexpr, BV: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -327,7 +327,7 @@ def _left_kernel(rights, d_added, d_maps, tallest, heights, lefts, blocks, origi
         store_block(d_maps + left * K * K, change, row, K, ROWS, column, K, BP)
 
 
-@triton.jit(do_not_specialize=["N", "height"])
+@kernel(do_not_specialize=["N", "height"])
 def _right_kernel(added, maps, d_added, d_maps, tallest, heights, lefts, blocks, origins, oldests, reads, N, H, height,
                   K, V, KT: tl.constexpr, VT: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
                   RUNNING: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip

@@ -41,9 +41,10 @@ from loglinear.ops.triton.delta_chunks import (
     store_tile,
     tile_width,
 )
+from loglinear.ops.triton.launch import kernel
 
 
-@triton.jit(do_not_specialize=["N", "stride_b"])
+@kernel(do_not_specialize=["N", "stride_b"])
 def _values_kernel(k, beta, grad_o, inverse, scores, gamma, d_added, dv, d_written, tokens, firsts, rows_of, lefts, N,
                    H, G, stride_k, stride_kg, stride_b, stride_g, stride_gh, K, V, E: tl.constexpr, KT: tl.constexpr,
                    VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -95,7 +96,7 @@ def _values_kernel(k, beta, grad_o, inverse, scores, gamma, d_added, dv, d_writt
     store_tile(dv + head * V, grad_v1, token + E, later, rows - E, H * V, E, column, V, BV)
 
 
-@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
+@kernel(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
 def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma, d_mixed, d_pairs, dscales, d_scored,
                    tokens, firsts, rows_of, reads, places, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg,
                    stride_v, stride_vh, stride_s, stride_sh, stride_b, stride_g, stride_gh, K, V, L, E: tl.constexpr,
@@ -202,7 +203,7 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
         tl.store(d_scored, -tl.sum(mass_across, 0))
 
 
-@triton.jit(do_not_specialize=["N"])
+@kernel(do_not_specialize=["N"])
 def _solved_kernel(q, k, v, gamma, d_maps, d_written, d_mixed, d_solved, d_erase, tokens, firsts, rows_of, lefts, N, H,
                    G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, K, V, E: tl.constexpr,
                    KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -274,7 +275,7 @@ def _solved_kernel(q, k, v, gamma, d_maps, d_written, d_mixed, d_solved, d_erase
         store_quarter(d_solved, across, place, 1, E)
 
 
-@triton.jit(do_not_specialize=["N", "stride_b"])
+@kernel(do_not_specialize=["N", "stride_b"])
 def _overlap_kernel(k, beta, inverse, gamma, d_solved, d_overlap, d_strength, d_mass, tokens, firsts, rows_of, N, H, G,
                     stride_k, stride_kg, stride_b, K, E: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr,
                     PRECISION: tl.constexpr):  # fmt: skip
@@ -356,7 +357,7 @@ def _owed(k, v, d_added, d_maps, sums, token, first, rows, stride_k, stride_v, c
     return total - kept * tl.exp2(sums)[:, None]
 
 
-@triton.jit(do_not_specialize=["N", "stride_b"])
+@kernel(do_not_specialize=["N", "stride_b"])
 def _keys_kernel(q, k, v, beta, inverse, pulled, gamma, d_added, d_maps, d_erase, mixed, d_pairs, d_overlap, dq, dk,
                  d_sums, d_end, tokens, firsts, rows_of, lefts, reads, places, N, H, G, scale, stride_q, stride_qg,
                  stride_k, stride_kg, stride_v, stride_vh, stride_b, K, V, E: tl.constexpr, KT: tl.constexpr,
@@ -465,7 +466,7 @@ def _sum_of_parts(parts, head, slot, N, H, C: tl.constexpr, COUNT: tl.constexpr)
     return total
 
 
-@triton.jit(do_not_specialize=["N"])
+@kernel(do_not_specialize=["N"])
 def _decays_kernel(gamma, d_maps, d_scored, d_mass, d_strength, d_sums, d_end, d_decay, d_beta, tokens, firsts, rows_of,
                    lefts, N, H, K, C: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
                    PARTS: tl.constexpr):  # fmt: skip

@@ -42,6 +42,7 @@ from loglinear.ops.triton.delta_chunks import (
     tile_width,
 )
 from loglinear.ops.triton.delta_inverse import make_inverses
+from loglinear.ops.triton.launch import kernel
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def _times_inverse(left, inverse, place, quarter, total, size, E: tl.constexpr, 
     return total
 
 
-@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
+@kernel(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
 def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, tokens, firsts, rows_of, reads, places, N, H,
                    G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_s, stride_sh, stride_b, K, L,
                    E: tl.constexpr, HEIGHT: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
@@ -162,7 +163,7 @@ def _times_rows(whole0, lost0, whole1, lost1, right, token, first, later, rows, 
     return made
 
 
-@triton.jit(do_not_specialize=["N", "stride_b"])
+@kernel(do_not_specialize=["N", "stride_b"])
 def _leaves_kernel(k, v, beta, inverse, gamma, added, maps, finals, tokens, firsts, rows_of, lefts, heights, N, H, G,
                    stride_k, stride_kg, stride_v, stride_vh, stride_b, K, V, E: tl.constexpr, KT: tl.constexpr,
                    VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,

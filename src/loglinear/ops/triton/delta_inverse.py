@@ -28,6 +28,7 @@ from loglinear.ops.triton.delta_chunks import (
     store_quarter,
     tile_width,
 )
+from loglinear.ops.triton.launch import kernel
 
 BASE = 16  # rows that are inverted one by one
 
@@ -52,7 +53,7 @@ def _join_pair(matrix, pair, E: tl.constexpr, SIZE: tl.constexpr, EXACT: tl.cons
     store_block(matrix, step, start + SIZE, E, SIZE, start, E, SIZE)
 
 
-@triton.jit(do_not_specialize=["N", "stride_d", "stride_b"])
+@kernel(do_not_specialize=["N", "stride_d", "stride_b"])
 def _diagonal_kernel(k, log_decay, beta, halves, inverse, gamma, tokens, firsts, rows_of, N, H, G, stride_k, stride_kg,
                      stride_d, stride_b, K, E: tl.constexpr, LEVELS: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr,
                      BASE: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
@@ -109,7 +110,7 @@ def _whole_quarter(inverse, place, quarter, size, E: tl.constexpr, PARTS: tl.con
     return whole
 
 
-@triton.jit(do_not_specialize=["N", "stride_b"])
+@kernel(do_not_specialize=["N", "stride_b"])
 def _below_kernel(k, beta, inverse, gamma, tokens, firsts, rows_of, N, H, G, stride_k, stride_kg, stride_b, K,
                   E: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
                   EXACT: tl.constexpr):  # fmt: skip

@@ -27,9 +27,10 @@ from loglinear.fenwick import Ends, Slots
 from loglinear.ops.triton.common import block_end, cdiv, left_sibling, next_power_of_2, program_place, programs
 from loglinear.ops.triton.delta_chunks import Chunks, load_block, parts_of, store_block, store_parts, tile_width
 from loglinear.ops.triton.delta_halves import make_leaves
+from loglinear.ops.triton.launch import kernel
 
 
-@triton.jit(do_not_specialize=["N", "height"])
+@kernel(do_not_specialize=["N", "height"])
 def _merge_kernel(added, maps, finals, rights, tallest, heights, blocks, origins, oldests, reads, N, H, height, K, V,
                   KT: tl.constexpr, VT: tl.constexpr, RT: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
                   BV: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -96,7 +97,7 @@ def running_from(base, count, span, cap, origins, oldests, heights):
     return base - missing, count + missing, tl.where(has_last, 0, 1), oldest
 
 
-@triton.jit(do_not_specialize=["N", "cap"])
+@kernel(do_not_specialize=["N", "cap"])
 def _running_kernel(added, maps, bases, counts, origins, oldests, heights, N, H, cap, K, V, KT: tl.constexpr,
                     BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Adds up what is in the slots of the cap height, in order; a program has BV columns of a head's states."""

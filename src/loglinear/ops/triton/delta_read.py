@@ -44,9 +44,10 @@ from loglinear.ops.triton.delta_chunks import (
     whole_width,
 )
 from loglinear.ops.triton.delta_nodes import Kept, Nodes
+from loglinear.ops.triton.launch import kernel
 
 
-@triton.jit(do_not_specialize=["N"])
+@kernel(do_not_specialize=["N"])
 def _descend_kernel(seen, maps, rows_of, blocks, heights, variants, places, N, H, K, C: tl.constexpr,
                     ROWS: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
                     PRECISION: tl.constexpr):  # fmt: skip
@@ -90,7 +91,7 @@ def _descend_kernel(seen, maps, rows_of, blocks, heights, variants, places, N, H
         rest = drop_lowest_bit(rest)
 
 
-@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
+@kernel(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
 def _read_kernel(v, scales, o, scores, seen, added, tokens, firsts, rows_of, blocks, origins, oldests, heights, reads,
                  variants, places, N, H, stride_v, stride_vh, stride_s, stride_sh, K, V, L, C: tl.constexpr,
                  HEIGHT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -153,7 +154,7 @@ def _scores_of(q, k, beta, inverse, sums, token, first, rows, place, size, scale
     return mixed, seen.to(dtype)
 
 
-@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
+@kernel(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
 def _walk_kernel(q, k, v, scales, beta, inverse, gamma, o, added, maps, tokens, firsts, rows_of, blocks, origins,
                  oldests, heights, reads, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v,
                  stride_vh, stride_s, stride_sh, stride_b, K, V, L, C: tl.constexpr, HEIGHT: tl.constexpr,

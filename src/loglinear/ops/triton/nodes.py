@@ -21,6 +21,7 @@ from torch import Tensor
 
 from loglinear.fenwick import Slots
 from loglinear.ops.triton.common import cdiv, load_rows, log2_decays, next_power_of_2, program_place, programs
+from loglinear.ops.triton.launch import kernel
 
 SUBTREE_HEIGHT = 2  # of the subtrees whose nodes are made in registers
 
@@ -75,7 +76,7 @@ def _subtree(k, v, log_decay, gamma, nodes, logs, firsts, rows, token, slot, lef
         return before * tl.exp2(after_log) + after, before_log + after_log
 
 
-@triton.jit(do_not_specialize=["N"])
+@kernel(do_not_specialize=["N"])
 def _subtrees_kernel(k, v, log_decay, gamma, nodes, logs, tops, tokens, firsts, rows, blocks, lefts, N, H, G,
                      stride_k, stride_kg, stride_v, stride_vh, stride_d, K, V, C: tl.constexpr, SUB: tl.constexpr,
                      BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -99,7 +100,7 @@ def _subtrees_kernel(k, v, log_decay, gamma, nodes, logs, tops, tokens, firsts, 
     _store(nodes, tops, state, log, slot + SUB - 1, head, left >= SUB, offset, mask, H, K * V, tile == 0)
 
 
-@triton.jit(do_not_specialize=["cap"])
+@kernel(do_not_specialize=["cap"])
 def _walk_kernel(nodes, logs, tops, heights, oldests, bases, counts, H, size, cap, LOW: tl.constexpr,
                  SUB: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Finishes the slots that end a subtree (of height LOW), in order: they take in what is on their left.
@@ -195,7 +196,7 @@ def make_nodes(k: Tensor, v: Tensor, log_decay: Tensor, slots: Slots, chunk: int
     return nodes, logs, gamma
 
 
-@triton.jit(do_not_specialize=["N"])
+@kernel(do_not_specialize=["N"])
 def _offsets_kernel(gamma, offsets, bases, counts, N, C: tl.constexpr, BLOCK: tl.constexpr):
     sequence, head = tl.program_id(0), tl.program_id(1)
     base, count = tl.load(bases + sequence), tl.load(counts + sequence)

@@ -11,11 +11,11 @@ Legend
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from loglinear.ops.triton.common import LOG2E, next_power_of_2
+from loglinear.ops.triton.launch import kernel
 
 WIDEST = 256  # head
 MOST_QUERIES = 16  # of a key/value head: more would not fit into registers
@@ -24,7 +24,7 @@ FEWEST_COLUMNS = 128  # of a part
 LOWEST = tl.constexpr(-1e30)  # below every score, and finite: two of them have a difference
 
 
-@triton.jit(do_not_specialize=["S"])
+@kernel(do_not_specialize=["S"])
 def _parts_kernel(q, keys, values, lengths, outputs, highest, sums, J, S, stride_b, stride_s, scale, P,
                   R: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
                   COLUMNS: tl.constexpr):  # fmt: skip
@@ -64,7 +64,7 @@ def _parts_kernel(q, keys, values, lengths, outputs, highest, sums, J, S, stride
     tl.store(sums + place, tl.sum(total * weight, 1), mask=member < R)
 
 
-@triton.jit
+@kernel()
 def _together_kernel(outputs, highest, sums, o, P, PARTS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
     query = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, WIDTH)

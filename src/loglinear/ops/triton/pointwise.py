@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.ops.triton.common import cdiv, next_power_of_2
+from loglinear.ops.triton.launch import kernel
 
 WIDEST = 16_384  # a row is in registers
 STRETCH = 1024  # numbers of a program that goes by numbers
@@ -50,7 +51,7 @@ def _normed(x, weight, column, W, eps):
     return x * tl.rsqrt(mean + eps)[:, None] * factor
 
 
-@triton.jit(do_not_specialize=["N"])
+@kernel(do_not_specialize=["N"])
 def _rms_norm_kernel(x, added, weight, y, total, N, W, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     row, column, mask = _rows_of(N, W, ROWS, WIDTH)
     place = row * W + column
@@ -63,7 +64,7 @@ def _rms_norm_kernel(x, added, weight, y, total, N, W, eps, ROWS: tl.constexpr, 
     tl.store(y + place, _normed(values, weight, column, W, eps).to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["N"])
+@kernel(do_not_specialize=["N"])
 def _gated_rms_norm_kernel(x, gate, values, factor, weight, y, N, W, V, stride_v, eps, SILU: tl.constexpr,
                            GATE_FIRST: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     row, column, mask = _rows_of(N, W, ROWS, WIDTH)
@@ -84,7 +85,7 @@ def _gated_rms_norm_kernel(x, gate, values, factor, weight, y, N, W, V, stride_v
     tl.store(y + place, result.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["N", "G"])
+@kernel(do_not_specialize=["N", "G"])
 def _unit_length_kernel(x, y, N, G, K, stride_n, stride_g, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     row, column, mask = _rows_of(N * G, K, ROWS, WIDTH)
     values = tl.load(x + row // G * stride_n + row % G * stride_g + column, mask=mask, other=0.0).to(tl.float32)
@@ -99,14 +100,14 @@ def _stretch(count, BLOCK: tl.constexpr):
     return place, place < count
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel(do_not_specialize=["count"])
 def _level_scales_kernel(raw, weight, y, count, W, BLOCK: tl.constexpr):
     place, mask = _stretch(count, BLOCK)
     factor = tl.load(weight + place % W, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + place, _softplus(factor * tl.load(raw + place, mask=mask, other=0.0).to(tl.float32)), mask=mask)
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel(do_not_specialize=["count"])
 def _log_decay_kernel(z, dt_bias, A_log, y, count, W, channels, BLOCK: tl.constexpr):
     place, mask = _stretch(count, BLOCK)
     column = place % W
@@ -116,7 +117,7 @@ def _log_decay_kernel(z, dt_bias, A_log, y, count, W, channels, BLOCK: tl.conste
     tl.store(y + place, -rate * dt, mask=mask)
 
 
-@triton.jit
+@kernel()
 def _log_decay_and_values_kernel(z, dt_bias, A_log, v, logs, scaled, H, V, stride_v, stride_vh, HEADS: tl.constexpr,
                                  WIDTH: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -134,7 +135,7 @@ def _log_decay_and_values_kernel(z, dt_bias, A_log, v, logs, scaled, H, V, strid
     tl.store(scaled + place, values.to(scaled.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel(do_not_specialize=["count"])
 def _silu_product_kernel(gate, up, y, count, BLOCK: tl.constexpr):
     place, mask = _stretch(count, BLOCK)
     raw = tl.load(gate + place, mask=mask, other=0.0).to(tl.float32)
@@ -143,7 +144,7 @@ def _silu_product_kernel(gate, up, y, count, BLOCK: tl.constexpr):
     tl.store(y + place, product.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel()
 def _rotate_kernel(x, positions, turns, y, H, half, stride_n, stride_h, HEADS: tl.constexpr, WIDTH: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)

@@ -11,7 +11,6 @@ Legend
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -28,9 +27,10 @@ from loglinear.ops.triton.common import (
     programs,
     store_rows,
 )
+from loglinear.ops.triton.launch import kernel
 
 
-@triton.jit(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
+@kernel(do_not_specialize=["N", "L", "stride_s", "stride_sh"])
 def _read_kernel(q, k, v, scales, o, nodes, logs, gamma, tokens, firsts, rows_of, blocks, origins,
                  oldests, heights, reads, N, H, G, scale,
                  stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s, stride_sh,

@@ -10,6 +10,7 @@ Legend
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 
@@ -22,6 +23,7 @@ from loglinear.ops import stacked
 from loglinear.ops.packing import check_bounds, check_positions, plans
 from loglinear.ops.triton import carried
 from loglinear.ops.triton.backward import gradients
+from loglinear.ops.triton.launch import compiled_first
 from loglinear.ops.triton.nodes import Carried, decay_offsets, leaving, make_nodes
 from loglinear.ops.triton.read import read
 
@@ -199,15 +201,20 @@ def _forward_op(
         check_positions(positions)
     with torch.cuda.device_of(v):  # kernels are launched on the current device
         rows, slots, precision = _prepare(q, k, v, level_scales, log_decay, cu_seqlens, positions, return_state)
-        queries, keys, values, scales, decays = rows
         state = None if far is None or near is None else Carried(far, near)
-        nodes, logs, gamma = make_nodes(keys, values, decays, slots, CHUNK, precision, state)
-        height = fenwick.chunk_height(CHUNK)
-        o = read(queries, keys, values, scales, nodes, logs, gamma, slots, CHUNK, height, scale, precision)
-        left = v.new_empty(0, dtype=torch.float32)
-        if return_state:
-            left = leaving(nodes, decay_offsets(gamma, slots), slots).far
-    return o.view(v.shape).to(v.dtype), left
+        run = functools.partial(_forward, *rows, state, slots, scale, precision, return_state)
+        o, left = compiled_first(run, "scalar", *rows, precision, state is None, slots.first is None, return_state)
+    return o.view(v.shape).to(v.dtype), v.new_empty(0, dtype=torch.float32) if left is None else left
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor, state: Carried | None,
+    slots: Slots, scale: float, precision: str, return_state: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    nodes, logs, gamma = make_nodes(k, v, log_decay, slots, CHUNK, precision, state)
+    height = fenwick.chunk_height(CHUNK)
+    o = read(q, k, v, level_scales, nodes, logs, gamma, slots, CHUNK, height, scale, precision)
+    return o, leaving(nodes, decay_offsets(gamma, slots), slots).far if return_state else None
 
 
 @_forward_op.register_fake
@@ -232,10 +239,13 @@ def _backward_op(
         )
         state = None if far is None or near is None else Carried(far, near)
         grad_o = as_rows(grad_o.to(rows[2].dtype))
-        found = gradients(
-            *rows, state, grad_o, grad_left if return_state else None, slots, CHUNK, fenwick.chunk_height(CHUNK),
-            scale, precision,
+        run = functools.partial(
+            gradients, *rows, state, grad_o, grad_left if return_state else None, slots, CHUNK,
+            fenwick.chunk_height(CHUNK), scale, precision,
         )  # fmt: skip
+        found = compiled_first(
+            run, "scalar backward", *rows, precision, state is None, slots.first is None, return_state
+        )
     inputs = (q, k, v, level_scales, log_decay, far, near)
     return tuple(
         v.new_empty(0) if x is None or g is None else g.view(x.shape).to(x.dtype)

@@ -30,11 +30,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from loglinear.ops.triton.common import carry_level, cdiv, holds_tokens, next_power_of_2, program_place, programs
+from loglinear.ops.triton.launch import kernel
 from loglinear.state import FenwickState
 
 ARRIVAL = tl.constexpr(2**48)  # positions are below
@@ -73,7 +73,7 @@ def unsupported(
 # ----------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["B", "L", "stride_s", "stride_sh"])
+@kernel(do_not_specialize=["B", "L", "stride_s", "stride_sh"])
 def _step_kernel(q, k, v, scales, log_decay, beta, buckets, positions, log_decays, o, B, H, G, L, scale,
                  stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s, stride_sh, stride_g,
                  stride_gh, stride_b, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,

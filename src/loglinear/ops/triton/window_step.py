@@ -39,6 +39,7 @@ from loglinear.ops.triton.common import (
     program_place,
     programs,
 )
+from loglinear.ops.triton.launch import kernel
 from loglinear.ops.triton.step import ARRIVAL
 from loglinear.state import FenwickState
 from loglinear.window import MOST_OWED as MOST
@@ -69,7 +70,7 @@ def unsupported(
 # ----------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["B", "L", "stride_s", "stride_sh"])
+@kernel(do_not_specialize=["B", "L", "stride_s", "stride_sh"])
 def _window_token_kernel(q, k, v, scales, log_decay, beta, positions, begun, keys, values, log_decays, mixing, passed,
                          B, H, G, L, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_s,
                          stride_sh, stride_g, stride_gh, stride_b, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
@@ -159,7 +160,7 @@ def _window_token_kernel(q, k, v, scales, log_decay, beta, positions, begun, key
     tl.store(passed + K + slot, weights * near)
 
 
-@triton.jit(do_not_specialize=["B", "L", "stride_s", "stride_sh"])
+@kernel(do_not_specialize=["B", "L", "stride_s", "stride_sh"])
 def _window_read_kernel(scales, buckets, positions, begun, values, owed, passed, o, B, H, L, stride_s, stride_sh,
                         K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILES: tl.constexpr,
                         N: tl.constexpr, HEIGHT: tl.constexpr, M: tl.constexpr, LEVELS: tl.constexpr):  # fmt: skip
@@ -228,7 +229,7 @@ def _sum_of(buckets, first, last, rank, occupied, level, owed, size, offsets, in
     return total
 
 
-@triton.jit(do_not_specialize=["B", "L", "shares"])
+@kernel(do_not_specialize=["B", "L", "shares"])
 def _window_end_kernel(buckets, positions, begun, keys, values, log_decays, mixing, owed, B, H, G, L, shares,
                        K: tl.constexpr, V: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
                        TILES: tl.constexpr, N: tl.constexpr, P: tl.constexpr, HEIGHT: tl.constexpr,

@@ -1,0 +1,104 @@
+"""The first call of an operator compiles its kernels side by side, and launches none of them before."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from loglinear.ops.triton.launch import compiled_first
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_script(script, **environment):
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    kept |= {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests/ops'}"} | environment
+    return subprocess.run([sys.executable, "-c", script], env=kept, capture_output=True, text=True, check=True).stdout
+
+
+def test_every_launch_is_of_a_kernel():
+    """One of anything else would be a launch on what no kernel has computed."""
+    launched, kernels = set(), set()
+    for path in (ROOT / "src/loglinear/ops/triton").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                launched.add(ast.unparse(node.func.value))
+            if isinstance(node, ast.FunctionDef):
+                decorators = {ast.unparse(one).partition("(")[0] for one in node.decorator_list}
+                if "kernel" in decorators:
+                    kernels.add(node.name)
+    assert len(launched) > 30
+    assert launched <= kernels
+
+
+def test_one_call_without_a_gpu():
+    calls = []
+    x = torch.zeros(2, 3)
+    for _ in range(2):
+        compiled_first(lambda: calls.append(1), "one call", x)
+    assert len(calls) == 2
+
+
+SIDE_BY_SIDE = """
+import threading
+import torch
+from triton import knobs
+from triton.runtime import driver
+import compile_kernels
+from loglinear.ops.triton import launch
+
+driver.set_active(compile_kernels.NoDriver())  # which cannot launch anything
+compiled = []
+knobs.compilation.listener = lambda **what: compiled.append(threading.get_ident())
+for _ in range(2):
+    launch._compile_kernels_of(lambda: compile_kernels.call("FAMILY", torch.bfloat16, 2, 2, 64, 64, False))
+    print(len(compiled), threading.get_ident() in compiled)
+"""
+
+
+@pytest.mark.parametrize("family", ["scalar", "delta"])
+def test_kernels_are_compiled_in_threads_and_once(family, tmp_path):
+    pytest.importorskip("triton.backends.nvidia")
+    first, second = run_script(SIDE_BY_SIDE.replace("FAMILY", family), TRITON_CACHE_DIR=str(tmp_path)).splitlines()
+    number, in_this_thread = first.split()
+    assert int(number) > 10
+    assert in_this_thread == "False"
+    assert second == first
+
+
+FIRST_CALL = """
+import time
+import torch
+from loglinear import log_linear_attention
+
+place = {"device": "cuda", "dtype": torch.bfloat16}
+q, k = torch.nn.functional.normalize(torch.randn(2, 1, 4096, 6, 192, **place), dim=-1).unbind(0)
+v, beta = torch.randn(1, 4096, 6, 384, **place), torch.rand(1, 4096, 6, **place)
+scales, decay = torch.rand(1, 4096, 6, 13, device="cuda"), -torch.rand(1, 4096, 6, device="cuda")
+inputs = [x.requires_grad_() for x in (q, k, v, scales, decay, beta)]
+
+def call():
+    o, _ = log_linear_attention(q, k, v, scales, log_decay=decay, beta=beta)
+    return [o, *torch.autograd.grad(o.float().square().sum(), inputs)]
+
+torch.cuda.synchronize()
+begin = time.perf_counter()
+first = call()
+torch.cuda.synchronize()
+print(time.perf_counter() - begin)
+print(all(torch.equal(a, b) for a, b in zip(first, call())))
+"""
+
+
+@pytest.mark.gpu
+def test_first_call_on_gpu(tmp_path):
+    """At most 30 seconds, with nothing compiled before; and it computes what later ones do."""
+    seconds, same = run_script(FIRST_CALL, TRITON_CACHE_DIR=str(tmp_path)).splitlines()
+    assert float(seconds) <= 30
+    assert same == "True"
