@@ -583,7 +583,7 @@ def write_page(experiments: str | Path, benchmarks: str | Path, output: str | Pa
     output, sections = Path(output), []
     figures = output.parent / FIGURES
     before = {path: path.stat().st_mtime_ns for path in figures.glob("*.png")}
-    for file in sorted(Path(experiments).glob("*.yaml")):
+    for file in sorted(Path(experiments).glob("*.yaml"), key=lambda file: file.stem):
         folder = Path(benchmarks) / file.stem
         if (folder / sweep.ROWS_FILE).is_file():
             rows = sweep.read_rows(folder / sweep.ROWS_FILE)
