@@ -12,8 +12,8 @@ PYTHON ?= $(shell for candidate in python3.11 python3.12 python3.13 python3.14 p
 	&& { echo "$$candidate"; break; }; done)
 # Where the quickstart leaves its checkpoints, tables, plots and report: a new folder each time.
 OUTPUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
-# Test processes; each uses one thread.
-WORKERS ?= 2
+# Test processes, each of one thread: as many as there are processors, and at most eight.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ "$$n" -le 8 ] || n=8; echo "$$n")
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -25,7 +25,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/loglinear quickstart --output $(OUTPUT)
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check
