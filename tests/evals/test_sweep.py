@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from loglinear.cli import main
-from loglinear.evals import sweep
-from loglinear.evals.sweep import DIVERGED, FAILED, SweepConfig, SweepRow, read_rows, run_sweep, summarize
+from loglinear.evals import sweep, sweep_summary
+from loglinear.evals.sweep import DIVERGED, FAILED, SweepConfig, SweepRow, read_rows, run_sweep
+from loglinear.evals.sweep_summary import summarize
 from loglinear.train.recall import RecallRun
 
 ROOT = Path(__file__).parent.parent.parent
@@ -234,7 +235,7 @@ def test_the_rate_is_chosen_by_the_validation_mean_over_seeds():
     assert (four.pairs, eight.pairs, mean.pairs) == (4, 8, None)
     assert four.accuracy == 0.5 and four.standard_deviation == pytest.approx(0.1 * 2**0.5)
     assert eight.accuracy == 0.25 and mean.accuracy == pytest.approx(0.375)
-    header, lines = sweep.summary_table([four, eight, mean])
+    header, lines = sweep_summary.summary_table([four, eight, mean])
     assert header[-3:] == ["4 pairs", "8 pairs", "mean"]
     assert lines[0][-3:] == ["50.0 ± 14.1", "25.0 ± 7.1", "37.5 ± 10.6"]
 

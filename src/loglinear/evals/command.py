@@ -14,7 +14,17 @@ from rich.table import Table
 from loglinear import fenwick, plots
 from loglinear.data import ByteTokenizer, load_tokenizer
 from loglinear.data.tokenizers import encode_prompt
-from loglinear.evals import comparison, harness, inspection, needle, position_loss, recall, results, sweep
+from loglinear.evals import (
+    comparison,
+    harness,
+    inspection,
+    needle,
+    position_loss,
+    recall,
+    results,
+    sweep,
+    sweep_summary,
+)
 from loglinear.folders import check_output_folder
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.train import load_checkpoint, resolve_checkpoint
@@ -178,7 +188,7 @@ def run_sweep(
     seconds: float | None = None,
     together: int | None = None,
     console: Console | None = None,
-) -> list[sweep.SweepSummary]:
+) -> list[sweep_summary.SweepSummary]:
     """Trains what a file describes (see `sweep.run_sweep`), says each run as it ends, prints the table, writes CSV and
     plot.
 
@@ -222,14 +232,16 @@ def run_sweep(
         )
 
     rows = sweep.run_sweep(config, output, device, workers, tell, seconds, together, tell_progress)
-    summaries = sweep.summarize(rows)
+    summaries = sweep_summary.summarize(rows)
     failed = [row for row in rows if row.status == sweep.FAILED]
     written = [output / sweep.ROWS_FILE]
     if summaries:
-        print_table(console, f"Queries answered right (%), {Path(file).name}", *sweep.summary_table(summaries))
-        console.print(sweep.SUMMARY_NOTE, highlight=False)
-        written.append(position_loss.write_table(output / sweep.SUMMARY_FILE, summaries, sweep.SweepSummary))
-        written.append(plots.save(sweep.plot(summaries), output / sweep.PLOT_FILE))
+        print_table(console, f"Queries answered right (%), {Path(file).name}", *sweep_summary.summary_table(summaries))
+        console.print(sweep_summary.SUMMARY_NOTE, highlight=False)
+        written.append(
+            position_loss.write_table(output / sweep_summary.SUMMARY_FILE, summaries, sweep_summary.SweepSummary)
+        )
+        written.append(plots.save(sweep_summary.plot(summaries), output / sweep_summary.PLOT_FILE))
     if left := len(config.runs()) - len(rows):
         console.print(f"{left} runs are left: the same command goes on with them", highlight=False)
     if failed:

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from loglinear import plots
 from loglinear.bench.report import markdown
 from loglinear.data.recall import RecallTask
-from loglinear.evals import comparison, sweep
+from loglinear.evals import comparison, sweep, sweep_summary
 from loglinear.evals.comparison import ComparisonConfig, ComparisonRow
 from loglinear.evals.needle import NeedleCell
 from loglinear.evals.needle import plot as plot_needles
@@ -135,7 +135,7 @@ def recall_section(file: Path, config: SweepConfig, rows: Sequence[SweepRow], ou
     wanted = {run.key: number for number, run in enumerate(config.runs())}
     rows = sorted((row for row in rows if row.key in wanted), key=lambda row: wanted[row.key])  # not as they ended
     done = {row.key for row in rows if row.status != sweep.FAILED}
-    summaries = sweep.summarize(rows)
+    summaries = sweep_summary.summarize(rows)
     task = config.runs()[0].task
     training = config.runs()[0].training
     parts = [f"## {config.title or file.stem}", *([config.about.strip()] if config.about else [])]
@@ -147,12 +147,12 @@ def recall_section(file: Path, config: SweepConfig, rows: Sequence[SweepRow], ou
         f"{config.test_sequences:,} test sequences of each number of pairs. {_done(len(done), len(wanted))}"
     )
     if summaries:
-        header, lines = sweep.summary_table(summaries)
+        header, lines = sweep_summary.summary_table(summaries)
         if config.paper:
             header.append("in the paper")
             lines = [[*line, config.paper.get(line[0], {}).get(int(line[1]), "–")] for line in lines]
-        parts += [markdown(header, lines), f"Per cent of queries answered right, {sweep.SUMMARY_NOTE}."]
-        figure = plots.save(sweep.plot(summaries), output / f"{file.stem}.png")
+        parts += [markdown(header, lines), f"Per cent of queries answered right, {sweep_summary.SUMMARY_NOTE}."]
+        figure = plots.save(sweep_summary.plot(summaries), output / f"{file.stem}.png")
         parts.append(f"![accuracy by number of pairs]({FIGURES}/{figure.name})")
         parts += [*_recall_verdicts(config, rows, summaries)]
     parts += _diverged([(row.model, f"width {row.width}, rate {row.learning_rate:g}, seed {row.seed}", row.message)
@@ -180,7 +180,7 @@ def _later(task: RecallTask) -> str:
 
 
 def _recall_verdicts(
-    config: SweepConfig, rows: Sequence[SweepRow], summaries: Sequence[sweep.SweepSummary]
+    config: SweepConfig, rows: Sequence[SweepRow], summaries: Sequence[sweep_summary.SweepSummary]
 ) -> list[str]:
     chosen = {(one.model, one.width, one.trained_pairs): one.learning_rate for one in summaries}
     options = {model.name: {**model.options, "times_width": model.times_width} for model in config.sweep_models()}
