@@ -141,17 +141,19 @@ def make_inverses(k: Tensor, log_decay: Tensor, beta: Tensor, slots: Slots, chun
               ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`inverse` and `gamma` of chunks of k [T, G, K], log_decay and beta [T, H]."""
     num_slots, (_, groups, key_dim), heads = len(slots.token), k.shape, beta.shape[-1]
-    parts = parts_of(k)
     inverse = k.new_empty(inverse_shape(k, num_slots, heads, chunk))
     gamma = k.new_zeros(heads, num_slots, chunk, dtype=torch.float32)
     block, half = tile_width(key_dim), chunk // 2
     exact = precision if k.dtype == torch.float32 else "tf32x3"
     halves = k.new_empty(num_slots, heads, 2, half, half, dtype=torch.float32)
-    shape = {"E": half, "KT": cdiv(key_dim, block), "BK": block, "PARTS": parts, "PRECISION": precision, "EXACT": exact}
+    tiles = {"E": half, "KT": cdiv(key_dim, block), "BK": block}
+    shape = {**tiles, "PARTS": parts_of(k), "PRECISION": precision, "EXACT": exact}
+    # steps follow one another, and one warp waits for no other; of float32 it would not have the registers
+    warps = 2 if k.dtype == torch.float32 else 1
     _diagonal_kernel[programs(2 * heads, num_slots)](
         k, log_decay, beta, halves, inverse, gamma, slots.token, slots.first, slots.rows, num_slots, heads, groups,
         *k.stride()[:2], log_decay.stride(0), beta.stride(0), key_dim, LEVELS=chunk_height(half // BASE), BASE=BASE,
-        num_warps=2 if k.dtype == torch.float32 else 1, num_stages=2, **shape,
+        num_warps=warps, num_stages=2, **shape,
     )  # fmt: skip
     _below_kernel[programs(heads, num_slots)](
         k, beta, inverse, gamma, slots.token, slots.first, slots.rows, num_slots, heads, groups, *k.stride()[:2],
