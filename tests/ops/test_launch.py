@@ -77,8 +77,8 @@ import torch
 from loglinear import log_linear_attention
 
 place = {"device": "cuda", "dtype": torch.bfloat16}
-q, k = torch.nn.functional.normalize(torch.randn(2, 1, 4096, 6, 192, **place), dim=-1).unbind(0)
-v, beta = torch.randn(1, 4096, 6, 384, **place), torch.rand(1, 4096, 6, **place)
+q, k = torch.nn.functional.normalize(torch.randn(2, 1, 4096, 6, KEY, **place), dim=-1).unbind(0)
+v, beta = torch.randn(1, 4096, 6, VALUE, **place), torch.rand(1, 4096, 6, **place)
 scales, decay = torch.rand(1, 4096, 6, 13, device="cuda"), -torch.rand(1, 4096, 6, device="cuda")
 inputs = [x.requires_grad_() for x in (q, k, v, scales, decay, beta)]
 
@@ -96,8 +96,10 @@ print(all(torch.equal(a, b) for a, b in zip(first, call())))
 
 
 @pytest.mark.gpu
-def test_first_call_on_gpu(tmp_path):
+@pytest.mark.parametrize(("key", "value"), [(128, 128), (192, 384)])  # with all columns in a program, and without
+def test_first_call_on_gpu(key, value, tmp_path):
     """At most 30 seconds, with nothing compiled before; and it computes what later ones do."""
-    seconds, same = run_script(FIRST_CALL, TRITON_CACHE_DIR=str(tmp_path)).splitlines()
+    script = FIRST_CALL.replace("KEY", str(key)).replace("VALUE", str(value))
+    seconds, same = run_script(script, TRITON_CACHE_DIR=str(tmp_path)).splitlines()
     assert float(seconds) <= 30
     assert same == "True"

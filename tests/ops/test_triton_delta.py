@@ -426,6 +426,12 @@ def test_on_gpu(shape, dtype):
 
 
 @pytest.mark.gpu
+def test_a_million_tokens_on_gpu():
+    shape = Shape(B=1, T=2**20, G=1, H=1, K=32, V=32, L=21)
+    on_device(make_inputs("gated_deltanet", shape, torch.bfloat16, "cuda", decay=0.1))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("decay", [1e-6, 100 / 32])
 def test_extreme_decays_on_gpu(decay):
     shape = Shape(B=1, T=3000, G=2, H=2, K=128, V=64, L=13)

@@ -123,9 +123,11 @@ def _several(values: Any) -> list[Any]:
 
 def _in_order(pairs: Any, begins: Any) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Numbers of pairs, each once and in order, and when each begins."""
-    numbers, shares = _as_pairs(pairs), []
-    if (given := len(_several(pairs))) != len(numbers):
-        raise ValueError(f"pairs: got {given} numbers, {len(numbers)} different ones; wanted each once, with `begins`")
+    numbers, given, shares = _as_pairs(pairs), _several(pairs), []
+    if len(given) != len(numbers):
+        raise ValueError(
+            f"pairs: got {len(given)} numbers, {len(numbers)} different ones; wanted each once, with `begins`"
+        )
     for share in _several(begins):
         try:
             shares.append(float(share))
@@ -137,8 +139,8 @@ def _in_order(pairs: Any, begins: Any) -> tuple[tuple[int, ...], tuple[float, ..
         raise ValueError(f"begins: got {len(shares)} shares, wanted one for each of {len(numbers)} numbers of pairs")
     if min(shares) > 0:
         raise ValueError(f"begins: got {min(shares)} as the lowest, wanted 0 for one number of pairs at least")
-    given_order = sorted(range(len(numbers)), key=[int(number) for number in _several(pairs)].__getitem__)
-    return numbers, tuple(shares[place] for place in given_order)
+    begin_of = dict(zip(map(int, given), shares, strict=True))
+    return numbers, tuple(begin_of[number] for number in numbers)
 
 
 def _as_pairs(pairs: Any) -> tuple[int, ...]:
