@@ -142,7 +142,7 @@ def test_a_recorded_step_that_differs_is_not_timed(monkeypatch):
     assert result.status.startswith("wrong: error 0.01 > 2e-06") and result.length is None
 
 
-@pytest.mark.parametrize("shape", ["mamba2-2-heads", "gated-deltanet-2-heads"])
+@pytest.mark.parametrize("shape", ["mamba2-2-heads", "gated-deltanet-2-heads", "gla-2-heads", "kda-2-heads"])
 def test_the_step_alone(shape):
     results = list(run_step_case(StepCase(shape, (64, 256), (1, 3), "cpu", "float32", 0.01)))
     assert [(r.length, r.batch, r.status) for r in results] == [

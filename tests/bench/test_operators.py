@@ -10,12 +10,15 @@ from loglinear.bench.operators import BLOCK, OPERATORS, SPARSE_BLOCKS, WINDOW, N
 
 SCALAR = Shape("small", "scalar", 4, 2, 8, 16, 2, 8, "")
 DELTA = Shape("small", "delta", 2, 2, 8, 16, 2, 8, "")
+CHANNEL = Shape("small", "channel", 4, 4, 8, 16, 2, 8, "")
+CHANNEL_DELTA = Shape("small", "channel-delta", 2, 2, 8, 16, 2, 8, "")
 
 
 @pytest.mark.parametrize("name", ["log-linear", "linear"])
-def test_sampled_rows_are_rows_of_the_reference(name):
+@pytest.mark.parametrize("shape", [SCALAR, CHANNEL], ids=lambda shape: shape.family)
+def test_sampled_rows_are_rows_of_the_reference(name, shape):
     operator = OPERATORS[name]
-    inputs = make_inputs(SCALAR, operator.kind, 2, 70, torch.float64, "cpu")
+    inputs = make_inputs(shape, operator.kind, 2, 70, torch.float64, "cpu")
     rows = torch.tensor([0, 1, 37, 69])
     wanted = operator.rows_of(operator.reference(inputs), rows)
     got = operator.expected_rows(inputs, rows)
@@ -32,8 +35,9 @@ def test_sampled_rows_of_softmax_attention_are_rows_of_sdpa():
     torch.testing.assert_close(operator.reference(inputs), output)
 
 
-def test_the_delta_rule_has_no_rows_of_its_own():
-    inputs = make_inputs(DELTA, "log-linear", 1, 10, torch.float64, "cpu")
+@pytest.mark.parametrize("shape", [DELTA, CHANNEL_DELTA], ids=lambda shape: shape.family)
+def test_the_delta_rule_has_no_rows_of_its_own(shape):
+    inputs = make_inputs(shape, "log-linear", 1, 10, torch.float64, "cpu")
     assert OPERATORS["log-linear"].expected_rows(inputs, torch.tensor([9])) is None
 
 
@@ -74,10 +78,24 @@ def test_the_level_scales_of_the_inputs_are_a_full_partition():
     assert set(inputs.tensors()) == {"q", "k", "v", "level_scales", "log_decay"}
 
 
-def test_peers_that_are_not_installed_say_so():
-    inputs = make_inputs(SCALAR, "log-linear", 1, 64, torch.float32, "cpu")
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=lambda shape: shape.name)
+def test_inputs_are_those_of_the_family(shape):
+    inputs = make_inputs(shape, "log-linear", 1, 8, torch.float32, "cpu")
+    assert inputs.log_decay is not None and inputs.k is not None
+    per_head = (1, 8, shape.num_heads)
+    assert inputs.log_decay.shape == ((*per_head, shape.key_dim) if shape.name.startswith(("gla", "kda")) else per_head)
+    delta = shape.name.startswith(("gated-deltanet", "kda"))
+    assert (inputs.beta is not None) == delta
+    if delta:
+        torch.testing.assert_close(inputs.k.norm(dim=-1), torch.ones(1, 8, shape.num_groups))
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name.startswith("fla-")])
+def test_peers_that_are_not_installed_say_so(name):
+    shape = next(shape for shape in SHAPES.values() if shape.family in OPERATORS[name].families)
+    inputs = make_inputs(shape, OPERATORS[name].kind, 1, 16, torch.float32, "cpu")
     with pytest.raises(NotSupported, match="flash-linear-attention"):
-        OPERATORS["fla-log-linear"].prepare(inputs)
+        OPERATORS[name].prepare(inputs)
 
 
 def test_unknown_operators_are_refused():

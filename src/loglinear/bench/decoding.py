@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from loglinear import fenwick, log_linear_attention, log_linear_attention_step
-from loglinear.bench.inputs import SHAPES, Shape, make_inputs
+from loglinear.bench.inputs import FAMILIES, SHAPES, Shape, make_inputs
 from loglinear.bench.measure import PeakMemory, available_memory, summarize, synchronize
 from loglinear.layers import MIXERS, Attention, AttentionState, RecurrentState
 from loglinear.models import GraphedStep, LogLinearConfig, LogLinearForCausalLM, MixerCacheLayer, copy_cache
@@ -404,7 +404,7 @@ def zero_state(
 ) -> FenwickState:
     """The state that the mixer of a shape steps from."""
     config = LogLinearConfig(
-        mixer={"scalar": "mamba2", "delta": "gated_deltanet"}[shape.family],
+        mixer=FAMILIES[shape.family],
         vocab_size=8,
         hidden_size=shape.num_heads,
         intermediate_size=8,
@@ -423,15 +423,16 @@ def zero_state(
 
 def moved_bytes(shape: Shape, start: int, batch: int, levels: int, dtype: torch.dtype, kept: Kept = PLAIN) -> int:
     """Fewest bytes that a step must move, averaged over a pass from `start` on: it reads every occupied bucket and
-    writes them all (delta rule) or the one that takes in others (a decay per head); and its inputs and output.
+    writes them all (delta rule, a decay per channel) or the one that takes in others (a decay per head); and its
+    inputs and output.
 
     With a window it reads the window and the buckets that are older, writes a token, and writes those buckets only in
     the step that ends a window.
     """
-    heads, window, delta = shape.num_heads, kept.decoding_window, shape.family == "delta"
+    heads, window, delta = shape.num_heads, kept.decoding_window, shape.delta
     itemsize = 4 if kept.state_dtype is None else getattr(torch, kept.state_dtype).itemsize
     keys, values = shape.num_groups * shape.key_dim, heads * shape.value_dim
-    controls = heads * (levels + 1 + delta) * 4
+    controls = heads * (levels + (shape.key_dim if shape.per_channel else 1) + delta) * 4
     tokens = 0.0
     read, written = mean_occupied(start, levels, window=window), 1.0
     if window:
@@ -441,7 +442,7 @@ def moved_bytes(shape: Shape, start: int, batch: int, levels: int, dtype: torch.
         above = torch.arange(levels) > fenwick.carry_level(bases + window, levels)[:, None]
         changed = torch.logical_and(above, fenwick.occupied(bases, levels)).sum(-1).double().mean()
         written = (1 + delta * float(changed)) / window
-    elif delta:
+    elif delta or shape.per_channel:
         written = mean_occupied(start, levels, after=1)
     bucket = heads * shape.key_dim * shape.value_dim * itemsize
     return round(batch * ((read + written) * bucket + 2 * (keys + values) * dtype.itemsize + controls + tokens))

@@ -61,7 +61,7 @@ def _rows(lengths: Sequence[int], on_row: Callable | None, on_case: Callable | N
             for (kept, head), error in sorted(errors.items(), key=lambda entry: entry[0][1]):
                 row = Row(
                     suite=DRIFT,
-                    operator=kept.labelled("delta rule" if shape.family == "delta" else "decay per head"),
+                    operator=kept.labelled("delta rule" if shape.delta else "decay per head"),
                     mechanism="log-linear",
                     shape=shape.name,
                     direction=f"decays to {DECAYS[head]:g}",
@@ -141,7 +141,7 @@ def _token(shape: Shape, levels: int, generator: torch.Generator) -> dict[str, T
         "level_scales": uniform(0.2, 1.2, heads, levels),
         "log_decay": -torch.tensor(DECAYS) * uniform(0.0, 1.0, heads),
     }
-    return {**token, "beta": uniform(0.1, 0.9, heads)} if shape.family == "delta" else token
+    return {**token, "beta": uniform(0.1, 0.9, heads)} if shape.delta else token
 
 
 def _state(zeros: FenwickState, shape: Shape, kept: Kept) -> FenwickState:
@@ -149,7 +149,7 @@ def _state(zeros: FenwickState, shape: Shape, kept: Kept) -> FenwickState:
     state = zeros.clone()
     if kept.state_dtype is not None:
         state = state.to(dtype=getattr(torch, kept.state_dtype))
-    delta = shape.family == "delta"
+    delta = shape.delta
     if kept.decoding_window is not None:
         window = kept.decoding_window
         return state.with_window(window, num_groups=shape.num_groups, decay="head", delta=delta)

@@ -17,8 +17,8 @@ from loglinear import fenwick
 class Shape:
     """One mixer of a model, and the softmax attention that a model of the same width would use in its place.
 
-    `family` is "scalar" (a decay per head, Mamba-2) or "delta" (a decay and a delta rule per head, Gated
-    DeltaNet).
+    `family` is one of `FAMILIES`: "scalar" (a decay per head), "delta" (that and the delta rule), "channel" (a decay per
+    key channel) or "channel-delta" (both).
     """
 
     name: str
@@ -31,6 +31,20 @@ class Shape:
     attention_head_dim: int
     note: str
 
+    @property
+    def per_channel(self) -> bool:
+        """Whether every key channel has a decay of its own."""
+        return self.family.startswith("channel")
+
+    @property
+    def delta(self) -> bool:
+        """Whether it writes by the delta rule."""
+        return self.family.endswith("delta")
+
+
+# The mixer (`loglinear.layers.MIXERS`) that each family is measured for.
+FAMILIES = {"scalar": "mamba2", "delta": "gated_deltanet", "channel": "gla", "channel-delta": "kda"}
+
 
 SHAPES = {
     shape.name: shape
@@ -39,6 +53,8 @@ SHAPES = {
         Shape("mamba2-8-heads", "scalar", 8, 1, 128, 64, 8, 64, "the same with 8 heads, for a million tokens"),
         Shape("gated-deltanet", "delta", 6, 6, 192, 384, 24, 64, "the log-linear paper's Gated DeltaNet, 793M"),
         Shape("gated-deltanet-128", "delta", 32, 32, 128, 128, 32, 128, "Gated DeltaNet of current large models"),
+        Shape("gla", "channel", 4, 4, 256, 512, 16, 128, "GLA of width 2,048, its paper's 1.3B model"),
+        Shape("kda", "channel-delta", 32, 32, 128, 128, 32, 128, "Kimi Delta Attention of current large models"),
         Shape("mamba2-2-heads", "scalar", 2, 1, 128, 64, 2, 64, "two heads of Mamba-2, for a processor"),
         Shape(
             "gated-deltanet-2-heads",
@@ -51,14 +67,16 @@ SHAPES = {
             64,
             "two small heads of Gated DeltaNet, for a processor",
         ),
+        Shape("gla-2-heads", "channel", 2, 2, 64, 128, 2, 64, "two small heads of GLA, for a processor"),
+        Shape("kda-2-heads", "channel-delta", 2, 2, 64, 64, 2, 64, "two small heads of KDA, for a processor"),
     )
 }
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Random inputs of one call. `q`, `k` [B,T,G,K], `v` [B,T,H,V], `level_scales` [B,T,H,L], `log_decay`,
-    `beta` [B,T,H] (beta: delta).
+    """Random inputs of one call. `q`, `k` [B,T,G,K], `v` [B,T,H,V], `level_scales` [B,T,H,L], `log_decay` [B,T,H] or,
+    per channel, [B,T,H,K], `beta` [B,T,H] (of the delta rule).
 
     The softmax operators take `attention` instead: q, k, v [B,A,T,E] with A heads of width E.
     """
@@ -126,7 +144,7 @@ def make_inputs(
         return Inputs(shape, scale=1.0 / math.sqrt(shape.attention_head_dim), attention=(q, k, v))
     q = normal(batch, length, shape.num_groups, shape.key_dim)
     k = normal(batch, length, shape.num_groups, shape.key_dim)
-    if shape.family == "delta":
+    if shape.delta:
         q, k = torch.nn.functional.normalize(q, dim=-1), torch.nn.functional.normalize(k, dim=-1)
     heads = (batch, length, shape.num_heads)
     levels = fenwick.full_num_levels(length)
@@ -137,6 +155,6 @@ def make_inputs(
         k=k.to(dtype),
         v=normal(*heads, shape.value_dim).to(dtype),
         level_scales=uniform(0.2, 1.2, *heads, levels) if kind == "log-linear" else None,
-        log_decay=uniform(-0.1, 0.0, *heads),
-        beta=uniform(0.1, 0.9, *heads) if shape.family == "delta" else None,
+        log_decay=uniform(-0.1, 0.0, *heads, *((shape.key_dim,) if shape.per_channel else ())),
+        beta=uniform(0.1, 0.9, *heads) if shape.delta else None,
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loglinear import fenwick, log_linear_attention
-from loglinear.bench.inputs import Inputs
+from loglinear.bench.inputs import FAMILIES, Inputs
 from loglinear.ops import interface
 from loglinear.ops.interface import Backend
 
@@ -50,7 +50,7 @@ class Operator:
     kind: str
     prepare: Callable[[Inputs], Callable[[], Tensor]]
     note: str
-    families: tuple[str, ...] = ("scalar", "delta")
+    families: tuple[str, ...] = tuple(FAMILIES)
     devices: tuple[str, ...] = ("cpu", "cuda")
     longest: dict[str, int] | None = None
     adapt: Callable[[Inputs], Inputs] | None = None
@@ -77,17 +77,23 @@ class Operator:
             q, k, v = (tensor[:1, [0, -1]].double() for tensor in _attention(inputs))
             pattern = self._pattern(rows[:, None], torch.arange(q.shape[2], device=q.device)[None, :])
             return _dense_rows(q[:, :, rows], k, v, inputs.scale, pattern)[0]
-        if inputs.shape.family != "scalar":
+        if inputs.shape.delta:
             return None
         assert inputs.q is not None and inputs.k is not None and inputs.v is not None and inputs.log_decay is not None
         length = inputs.q.shape[1]
         keys = torch.arange(length, device=rows.device)
         q = inputs.q[0, rows][:, [0, -1]].double() * inputs.scale
         k, v = (tensor[0][:, [0, -1]].double() for tensor in (inputs.k, inputs.v))
-        decay = inputs.log_decay[0][:, [0, -1]].double().cumsum(0).T
-        exponent = decay[:, rows, None] - decay[:, None, :]
+        decay = inputs.log_decay[0][:, [0, -1]].double().cumsum(0)
         causal = rows[:, None] >= keys[None, :]
-        weights = torch.einsum("rhk,thk->hrt", q, k) * exponent.masked_fill(~causal, -math.inf).exp()
+        if inputs.shape.per_channel:
+            weights = k.new_zeros(2, len(rows), length)
+            for at, row in enumerate(rows.tolist()):  # one by one: all exponents at once would be R x T x K
+                seen = k[: row + 1] * (decay[row] - decay[: row + 1]).exp()
+                weights[:, at, : row + 1] = torch.einsum("hk,thk->ht", q[at], seen)
+        else:
+            exponent = decay.T[:, rows, None] - decay.T[:, None, :]
+            weights = torch.einsum("rhk,thk->hrt", q, k) * exponent.masked_fill(~causal, -math.inf).exp()
         if inputs.level_scales is not None:
             levels = fenwick.level(rows[:, None], keys[None, :].expand(len(rows), -1), inputs.level_scales.shape[-1])
             levels = torch.where(causal, levels, torch.zeros_like(levels))
@@ -293,6 +299,16 @@ def _prepare_fla_gated_deltanet(inputs: Inputs) -> Callable[[], Tensor]:
     return lambda: attend(inputs.q, inputs.k, inputs.v, inputs.log_decay, inputs.beta, scale=inputs.scale)[0]
 
 
+def _prepare_fla_gla(inputs: Inputs) -> Callable[[], Tensor]:
+    attend = _peer("fla.ops.gla", "chunk_gla")
+    return lambda: attend(inputs.q, inputs.k, inputs.v, inputs.log_decay, scale=inputs.scale)[0]
+
+
+def _prepare_fla_kda(inputs: Inputs) -> Callable[[], Tensor]:
+    attend = _peer("fla.ops.kda", "chunk_kda")
+    return lambda: attend(inputs.q, inputs.k, inputs.v, inputs.log_decay, inputs.beta, scale=inputs.scale)[0]
+
+
 def _one_group_per_head(inputs: Inputs) -> Inputs:
     """Repeats q and k for every head, for kernels that know no groups."""
     assert inputs.q is not None
@@ -381,6 +397,24 @@ OPERATORS: dict[str, Operator] = {
             _prepare_fla_gated_deltanet,
             "flash-linear-attention, chunk_gated_delta_rule",
             families=("delta",),
+            devices=("cuda",),
+        ),
+        Operator(
+            "fla-gla",
+            "linear",
+            "linear",
+            _prepare_fla_gla,
+            "flash-linear-attention, chunk_gla",
+            families=("channel",),
+            devices=("cuda",),
+        ),
+        Operator(
+            "fla-kda",
+            "linear",
+            "linear",
+            _prepare_fla_kda,
+            "flash-linear-attention, chunk_kda",
+            families=("channel-delta",),
             devices=("cuda",),
         ),
     )
