@@ -17,6 +17,7 @@ from operator_cases import (
     make_inputs,
     poisoned,
     random_state,
+    relative_error,
     same_without_pipelining,
     with_buckets,
 )
@@ -475,13 +476,21 @@ STATES = [
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float32, 2e-6)])
-def test_nearly_equal_keys_on_gpu(dtype, tolerance):
-    """States are a third of what is written into them, so that roundings of bfloat16 ones weigh three times as much."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_nearly_equal_keys_on_gpu(dtype):
+    """States are a third of what is written into them, so that roundings of bfloat16 ones weigh three times as much.
+
+    In float32 every order of operations errs more than on other keys: the recurrence by 1.5e-6, the torch backend by
+    2.1e-6. Its error is what that of the kernels is held against.
+    """
     inputs = make_inputs("delta_net", Shape(B=2, T=1500, G=2, H=2, K=128, V=128, L=12), dtype, "cuda")
     given = nearly_equal_keys(inputs).arguments()
     exact = {name: x.double() if torch.is_tensor(x) else x for name, x in given.items()}
     wanted, _ = log_linear_attention(**exact, backend="torch")
+    tolerance = 1e-2
+    if dtype == torch.float32:
+        tolerance = 2 * relative_error(log_linear_attention(**given, backend="torch")[0].detach(), wanted.detach())
+        assert tolerance < 1e-5
     assert_close(log_linear_attention(**given, backend="triton")[0], wanted, tolerance, "o")
 
 

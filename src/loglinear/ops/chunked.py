@@ -70,15 +70,15 @@ def tree_attention(
     if per_head and groups != heads:
         q, k = (x.repeat_interleave(heads // groups, dim=2) for x in (q, k))
     shared = 1 if per_head else heads // groups
-    q, k = (to_chunks(x, plan) for x in (q.to(work) * scale, k.to(work)))
-    v = to_chunks(v.to(work).unflatten(2, (-1, shared)), plan)
+    q, k = to_chunks(q, plan).to(work) * scale, to_chunks(k, plan).to(work)
+    v = to_chunks(v.unflatten(2, (-1, shared)), plan).to(work)
     if level_scales is not None:
         level_scales = to_chunks(level_scales.to(work).unflatten(2, (-1, shared)), plan)
     if beta is not None:
         beta = to_chunks(beta.to(work).unflatten(2, (-1, shared)), plan)
     if log_decay is not None:
         # a reset (-inf, or a huge number) is a zero long before -1000, and would drown what is summed after it
-        log_decay = log_decay.to(torch.float64).clamp(min=-1e3)
+        log_decay = log_decay.to(work if log_decay.ndim == 4 else torch.float64).clamp(min=-1e3)
         log_decay = to_chunks(log_decay.unflatten(2, (-1, shared)), plan)
     if buckets is not None and positions is not None:  # [S, L, H, K, V] to [A, S, L, K, R·V]
         buckets = buckets.to(work).unflatten(2, (-1, shared)).permute(2, 0, 1, 4, 3, 5).flatten(-2)
@@ -279,7 +279,7 @@ class _Descent(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         queries, query_log, level_scales, *nodes = ctx.saved_tensors
-        d_queries, d_nodes = torch.zeros_like(queries), [torch.zeros_like(x) for x in nodes]
+        d_queries, d_nodes = torch.zeros_like(queries), [x.new_zeros(x.shape) for x in nodes]
         d_log, d_scales = (None if x is None else torch.zeros_like(x) for x in (query_log, level_scales))
         count, kind = len(ctx.levels), ctx.kind
         states, passing, d_states, d_passing = nodes[:count], nodes[count:], d_nodes[:count], d_nodes[count:]
@@ -412,9 +412,12 @@ def add_at(target: Tensor, index: Index, x: Tensor) -> None:
 
 
 def sum_at(index: Tensor, x: Tensor, total: Tensor) -> None:
-    """Adds x [A, M, …] to total [A, count, …] at `index` [M], which may repeat, always in the same order."""
+    """Adds x [A, M, …] to total [A, count, …], contiguous, at `index` [M], which may repeat, always in the same order."""
     if x.is_cuda:  # sorts; index_add_ would add with atomics there, as index_put_ does with threads on the CPU
-        total.transpose(0, 1).index_put_((index,), x.transpose(0, 1), accumulate=True)
+        heads, count = total.shape[:2]
+        index = (torch.arange(heads, device=x.device)[:, None] * count + index).flatten()
+        # head by head in one dimension: of a transposed `total` it would make a copy, and copy that back
+        total.view(-1, *total.shape[2:]).index_put_((index,), x.flatten(0, 1), accumulate=True)
     else:
         total.index_add_(1, index, x)
 

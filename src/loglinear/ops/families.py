@@ -14,13 +14,15 @@ Legend
     N chunks, C tokens in a chunk, K key width, V value width
     γ log decay summed over the rows of the chunk up to and including a row; Γ its last entry
 
-Precision: logs of decays are float64 until they are exponentiated, so that differences of sums lose nothing; only
-e^x with x ≤ 0 is ever formed.
+Precision: logs of decays per head are float64 until they are exponentiated, so that differences of sums lose nothing.
+Those of decays per channel, of which there are many, are only summed inside a chunk, never subtracted. Only e^x with x ≤ 0
+is ever formed.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -133,17 +135,18 @@ def factors(q: Tensor, k: Tensor, heads: int, log_decay: Tensor | None, beta: Te
     Args:
         q, k: [A, N, C, K]; rows that do not exist are zero.
         heads: R.
-        log_decay: [A, N, C, R], or per channel [A, N, C, 1, K], float64.
+        log_decay: [A, N, C, R], float64, or per channel [A, N, C, 1, K].
         beta: [A, N, C, R]. With beta, and with channel decay, A is H and R is 1.
     """
     if log_decay is None and beta is None:
         return _without_decay(q, k, heads)
     if log_decay is None:
         log_decay = q.new_zeros(1, dtype=torch.float64).expand(*q.shape[:-1], 1)
+    if log_decay.ndim == 5:
+        log_decay = log_decay[:, :, :, 0]
+        return _channel(q, k, log_decay) if beta is None else _channel_delta(q, k, log_decay, beta)
     total = log_decay.cumsum(2)
-    if total.ndim == 5:
-        return _channel(q, k, total[:, :, :, 0]) if beta is None else _delta(q, k, total[:, :, :, 0], beta)
-    return _scalar(q, k, total) if beta is None else _delta(q, k, total, beta)
+    return _scalar(q, k, total) if beta is None else _scalar_delta(q, k, total, beta)
 
 
 def _without_decay(q: Tensor, k: Tensor, heads: int) -> Factors:
@@ -158,32 +161,41 @@ def _scalar(q: Tensor, k: Tensor, total: Tensor) -> Factors:
     return Factors(q, total, k, (end[:, :, None] - total).exp().to(q.dtype), scores, ScalarDecay(end))
 
 
-def _channel(q: Tensor, k: Tensor, total: Tensor) -> Factors:
-    end = total[:, :, -1]
-    reads, writes = q * total.exp().to(q.dtype), k * (end[:, :, None] - total).exp().to(q.dtype)
-    return Factors(reads, None, writes, None, channel_scores(q, k, total)[:, :, None], ChannelDecay(end))
+def _channel(q: Tensor, k: Tensor, log_decay: Tensor) -> Factors:
+    since, until, scores = _ChannelScores.apply(log_decay, k, q)
+    end = ChannelDecay(since[:, :, -1].to(torch.float64))
+    return Factors(q * since.exp(), None, k * until.exp(), None, scores[:, :, None], end)
 
 
-def _delta(q: Tensor, k: Tensor, total: Tensor, beta: Tensor) -> Factors:
+def _scalar_delta(q: Tensor, k: Tensor, total: Tensor, beta: Tensor) -> Factors:
+    decay = decay_matrix(total[..., 0], q.dtype)
+    scores, overlap = (q @ k.transpose(-1, -2)) * decay, (k @ k.transpose(-1, -2)) * decay
+    entering, leaving = total.exp().to(q.dtype), (total[:, :, -1:] - total).exp().to(q.dtype)
+    return _delta(q, k, scores, overlap, entering, leaving, beta)
+
+
+def _channel_delta(q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor) -> Factors:
+    since, until, scores, overlap = _ChannelScores.apply(log_decay, k, q, k)
+    return _delta(q, k, scores, overlap, since.exp(), until.exp(), beta)
+
+
+def _delta(
+    q: Tensor, k: Tensor, scores: Tensor, overlap: Tensor, entering: Tensor, leaving: Tensor, beta: Tensor
+) -> Factors:
     """The chunk of the delta rule in the WY form (arXiv 2406.06484; gated: 2412.06464).
 
-    total [A, N, C, 1] for one decay per head, or [A, N, C, K]. With T = (I + tril(diag(β) overlap, -1))⁻¹ diag(β), what
-    the rows write is T (v − keys-as-seen-from-the-start · S), which gives all four factors below.
+    scores and overlap [A, N, C, C] are how queries and keys see earlier keys; entering and leaving, [A, N, C, 1] for one
+    decay per head or [A, N, C, K], the decays from the start of the chunk to a row, e^γ, and from there to the end. With
+    T = (I + tril(diag(β) overlap, -1))⁻¹ diag(β), what the rows write is T (v − keys-as-seen-from-the-start · S), which
+    gives all four factors below.
     """
-    dtype, chunk, end = q.dtype, q.shape[2], total[:, :, -1:]
-    if total.shape[-1] == 1:
-        decay = decay_matrix(total[..., 0], dtype)
-        scores, overlap = (q @ k.transpose(-1, -2)) * decay, (k @ k.transpose(-1, -2)) * decay
-    else:
-        scores, overlap = channel_scores(q, k, total), channel_scores(k, k, total)
-    system = torch.eye(chunk, dtype=dtype, device=q.device) + (beta * overlap).tril(-1)
+    system = torch.eye(q.shape[2], dtype=q.dtype, device=q.device) + (beta * overlap).tril(-1)
     strengths = torch.diag_embed(beta[..., 0])
     solved = torch.linalg.solve_triangular(system, strengths, upper=False, unitriangular=True)
     scores = scores @ solved
-    entering = total.exp().to(dtype)
     keys = k * entering  # the keys as they meet the state that enters the chunk
-    writes = solved.transpose(-1, -2) @ (k * (end - total).exp().to(dtype))
-    kept = torch.diag_embed(end[:, :, 0].exp().to(dtype).expand(*q.shape[:2], q.shape[-1]))
+    writes = solved.transpose(-1, -2) @ (k * leaving)
+    kept = torch.diag_embed(entering[:, :, -1].expand(*q.shape[:2], q.shape[-1]))
     transition = Matrix(kept - writes.transpose(-1, -2) @ keys)
     return Factors(q * entering - scores @ keys, None, writes, None, scores[:, :, None], transition)
 
@@ -219,52 +231,80 @@ class _DecayMatrix(torch.autograd.Function):
         return weighted.sum(-1, dtype=torch.float64) - weighted.sum(-2, dtype=torch.float64), None
 
 
-def channel_scores(q: Tensor, k: Tensor, total: Tensor) -> Tensor:
-    """Σ_k q_tk k_sk e^{γ_tk - γ_sk} for s ≤ t, else 0: [A, N, C, K] to [A, N, C, C].
+class _ChannelScores(torch.autograd.Function):
+    """How rows see each other with a decay per channel: Σ_k q_tk k_sk e^{γ_tk - γ_sk} for s ≤ t, else 0.
 
     By halves: the right half of a block sees the left one through the end of the left one, so that both exponents are
-    ≤ 0 however strong the decay is; e^{-γ} would overflow.
+    ≤ 0 however strong the decay is; e^{-γ} would overflow. Both are sums of logs, from the end of the left half on and
+    up to it, and those of a block are made of those of its halves: nothing is subtracted, and no more precision needed
+    than that of the result.
+
+    Its own rule: the halves of every size are cheaper to make again than to keep.
     """
-    return _ChannelScores.apply(q, k, total)
-
-
-class _ChannelScores(torch.autograd.Function):
-    """Its own rule: the halves of every size are cheaper to make again than to keep."""
 
     @staticmethod
-    def forward(ctx, q, k, total):
-        ctx.save_for_backward(q, k, total)
-        scores = torch.diag_embed((q * k).sum(-1))
-        for size in _halves(q):
-            reads, writes, _, _ = _between_halves(q, k, total, size)
-            _left_of_blocks(scores, size).copy_((reads @ writes.mT).movedim(2, -1))
-        return scores
+    def forward(ctx, log_decay, k, *queries):
+        """log_decay and all others [A, N, C, K]. Returns γ, Γ - γ, and for all of the queries [A, N, C, C]."""
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(log_decay, k, *queries)
+        scores = [torch.diag_embed((q * k).sum(-1)) for q in queries]
+        since, until = log_decay.clone(memory_format=torch.contiguous_format), torch.zeros_like(k)
+        for size, read_decay, write_decay in _halves(since, until):
+            writes = _half(k, size, 0) * write_decay
+            for q, target in zip(queries, scores, strict=True):
+                read = _dot(_half(q, size, 1) * read_decay, writes)
+                _left_of_blocks(target, size).copy_(read.movedim(2, -1))
+        return since, until, *scores
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        q, k, total = ctx.saved_tensors
-        diagonal = grad.diagonal(dim1=-2, dim2=-1)[..., None]
-        d_q, d_k, d_total = diagonal * k, diagonal * q, torch.zeros_like(total)
-        for size in _halves(q):
-            reads, writes, read_decay, write_decay = _between_halves(q, k, total, size)
-            d_scores = _left_of_blocks(grad, size).movedim(-1, 2)
-            d_reads, d_writes = d_scores @ writes, d_scores.mT @ reads
-            _half(d_q, size, 1).add_(d_reads * read_decay)
-            _half(d_k, size, 0).add_(d_writes * write_decay)
-            d_read_log, d_write_log = (d_reads * reads).to(total.dtype), (d_writes * writes).to(total.dtype)
-            _half(d_total, size, 1).add_(d_read_log)
-            _half(d_total, size, 0).sub_(d_write_log)
-            _half(d_total, size, 0)[..., -1, :].add_(d_write_log.sum(-2) - d_read_log.sum(-2))
-        return d_q, d_k, d_total
+    def backward(ctx, d_since, d_until, *d_scores):
+        log_decay, k, *queries = ctx.saved_tensors
+        seen = [(q, grad) for q, grad in zip(queries, d_scores, strict=True) if grad is not None]
+        d_k, d_log = k.new_zeros(k.shape), k.new_zeros(k.shape)
+        d_seen = []
+        for q, grad in seen:
+            diagonal = grad.diagonal(dim1=-2, dim2=-1)[..., None]
+            d_seen.append(diagonal * k)
+            d_k.addcmul_(diagonal, q)
+        since, until = log_decay.clone(memory_format=torch.contiguous_format), torch.zeros_like(k)
+        for size, read_decay, write_decay in _halves(since, until):
+            writes, d_writes, d_read_log = _half(k, size, 0) * write_decay, 0, 0
+            for (q, grad), d_q in zip(seen, d_seen, strict=True):
+                reads, d_read = _half(q, size, 1) * read_decay, _left_of_blocks(grad, size).movedim(-1, 2)
+                d_reads = _mix(d_read, writes)
+                d_writes = d_writes + _mix(d_read.mT, reads)
+                d_read_log = d_read_log + d_reads * reads
+                _half(d_q, size, 1).addcmul_(d_reads, read_decay)
+            if seen:
+                _half(d_k, size, 0).addcmul_(d_writes, write_decay)
+                _add_since_gradient(_half(d_log, size, 1), d_read_log)
+                _add_until_gradient(_half(d_log, size, 0), d_writes * writes)
+        if d_since is not None:
+            _add_since_gradient(d_log, d_since)
+        if d_until is not None:
+            _add_until_gradient(d_log, d_until)
+        found = iter(d_seen)
+        return d_log, d_k, *(None if grad is None else next(found) for grad in d_scores)
 
 
-def _halves(q: Tensor) -> list[int]:
-    """Lengths of the halves: 1, 2, 4 … up to half a chunk."""
-    sizes = [1]
-    while sizes[-1] < q.shape[2]:
-        sizes.append(2 * sizes[-1])
-    return sizes[:-1]
+def _halves(since: Tensor, until: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The halves of all blocks of a chunk, from one row up to half of the chunk.
+
+    Args:
+        since: [A, N, C, K] the log decays; in the end γ.
+        until: as many zeros; in the end Γ - γ.
+
+    Yields:
+        The number of rows of a half; how queries of right halves and keys of left ones have decayed where they meet.
+    """
+    size = 1
+    while size < since.shape[2]:
+        of_left, to_read, to_write = _half(since, size, 0), _half(since, size, 1), _half(until, size, 0)
+        yield size, to_read.exp(), to_write.exp()
+        to_write.add_(to_read[..., -1:, :])
+        to_read.add_(of_left[..., -1:, :])
+        size *= 2
 
 
 def _half(x: Tensor, size: int, side: int) -> Tensor:
@@ -278,9 +318,27 @@ def _left_of_blocks(scores: Tensor, size: int) -> Tensor:
     return blocks[:, :, :, 1, :, :, 0].diagonal(dim1=2, dim2=4)
 
 
-def _between_halves(q: Tensor, k: Tensor, total: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries of right halves and keys of left ones as they meet at the end of the left one; and their decays."""
-    left, right = _half(total, size, 0), _half(total, size, 1)
-    middle = left[..., -1:, :]
-    read_decay, write_decay = (right - middle).exp().to(q.dtype), (middle - left).exp().to(q.dtype)
-    return _half(q, size, 1) * read_decay, _half(k, size, 0) * write_decay, read_decay, write_decay
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """x yᵀ for [..., rows, K]; products of matrices of one row each are slow."""
+    return (x * y).sum(-1, keepdim=True) if x.shape[-2] == 1 else x @ y.mT
+
+
+def _mix(weights: Tensor, x: Tensor) -> Tensor:
+    """weights [..., rows, rows] times x [..., rows, K]."""
+    return weights * x if x.shape[-2] == 1 else weights @ x
+
+
+def _add_since_gradient(total: Tensor, grad: Tensor) -> None:
+    """Adds to `total` the gradient of log decays of whose sums, up to every row of [..., rows, K], `grad` is that."""
+    _add_sums(total, torch.ones(2 * grad.shape[-2:-1], dtype=grad.dtype, device=grad.device).triu(), grad)
+
+
+def _add_until_gradient(total: Tensor, grad: Tensor) -> None:
+    """The same for sums over all later rows."""
+    _add_sums(total, torch.ones(2 * grad.shape[-2:-1], dtype=grad.dtype, device=grad.device).tril(-1), grad)
+
+
+def _add_sums(total: Tensor, which: Tensor, grad: Tensor) -> None:
+    batch = total.shape[:-2].numel()
+    rows = total.view(batch, *total.shape[-2:])
+    rows.baddbmm_(which.expand(batch, -1, -1), grad.reshape(rows.shape))
