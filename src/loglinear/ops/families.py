@@ -32,6 +32,8 @@ from torch.autograd.function import once_differentiable
 
 from loglinear.fenwick import Index
 
+FEW = 2  # rows of blocks whose products take longer in a library of matrix products than element by element
+
 
 @dataclass(frozen=True)
 class Transition(ABC):
@@ -319,26 +321,43 @@ def _left_of_blocks(scores: Tensor, size: int) -> Tensor:
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """x yᵀ for [..., rows, K]; products of matrices of one row each are slow."""
+    """x yᵀ for [..., rows, K]."""
     return (x * y).sum(-1, keepdim=True) if x.shape[-2] == 1 else x @ y.mT
 
 
 def _mix(weights: Tensor, x: Tensor) -> Tensor:
     """weights [..., rows, rows] times x [..., rows, K]."""
-    return weights * x if x.shape[-2] == 1 else weights @ x
+    if x.shape[-2] > FEW:
+        return weights @ x
+    mixed = weights[..., :1] * x[..., :1, :]
+    for row in range(1, x.shape[-2]):
+        mixed.addcmul_(weights[..., row : row + 1], x[..., row : row + 1, :])
+    return mixed
 
 
 def _add_since_gradient(total: Tensor, grad: Tensor) -> None:
     """Adds to `total` the gradient of log decays of whose sums, up to every row of [..., rows, K], `grad` is that."""
-    _add_sums(total, torch.ones(2 * grad.shape[-2:-1], dtype=grad.dtype, device=grad.device).triu(), grad)
+    rows = grad.shape[-2]
+    if rows > FEW:
+        _add_product(total, grad.new_ones(rows, rows).triu(), grad)
+        return
+    total.add_(grad)
+    for later in range(1, rows):
+        total[..., :-later, :].add_(grad[..., later:, :])
 
 
 def _add_until_gradient(total: Tensor, grad: Tensor) -> None:
     """The same for sums over all later rows."""
-    _add_sums(total, torch.ones(2 * grad.shape[-2:-1], dtype=grad.dtype, device=grad.device).tril(-1), grad)
+    rows = grad.shape[-2]
+    if rows > FEW:
+        _add_product(total, grad.new_ones(rows, rows).tril(-1), grad)
+        return
+    for earlier in range(1, rows):
+        total[..., earlier:, :].add_(grad[..., :-earlier, :])
 
 
-def _add_sums(total: Tensor, which: Tensor, grad: Tensor) -> None:
+def _add_product(total: Tensor, matrix: Tensor, grad: Tensor) -> None:
+    """total += matrix @ grad."""
     batch = total.shape[:-2].numel()
     rows = total.view(batch, *total.shape[-2:])
-    rows.baddbmm_(which.expand(batch, -1, -1), grad.reshape(rows.shape))
+    rows.baddbmm_(matrix.expand(batch, -1, -1), grad.reshape(rows.shape))
