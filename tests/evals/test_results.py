@@ -184,6 +184,7 @@ def test_the_page_of_a_sweep(tmp_path):
     (line,) = [line for line in page.splitlines() if line.startswith("| mamba2 |")]
     assert "| 0.003* | 2 |" in line and line.endswith("| 50.5 ± 0.7 | 46.9 (2.3) |")
     assert "log-linear-gated-deltanet minus gated-deltanet, width 32: +20.0 points" in page
+    assert "log-linear-gated-deltanet minus gated-deltanet, width 32, 8 pairs: +20.0 points" in page
     assert "log-linear-mamba2 minus mamba2, width 32: none with any of 2 seeds." in page
     assert "Took 5:00" in page  # 20 runs of 30 seconds, two at a time
     assert (tmp_path / FIGURES / "recall.png").is_file()

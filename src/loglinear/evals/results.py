@@ -185,11 +185,11 @@ def _recall_verdicts(
     chosen = {(one.model, one.width, one.trained_pairs): one.learning_rate for one in summaries}
     options = {model.name: {**model.options, "times_width": model.times_width} for model in config.sweep_models()}
 
-    def by_seed(model: str, width: int, pairs: str) -> dict[int, float]:
+    def by_seed(model: str, width: int, pairs: str, most: int | None) -> dict[int, float]:
         rate = chosen.get((model, width, pairs))
         return {
-            row.seed: 100 * statistics.fmean(row.accuracies("test").values())
-            for row in rows
+            row.seed: 100 * (statistics.fmean(accuracies.values()) if most is None else accuracies[most])
+            for row, accuracies in ((row, row.accuracies("test")) for row in rows)
             if (row.model, row.width, row.pairs, row.learning_rate) == (model, width, pairs, rate)
             and row.status != sweep.FAILED
         }
@@ -197,12 +197,13 @@ def _recall_verdicts(
     lines = []
     for linear, log_linear in twins(options):
         for width, pairs in dict.fromkeys((one.width, one.trained_pairs) for one in summaries):
-            difference = Difference.of(by_seed(log_linear, width, pairs), by_seed(linear, width, pairs))
-            what = f"{log_linear} minus {linear}, width {width}"
-            lines.append(verdict(difference, what, "points", 1, higher_is_better=True))
-    return (
-        ["Twins, in the mean over numbers of pairs, each at its own learning rate:", _bullets(lines)] if lines else []
-    )
+            numbers = [int(number) for number in pairs.split()]
+            for most in (None, max(numbers))[: len(numbers)]:
+                found = [by_seed(model, width, pairs, most) for model in (log_linear, linear)]
+                what = f"{log_linear} minus {linear}, width {width}" + (f", {most} pairs" if most else "")
+                lines.append(verdict(Difference.of(*found), what, "points", 1, higher_is_better=True))
+    said = "Twins, in the mean over numbers of pairs and with the most of them, each at its own learning rate:"
+    return [said, _bullets(lines)] if lines else []
 
 
 # ----------------------------------------------------------------------------------------------------

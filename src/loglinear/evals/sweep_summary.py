@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from loglinear import plots
 from loglinear.evals.sweep import DIVERGED, FAILED, SweepRow
@@ -162,6 +163,7 @@ def plot(summaries: Sequence[SweepSummary]) -> Figure:
                 series.append(_series(name, index, [row.state_bytes + row.kv_cache_bytes for row in line], line))
             plots.draw_series(panels[-1], series)
             panels[-1].set_xscale("log", base=2)
+            panels[-1].xaxis.set_major_locator(LogLocator(base=2, numticks=5))
             panels[-1].xaxis.set_major_formatter(lambda value, _: plots.format_bytes(value))
             panels[-1].set_xlabel("state per sequence (float32)")
             panels[-1].set_title("mean, by state")
