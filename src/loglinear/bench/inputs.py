@@ -17,8 +17,8 @@ from loglinear import fenwick
 class Shape:
     """One mixer of a model, and the softmax attention that a model of the same width would use in its place.
 
-    `family` is one of `FAMILIES`: "scalar" (a decay per head), "delta" (that and the delta rule), "channel" (a decay per
-    key channel) or "channel-delta" (both).
+    `family` is one of `FAMILIES`: "scalar" (a decay per head), "delta" (that and the delta rule), "channel" (a decay
+    per key channel) or "channel-delta" (that and the delta rule).
     """
 
     name: str

@@ -412,7 +412,10 @@ def add_at(target: Tensor, index: Index, x: Tensor) -> None:
 
 
 def sum_at(index: Tensor, x: Tensor, total: Tensor) -> None:
-    """Adds x [A, M, …] to total [A, count, …], contiguous, at `index` [M], which may repeat, always in the same order."""
+    """Adds x [A, M, …] to total [A, count, …] at `index` [M], which may repeat, always in the same order.
+
+    `total` is contiguous.
+    """
     if x.is_cuda:  # sorts; index_add_ would add with atomics there, as index_put_ does with threads on the CPU
         heads, count = total.shape[:2]
         index = (torch.arange(heads, device=x.device)[:, None] * count + index).flatten()

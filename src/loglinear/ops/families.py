@@ -15,14 +15,15 @@ Legend
     γ log decay summed over the rows of the chunk up to and including a row; Γ its last entry
 
 Precision: logs of decays per head are float64 until they are exponentiated, so that differences of sums lose nothing.
-Those of decays per channel, of which there are many, are only summed inside a chunk, never subtracted. Only e^x with x ≤ 0
-is ever formed.
+Those of decays per channel, of which there are many, are summed inside a chunk and never subtracted. Only e^x with
+x ≤ 0 is ever formed.
 """
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -186,8 +187,8 @@ def _delta(
 ) -> Factors:
     """The chunk of the delta rule in the WY form (arXiv 2406.06484; gated: 2412.06464).
 
-    scores and overlap [A, N, C, C] are how queries and keys see earlier keys; entering and leaving, [A, N, C, 1] for one
-    decay per head or [A, N, C, K], the decays from the start of the chunk to a row, e^γ, and from there to the end. With
+    scores and overlap [A, N, C, C] are how queries and keys see earlier keys; entering and leaving, [A, N, C, K] or for
+    one decay per head [A, N, C, 1], the decays from the start of the chunk to a row, and from there to the end. With
     T = (I + tril(diag(β) overlap, -1))⁻¹ diag(β), what the rows write is T (v − keys-as-seen-from-the-start · S), which
     gives all four factors below.
     """
@@ -270,18 +271,18 @@ class _ChannelScores(torch.autograd.Function):
             d_seen.append(diagonal * k)
             d_k.addcmul_(diagonal, q)
         since, until = log_decay.clone(memory_format=torch.contiguous_format), torch.zeros_like(k)
-        for size, read_decay, write_decay in _halves(since, until):
-            writes, d_writes, d_read_log = _half(k, size, 0) * write_decay, 0, 0
-            for (q, grad), d_q in zip(seen, d_seen, strict=True):
-                reads, d_read = _half(q, size, 1) * read_decay, _left_of_blocks(grad, size).movedim(-1, 2)
-                d_reads = _mix(d_read, writes)
-                d_writes = d_writes + _mix(d_read.mT, reads)
-                d_read_log = d_read_log + d_reads * reads
-                _half(d_q, size, 1).addcmul_(d_reads, read_decay)
-            if seen:
-                _half(d_k, size, 0).addcmul_(d_writes, write_decay)
-                _add_since_gradient(_half(d_log, size, 1), d_read_log)
-                _add_until_gradient(_half(d_log, size, 0), d_writes * writes)
+        for size, read_decay, write_decay in _halves(since, until) if seen else ():
+            writes = _half(k, size, 0) * write_decay
+            reads = [_half(q, size, 1) * read_decay for q, _ in seen]
+            weights = [_left_of_blocks(grad, size).movedim(-1, 2) for _, grad in seen]
+            d_reads = [_mix(each, writes) for each in weights]
+            d_writes = _total(_mix(each.mT, read) for each, read in zip(weights, reads, strict=True))
+            for d_q, d_read in zip(d_seen, d_reads, strict=True):
+                _half(d_q, size, 1).addcmul_(d_read, read_decay)
+            _half(d_k, size, 0).addcmul_(d_writes, write_decay)
+            d_since_middle = _total(d_read * read for d_read, read in zip(d_reads, reads, strict=True))
+            _add_since_gradient(_half(d_log, size, 1), d_since_middle)
+            _add_until_gradient(_half(d_log, size, 0), d_writes * writes)
         if d_since is not None:
             _add_since_gradient(d_log, d_since)
         if d_until is not None:
@@ -318,6 +319,10 @@ def _left_of_blocks(scores: Tensor, size: int) -> Tensor:
     """Where right halves see left ones, [A, N, size, size, blocks], as a view of scores [A, N, C, C]."""
     blocks = scores.unflatten(-1, (-1, 2, size)).unflatten(-4, (-1, 2, size))
     return blocks[:, :, :, 1, :, :, 0].diagonal(dim1=2, dim2=4)
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, parts)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
