@@ -187,6 +187,15 @@ def test_moved_bytes_of_a_window_are_what_the_recurrence_touches():
         assert moved_bytes(delta, start, 2, levels, torch.bfloat16, kept) == pytest.approx(
             2 * (read + (1 + changed) / window) * bucket, rel=0.02 / itemsize * 4
         )
+    for name in ("gla", "kda"):  # all buckets decay, and the window has the log decays of every channel
+        shape, kept = SHAPES[name], Kept(None, window)
+        heads, size = shape.num_heads, shape.key_dim * shape.value_dim
+        held = (window / 2 + 0.5) * (2 * shape.key_dim + shape.value_dim + shape.delta * window)
+        controls, rows = levels + shape.key_dim + shape.delta, 2 * (shape.key_dim + shape.value_dim)
+        states = (read + (1 + changed) / window) * size
+        assert moved_bytes(shape, start, 2, levels, torch.bfloat16, kept) == pytest.approx(
+            2 * heads * (4 * (states + held + controls) + 2 * rows), rel=1e-6
+        )
     plain, half = (moved_bytes(delta, start, 2, levels, torch.bfloat16, kept) for kept in (PLAIN, Kept("bfloat16")))
     assert half == pytest.approx(plain / 2, rel=0.01)
 

@@ -141,6 +141,26 @@ def test_dtypes(mixer, dtype, carried, device):
     compare(operator, functools.partial(operator, backend="reference"), inputs, state)
 
 
+@each_device
+@pytest.mark.parametrize("shape", [(1, 64, 1), (1, 64, 1, 16)], ids=["per head", "per channel"])
+@pytest.mark.parametrize("mean", [10, 40, 60])
+def test_what_has_decayed_is_as_exact_as_the_rest(shape, mean, device):
+    """A state that decays by e^-mean, and nothing else, read at the end of a chunk."""
+    generator = torch.Generator().manual_seed(mean)
+    log_decay = (-2 * mean / 64 * torch.rand(shape, generator=generator)).to(device)
+    q, nothing = torch.ones(1, 64, 1, 16, device=device), torch.zeros(1, 64, 1, 1, device=device)
+
+    def read(dtype, backend):
+        leaf = log_decay.to(dtype).requires_grad_()
+        state = FenwickState(torch.ones(1, 1, 1, 16, 1, dtype=dtype, device=device), torch.tensor([64], device=device))
+        given = {"log_decay": leaf, "initial_state": state, "backend": backend}
+        o, _ = log_linear_attention(q.to(dtype), q.to(dtype), nothing.to(dtype), **given)
+        return o[:, -1], torch.autograd.grad(o[0, -1].sum(), leaf)[0]
+
+    for got, expected in zip(read(torch.float32, "torch"), read(torch.float64, "reference"), strict=True):
+        assert_close(got, expected, 2e-7, "last token")
+
+
 @each_mixer
 @pytest.mark.parametrize("num_heads", [2, 8])
 def test_enough_chunks_for_several_parts(mixer, num_heads):

@@ -251,6 +251,27 @@ def test_autocast(mixer, device):
     assert all(x.grad is not None and x.grad.dtype == torch.float32 for x in inputs.present().values())
 
 
+@each_device
+@each_mixer
+@pytest.mark.parametrize("tokens", [60, 300])  # one chunk, and several
+def test_backward_inside_autocast(mixer, device, tokens):
+    """What is ours computes as outside; the products between are torch's, which take the dtype of autocast."""
+    shape = Shape(B=1, T=tokens, G=1, H=2, K=8, V=6, L=10)
+    drawn, found = make_inputs(mixer, shape, torch.float32, device), []
+    for inside in (False, True):
+        inputs = drawn.leaves()
+        with torch.autocast(device, torch.bfloat16):
+            total = log_linear_attention(**inputs.arguments())[0].float().square().sum()
+            if inside:
+                total.backward()
+        if not inside:
+            total.backward()
+        found.append({name: x.grad for name, x in inputs.present().items()})
+    for name, expected in found[0].items():
+        assert expected is not None and found[1][name] is not None
+        assert_close(found[1][name], expected, 3e-2, f"gradient of {name}")
+
+
 def test_autocast_leaves_float64_alone():
     inputs = make_inputs("mamba2", SHAPE)
     with torch.autocast("cpu", torch.bfloat16):

@@ -430,19 +430,20 @@ def moved_bytes(shape: Shape, start: int, batch: int, levels: int, dtype: torch.
     the step that ends a window.
     """
     heads, window, delta = shape.num_heads, kept.decoding_window, shape.delta
+    decays, all_change = (shape.key_dim if shape.per_channel else 1), delta or shape.per_channel
     itemsize = 4 if kept.state_dtype is None else getattr(torch, kept.state_dtype).itemsize
     keys, values = shape.num_groups * shape.key_dim, heads * shape.value_dim
-    controls = heads * (levels + (shape.key_dim if shape.per_channel else 1) + delta) * 4
+    controls = heads * (levels + decays + delta) * 4
     tokens = 0.0
     read, written = mean_occupied(start, levels, window=window), 1.0
     if window:
         bases = _bases(start, window)
         places = float((torch.arange(start, start + STEPS) - bases).double().mean())
-        tokens = (places + 1) * (keys + values + heads * (1 + delta * window)) * 4
+        tokens = (places + 1) * (keys + values + heads * (decays + delta * window)) * 4
         above = torch.arange(levels) > fenwick.carry_level(bases + window, levels)[:, None]
         changed = torch.logical_and(above, fenwick.occupied(bases, levels)).sum(-1).double().mean()
-        written = (1 + delta * float(changed)) / window
-    elif delta or shape.per_channel:
+        written = (1 + all_change * float(changed)) / window
+    elif all_change:
         written = mean_occupied(start, levels, after=1)
     bucket = heads * shape.key_dim * shape.value_dim * itemsize
     return round(batch * ((read + written) * bucket + 2 * (keys + values) * dtype.itemsize + controls + tokens))

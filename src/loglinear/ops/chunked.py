@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from loglinear import fenwick
 from loglinear.fenwick import Index, Merge, Part, Plan, Reads
-from loglinear.ops import stacked
+from loglinear.ops import autocast, stacked
 from loglinear.ops.families import ChannelDecay, Factors, Matrix, Transition, factors, pick
 from loglinear.ops.packing import sequence_bounds, start_positions
 
@@ -67,10 +67,10 @@ def tree_attention(
     # heads that share q and k are multiplied together where their decays are mere row weights
     groups = q.shape[2]
     per_head = beta is not None or (log_decay is not None and log_decay.ndim == 4)
-    if per_head and groups != heads:
-        q, k = (x.repeat_interleave(heads // groups, dim=2) for x in (q, k))
     shared = 1 if per_head else heads // groups
     q, k = to_chunks(q, plan).to(work) * scale, to_chunks(k, plan).to(work)
+    if per_head and groups != heads:
+        q, k = (x.repeat_interleave(heads // groups, dim=0) for x in (q, k))
     v = to_chunks(v.unflatten(2, (-1, shared)), plan).to(work)
     if level_scales is not None:
         level_scales = to_chunks(level_scales.to(work).unflatten(2, (-1, shared)), plan)
@@ -78,7 +78,8 @@ def tree_attention(
         beta = to_chunks(beta.to(work).unflatten(2, (-1, shared)), plan)
     if log_decay is not None:
         # a reset (-inf, or a huge number) is a zero long before -1000, and would drown what is summed after it
-        log_decay = log_decay.to(work if log_decay.ndim == 4 else torch.float64).clamp(min=-1e3)
+        many_and_coarse = log_decay.ndim == 4 and dtype.itemsize == 2
+        log_decay = log_decay.to(torch.float32 if many_and_coarse else torch.float64).clamp(min=-1e3)
         log_decay = to_chunks(log_decay.unflatten(2, (-1, shared)), plan)
     if buckets is not None and positions is not None:  # [S, L, H, K, V] to [A, S, L, K, R·V]
         buckets = buckets.to(work).unflatten(2, (-1, shared)).permute(2, 0, 1, 4, 3, 5).flatten(-2)
@@ -153,6 +154,7 @@ class _ScaleByLevel(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @autocast.outside
     def backward(ctx, grad):
         scores, level_scales, table = ctx.saved_tensors
         by_level = F.one_hot(table, level_scales.shape[-1]).to(grad.dtype)  # what is not causal has a score of zero
@@ -230,6 +232,7 @@ class _Pair(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @autocast.outside
     def backward(ctx, *grads):
         total = grads[0].new_zeros(ctx.shape)
         for index, grad in zip(ctx.indices, grads, strict=True):
@@ -277,6 +280,7 @@ class _Descent(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @autocast.outside
     def backward(ctx, grad):
         queries, query_log, level_scales, *nodes = ctx.saved_tensors
         d_queries, d_nodes = torch.zeros_like(queries), [x.new_zeros(x.shape) for x in nodes]
@@ -594,6 +598,7 @@ def _keep_inputs(ctx, inputs, output):
     ctx.save_for_backward(*tensors, cu_seqlens, buckets, positions)
 
 
+@autocast.outside
 def _run_backward(ctx, grad_o, grad_final, _):
     *tensors, cu_seqlens, buckets, positions = ctx.saved_tensors
     grads = tree_attention_backward(

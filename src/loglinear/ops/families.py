@@ -14,9 +14,9 @@ Legend
     N chunks, C tokens in a chunk, K key width, V value width
     γ log decay summed over the rows of the chunk up to and including a row; Γ its last entry
 
-Precision: logs of decays per head are float64 until they are exponentiated, so that differences of sums lose nothing.
-Those of decays per channel, of which there are many, are summed inside a chunk and never subtracted. Only e^x with
-x ≤ 0 is ever formed.
+Precision: logs of decays are float64 until they are exponentiated, so that sums and their differences lose nothing.
+Those per channel, of which there are many, are float32 beside 16-bit values: inside a chunk they are summed and never
+subtracted, and e^γ is off by γ roundings of float32. Only e^x with x ≤ 0 is ever formed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loglinear.fenwick import Index
+from loglinear.ops import autocast
 
 FEW = 2  # rows of blocks whose products take longer in a library of matrix products than element by element
 
@@ -138,7 +139,7 @@ def factors(q: Tensor, k: Tensor, heads: int, log_decay: Tensor | None, beta: Te
     Args:
         q, k: [A, N, C, K]; rows that do not exist are zero.
         heads: R.
-        log_decay: [A, N, C, R], float64, or per channel [A, N, C, 1, K].
+        log_decay: [A, N, C, R], float64, or per channel [A, N, C, 1, K], float32 or float64.
         beta: [A, N, C, R]. With beta, and with channel decay, A is H and R is 1.
     """
     if log_decay is None and beta is None:
@@ -167,7 +168,8 @@ def _scalar(q: Tensor, k: Tensor, total: Tensor) -> Factors:
 def _channel(q: Tensor, k: Tensor, log_decay: Tensor) -> Factors:
     since, until, scores = _ChannelScores.apply(log_decay, k, q)
     end = ChannelDecay(since[:, :, -1].to(torch.float64))
-    return Factors(q * since.exp(), None, k * until.exp(), None, scores[:, :, None], end)
+    entering, leaving = since.exp().to(q.dtype), until.exp().to(q.dtype)
+    return Factors(q * entering, None, k * leaving, None, scores[:, :, None], end)
 
 
 def _scalar_delta(q: Tensor, k: Tensor, total: Tensor, beta: Tensor) -> Factors:
@@ -179,7 +181,7 @@ def _scalar_delta(q: Tensor, k: Tensor, total: Tensor, beta: Tensor) -> Factors:
 
 def _channel_delta(q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor) -> Factors:
     since, until, scores, overlap = _ChannelScores.apply(log_decay, k, q, k)
-    return _delta(q, k, scores, overlap, since.exp(), until.exp(), beta)
+    return _delta(q, k, scores, overlap, since.exp().to(q.dtype), until.exp().to(q.dtype), beta)
 
 
 def _delta(
@@ -228,6 +230,7 @@ class _DecayMatrix(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @autocast.outside
     def backward(ctx, grad):
         (matrix,) = ctx.saved_tensors
         weighted = grad * matrix
@@ -239,20 +242,22 @@ class _ChannelScores(torch.autograd.Function):
 
     By halves: the right half of a block sees the left one through the end of the left one, so that both exponents are
     ≤ 0 however strong the decay is; e^{-γ} would overflow. Both are sums of logs, from the end of the left half on and
-    up to it, and those of a block are made of those of its halves: nothing is subtracted, and no more precision needed
-    than that of the result.
+    up to it, and those of a block are made of those of its halves: nothing is subtracted.
 
     Its own rule: the halves of every size are cheaper to make again than to keep.
     """
 
     @staticmethod
     def forward(ctx, log_decay, k, *queries):
-        """log_decay and all others [A, N, C, K]. Returns γ, Γ - γ, and for all of the queries [A, N, C, C]."""
+        """log_decay, in a dtype of its own, and all others [A, N, C, K].
+
+        Returns γ and Γ - γ, in that dtype, and for all of the queries [A, N, C, C].
+        """
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(log_decay, k, *queries)
         scores = [torch.diag_embed((q * k).sum(-1)) for q in queries]
-        since, until = log_decay.clone(memory_format=torch.contiguous_format), torch.zeros_like(k)
-        for size, read_decay, write_decay in _halves(since, until):
+        since, until = log_decay.clone(memory_format=torch.contiguous_format), log_decay.new_zeros(k.shape)
+        for size, read_decay, write_decay in _halves(since, until, k.dtype):
             writes = _half(k, size, 0) * write_decay
             for q, target in zip(queries, scores, strict=True):
                 read = _dot(_half(q, size, 1) * read_decay, writes)
@@ -261,17 +266,18 @@ class _ChannelScores(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @autocast.outside
     def backward(ctx, d_since, d_until, *d_scores):
         log_decay, k, *queries = ctx.saved_tensors
         seen = [(q, grad) for q, grad in zip(queries, d_scores, strict=True) if grad is not None]
-        d_k, d_log = k.new_zeros(k.shape), k.new_zeros(k.shape)
+        d_k, d_log = k.new_zeros(k.shape), log_decay.new_zeros(k.shape)
         d_seen = []
         for q, grad in seen:
             diagonal = grad.diagonal(dim1=-2, dim2=-1)[..., None]
             d_seen.append(diagonal * k)
             d_k.addcmul_(diagonal, q)
-        since, until = log_decay.clone(memory_format=torch.contiguous_format), torch.zeros_like(k)
-        for size, read_decay, write_decay in _halves(since, until) if seen else ():
+        since, until = log_decay.clone(memory_format=torch.contiguous_format), log_decay.new_zeros(k.shape)
+        for size, read_decay, write_decay in _halves(since, until, k.dtype) if seen else ():
             writes = _half(k, size, 0) * write_decay
             reads = [_half(q, size, 1) * read_decay for q, _ in seen]
             weights = [_left_of_blocks(grad, size).movedim(-1, 2) for _, grad in seen]
@@ -291,12 +297,13 @@ class _ChannelScores(torch.autograd.Function):
         return d_log, d_k, *(None if grad is None else next(found) for grad in d_scores)
 
 
-def _halves(since: Tensor, until: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _halves(since: Tensor, until: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor, Tensor]]:
     """The halves of all blocks of a chunk, from one row up to half of the chunk.
 
     Args:
         since: [A, N, C, K] the log decays; in the end γ.
         until: as many zeros; in the end Γ - γ.
+        dtype: of the decays.
 
     Yields:
         The number of rows of a half; how queries of right halves and keys of left ones have decayed where they meet.
@@ -304,7 +311,7 @@ def _halves(since: Tensor, until: Tensor) -> Iterator[tuple[int, Tensor, Tensor]
     size = 1
     while size < since.shape[2]:
         of_left, to_read, to_write = _half(since, size, 0), _half(since, size, 1), _half(until, size, 0)
-        yield size, to_read.exp(), to_write.exp()
+        yield size, to_read.exp().to(dtype), to_write.exp().to(dtype)
         to_write.add_(to_read[..., -1:, :])
         to_read.add_(of_left[..., -1:, :])
         size *= 2
@@ -344,7 +351,7 @@ def _add_since_gradient(total: Tensor, grad: Tensor) -> None:
     """Adds to `total` the gradient of log decays of whose sums, up to every row of [..., rows, K], `grad` is that."""
     rows = grad.shape[-2]
     if rows > FEW:
-        _add_product(total, grad.new_ones(rows, rows).triu(), grad)
+        _add_product(total, total.new_ones(rows, rows).triu(), grad)
         return
     total.add_(grad)
     for later in range(1, rows):
@@ -355,7 +362,7 @@ def _add_until_gradient(total: Tensor, grad: Tensor) -> None:
     """The same for sums over all later rows."""
     rows = grad.shape[-2]
     if rows > FEW:
-        _add_product(total, grad.new_ones(rows, rows).tril(-1), grad)
+        _add_product(total, total.new_ones(rows, rows).tril(-1), grad)
         return
     for earlier in range(1, rows):
         total[..., earlier:, :].add_(grad[..., :-earlier, :])
@@ -365,4 +372,4 @@ def _add_product(total: Tensor, matrix: Tensor, grad: Tensor) -> None:
     """total += matrix @ grad."""
     batch = total.shape[:-2].numel()
     rows = total.view(batch, *total.shape[-2:])
-    rows.baddbmm_(matrix.expand(batch, -1, -1), grad.reshape(rows.shape))
+    rows.baddbmm_(matrix.expand(batch, -1, -1), grad.to(total.dtype).reshape(rows.shape))

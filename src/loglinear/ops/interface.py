@@ -8,7 +8,6 @@ Legend
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
 from types import NoneType
 from typing import Literal
 
@@ -17,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loglinear.fenwick import chunk_height
-from loglinear.ops import chunked, reference, step
+from loglinear.ops import autocast, chunked, reference, step
 from loglinear.ops.packing import check_packing
 from loglinear.state import FenwickState
 from loglinear.window import Window
@@ -105,10 +104,10 @@ def log_linear_attention(
     written to since; while a CUDA graph is captured the device checks them instead, and stops with a message.
 
     Under autocast q, k and v are cast to its dtype. The reference and the torch backend compute in float32 (float64 for
-    float64 inputs), sums of decays in float64. The kernels multiply 16-bit operands and store states in 16 bits for
-    bfloat16, multiply float16 as tf32 and float32 as torch is told to (`torch.backends.cuda.matmul.fp32_precision`:
-    "ieee" or "tf32"; if nothing, as three products of tf32 parts, off by 2^-21, of which infinities make NaN), and
-    always accumulate in float32.
+    float64 inputs); the torch backend sums decays in float64, those per channel beside 16-bit values in float32. The
+    kernels multiply 16-bit operands and store states in 16 bits for bfloat16, multiply float16 as tf32 and float32 as
+    torch is told to (`torch.backends.cuda.matmul.fp32_precision`: "ieee" or "tf32"; if nothing, as three products of
+    tf32 parts, off by 2^-21, of which infinities make NaN), and always accumulate in float32.
 
     Example:
         >>> import torch
@@ -119,7 +118,7 @@ def log_linear_attention(
         >>> o.shape, state.positions.tolist()
         (torch.Size([1, 100, 4, 32]), [100])
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast.cast(q, k, v)
     _check_tensors(q, k, v, level_scales, log_decay, beta, tokens="B, T, ")
     _check_scale(scale)
     _check_packing(q, cu_seqlens)
@@ -130,7 +129,7 @@ def log_linear_attention(
         initial_state = initial_state.to(dtype=widest).settled()
     carried = initial_state is not None or return_state
     run = _choose(backend, q, v, level_scales, log_decay, beta, cu_seqlens, carried)
-    with _no_autocast(q):
+    with autocast.turned_off(q):
         o, buckets, positions = run(
             q, k, v, level_scales, log_decay=log_decay, beta=beta, scale=float(scale), cu_seqlens=cu_seqlens,
             initial_state=initial_state, return_state=return_state,
@@ -191,7 +190,7 @@ def log_linear_attention_step(
         >>> o.shape, state.positions.tolist()
         (torch.Size([1, 4, 32]), [1])
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast.cast(q, k, v)
     _check_tensors(q, k, v, level_scales, log_decay, beta, tokens="B, ")
     _check_scale(scale)
     _check_state(q, v, level_scales, state, q.shape[0], required=True)
@@ -205,7 +204,7 @@ def log_linear_attention_step(
                 "one; wrap the call in torch.no_grad(), or call log_linear_attention on one token"
             )
     run = _choose_step(backend, q, v, level_scales, log_decay, beta, state)
-    with torch.no_grad(), _no_autocast(q):
+    with torch.no_grad(), autocast.turned_off(q):
         return run(q, k, v, level_scales, state, log_decay, beta, float(scale))
 
 
@@ -267,19 +266,6 @@ def _has_kernels(backend: str, q: Tensor) -> bool:
 # ----------------------------------------------------------------------------------------------------
 # Checks
 # ----------------------------------------------------------------------------------------------------
-
-
-def _autocast(*tensors):
-    first = tensors[0]
-    if isinstance(first, Tensor) and not first.is_meta and torch.is_autocast_enabled(first.device.type):
-        dtype = torch.get_autocast_dtype(first.device.type)
-        castable = (torch.float32, torch.bfloat16, torch.float16)  # the rest is refused, or kept
-        return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in castable else x for x in tensors)
-    return tensors
-
-
-def _no_autocast(x: Tensor) -> AbstractContextManager:
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # meta tensors know none
 
 
 def _check_scale(scale: float) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from loglinear import fenwick
-from loglinear.ops import stacked
+from loglinear.ops import autocast, stacked
 from loglinear.ops.packing import check_bounds, check_positions
 from loglinear.ops.triton import delta_carried
 from loglinear.ops.triton.carried import near_buckets
@@ -306,6 +306,7 @@ def _keep_inputs(ctx, inputs, output):
     ctx.shapes = [x.shape for x in (o, added, maps)]
 
 
+@autocast.outside
 def _run_backward(ctx, grad_o, grad_added, grad_maps, *_):
     saved = ctx.saved_tensors
     (*tensors, _, _, far, near), inverse = saved[:10], saved[10]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loglinear import fenwick
 from loglinear.fenwick import Slots
-from loglinear.ops import stacked
+from loglinear.ops import autocast, stacked
 from loglinear.ops.packing import check_bounds, check_positions, plans
 from loglinear.ops.triton import carried
 from loglinear.ops.triton.backward import gradients
@@ -266,6 +266,7 @@ def _keep_inputs(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, level_scales, log_decay, cu_seqlens, positions, far, near)
 
 
+@autocast.outside
 def _run_backward(ctx, grad_o, grad_left):
     q, k, v, level_scales, log_decay, cu_seqlens, positions, far, near = ctx.saved_tensors
     inputs = (q, k, v, level_scales, log_decay, far, near)
