@@ -584,6 +584,9 @@ def harness(
         help="Tokens of a text; longer ones lose their beginning. (default: the length that the model is meant for)",
     ),
     chat: bool = typer.Option(False, "--chat", help="Put questions into the tokenizer's chat template."),
+    metadata: list[str] = typer.Option(
+        [], metavar="KEY=VALUE", help="For tasks that make their own texts: max_seq_lengths=[4096,8192] for RULER's."
+    ),
     seed: int = typer.Option(0, help="Seed of the choice of examples."),
     label: list[str] = typer.Option([], help="Name of a model in table and CSV, one for each."),
     device: str = typer.Option(
@@ -614,6 +617,7 @@ def harness(
         batch_size=batch_size,
         max_length=max_length,
         chat=chat,
+        metadata=_assignments("--metadata", metadata),
         seed=seed,
     )
 

@@ -15,7 +15,7 @@ CHANNEL_DELTA = Shape("small", "channel-delta", 2, 2, 8, 16, 2, 8, "")
 
 
 @pytest.mark.parametrize("name", ["log-linear", "linear"])
-@pytest.mark.parametrize("shape", [SCALAR, CHANNEL], ids=lambda shape: shape.family)
+@pytest.mark.parametrize("shape", [SCALAR, DELTA, CHANNEL, CHANNEL_DELTA], ids=lambda shape: shape.family)
 def test_sampled_rows_are_rows_of_the_reference(name, shape):
     operator = OPERATORS[name]
     inputs = make_inputs(shape, operator.kind, 2, 70, torch.float64, "cpu")
@@ -33,12 +33,6 @@ def test_sampled_rows_of_softmax_attention_are_rows_of_sdpa():
     rows = torch.tensor([0, 20, 49])
     torch.testing.assert_close(operator.expected_rows(inputs, rows), operator.rows_of(output, rows))
     torch.testing.assert_close(operator.reference(inputs), output)
-
-
-@pytest.mark.parametrize("shape", [DELTA, CHANNEL_DELTA], ids=lambda shape: shape.family)
-def test_the_delta_rule_has_no_rows_of_its_own(shape):
-    inputs = make_inputs(shape, "log-linear", 1, 10, torch.float64, "cpu")
-    assert OPERATORS["log-linear"].expected_rows(inputs, torch.tensor([9])) is None
 
 
 def test_the_reference_of_linear_is_log_linear_with_scales_of_one():

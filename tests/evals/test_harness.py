@@ -10,7 +10,9 @@ import torch
 
 from loglinear.cli import main
 from loglinear.data import load_tokenizer
-from loglinear.evals import harness
+from loglinear.data.needles import NeedleSample
+from loglinear.data.tokenizers import encode_prompt
+from loglinear.evals import harness, needle
 from loglinear.evals.command import run_needle
 from loglinear.evals.harness import HarnessRow, harness_table, rows_of
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
@@ -138,6 +140,35 @@ def test_needles_through_the_harness_are_those_of_the_command(checkpoint, tmp_pa
     with (tmp_path / "out" / "harness.csv").open() as file:
         values = {row["metric"]: float(row["value"]) for row in csv.DictReader(file)}
     assert values["contained"] == pytest.approx(sum(float(row["contained"]) for row in ours) / 4)
+
+
+@installed
+@pytest.mark.skipif(importlib.util.find_spec("wonderwords") is None, reason="needs lm_eval[ruler]")
+def test_needles_of_ruler_are_answered_and_judged_as_ours(checkpoint, tmp_path):
+    """RULER's own task makes texts by the model's tokenizer; our loop gives the same answers to its questions."""
+    assert command(
+        checkpoint, "-t", "niah_single_1", "--limit", 2, "--max-length", 4400, "-o", tmp_path / "out",
+        "--metadata", "max_seq_lengths=[4096]",
+    ) == 0  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "out" / "harness_samples.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    model, tokenizer = needle.load_any(checkpoint)
+    samples = []
+    for line in lines:
+        prompt = line["arguments"][0][0]
+        tokens = encode_prompt(tokenizer, prompt)
+        assert 2000 < len(tokens) <= 4096
+        expected = tuple(line["doc"]["outputs"])
+        samples.append(NeedleSample("niah_single_1", 4096, 0.0, 0, prompt, tokens, expected, answer_tokens=128))
+    ours = needle.answers(model, tokenizer, samples)
+    assert [line["resps"][0][0] for line in lines] == ours and all(ours)
+    with (tmp_path / "out" / "harness.csv").open() as file:
+        values = {row["metric"]: float(row["value"]) for row in csv.DictReader(file)}
+    assert values["4096"] == sum(row.contained for row in needle.rows_of("ours", samples, ours)) / 2
+    judge = importlib.import_module("lm_eval.tasks.ruler.common_utils").process_results
+    for said in (f"It is {samples[0].expected[0]}.", samples[0].expected[0], "It is 1.", ""):
+        (row,) = needle.rows_of("ours", samples[:1], [said])
+        assert judge(lines[0]["doc"], [said])["4096"] == row.contained
 
 
 @installed

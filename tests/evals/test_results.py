@@ -109,7 +109,7 @@ def test_the_page_of_a_comparison(tmp_path):
     worse = next(line for line in page.splitlines() if "log-linear-mamba2 minus mamba2, niah_single_1, up to" in line)
     assert worse.endswith("log-linear is worse."), "a share of right answers is better when higher"
     assert (
-        "Took 10:00" in page
+        "Took, added up over devices, 10:00" in page
         and "`loglinear compare" in page
         and "a machine (torch 2.11; 2026-11-20 to 2026-11-21)" in page
     )
@@ -186,7 +186,7 @@ def test_the_page_of_a_sweep(tmp_path):
     assert "log-linear-gated-deltanet minus gated-deltanet, width 32: +20.0 points" in page
     assert "log-linear-gated-deltanet minus gated-deltanet, width 32, 8 pairs: +20.0 points" in page
     assert "log-linear-mamba2 minus mamba2, width 32: none with any of 2 seeds." in page
-    assert "Took 5:00" in page  # 20 runs of 30 seconds, two at a time
+    assert "added up, took 5:00" in page  # 20 runs of 30 seconds, two at a time
     assert (tmp_path / FIGURES / "recall.png").is_file()
     with pytest.raises(ValueError, match="paper: got 'mamba3'"):
         SweepConfig(**{**dataclasses.asdict(config), "paper": {"mamba3": {32: "1"}}})

@@ -393,6 +393,7 @@ ON_GPU = [
     Shape(B=2, T=2048, G=1, H=3, K=128, V=64, L=5),
     Shape(B=1, T=300, G=2, H=2, K=256, V=512, L=10),
     Shape(B=1, T=20_001, G=2, H=2, K=128, V=128, L=16),
+    Shape(B=1, T=20_001, G=1, H=1, K=192, V=384, L=16),
     Shape(B=1, T=333, G=2, H=2, K=192, V=384, L=10),  # ends in the second half of a chunk
 ]
 
@@ -433,10 +434,45 @@ def test_a_million_tokens_on_gpu():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("widths", [(128, 64), (192, 384)])
 @pytest.mark.parametrize("decay", [1e-6, 100 / 32])
-def test_extreme_decays_on_gpu(decay):
-    shape = Shape(B=1, T=3000, G=2, H=2, K=128, V=64, L=13)
-    on_device(make_inputs("gated_deltanet", shape, torch.bfloat16, "cuda", decay=decay))
+def test_extreme_decays_on_gpu(decay, widths, dtype):
+    shape = Shape(B=1, T=3000, G=2, H=2, K=widths[0], V=widths[1], L=13)
+    on_device(make_inputs("gated_deltanet", shape, dtype, "cuda", decay=decay))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("widths", [(128, 64), (192, 384)])
+def test_single_strong_decays_on_gpu(widths):
+    """Tokens that forget nearly everything among others that forget nothing."""
+    inputs = make_inputs("gated_deltanet", Shape(B=1, T=3000, G=2, H=2, K=widths[0], V=widths[1], L=13), torch.bfloat16,
+                         "cuda", decay=0.01)  # fmt: skip
+    log_decay = inputs.log_decay.clone()
+    log_decay[:, [50, 1000, 1001, 2047, 2048]] = -100.0
+    on_device(dataclasses.replace(inputs, log_decay=log_decay))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("widths", [(128, 64), (192, 384)])
+def test_reflections_on_gpu(widths):
+    """β = 2 throughout: what was written stays, with every rounding of it, however long ago that was."""
+    inputs = make_inputs("delta_net", Shape(B=1, T=1500, G=2, H=2, K=widths[0], V=widths[1], L=12), torch.float32,
+                         "cuda")  # fmt: skip
+    on_device(dataclasses.replace(inputs, beta=torch.full_like(inputs.beta, 2.0)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("widths", [(128, 64), (192, 384)])
+def test_long_keys_on_gpu(widths):
+    """Keys of norm 1.5, with which a token may turn a direction round and make it three and a half times as long."""
+    shape = Shape(B=1, T=300, G=2, H=2, K=widths[0], V=widths[1], L=10)
+    inputs = make_inputs("gated_deltanet", shape, torch.float32, "cuda", key_norm=1.5)
+    on_device(inputs)
+    rounded = inputs.to("cuda", torch.bfloat16).leaves()
+    o, _ = log_linear_attention(**rounded.arguments(), backend="triton")
+    found = torch.autograd.grad(o.float().square().sum(), list(rounded.present().values()))
+    assert all(x.isfinite().all() for x in (o, *found))
 
 
 @pytest.mark.gpu
@@ -448,21 +484,29 @@ def test_packed_among_nan_on_gpu():
 
 
 @pytest.mark.gpu
-def test_same_bits_compiled_and_in_a_graph():
-    inputs = make_inputs("gated_deltanet", Shape(B=2, T=1000, G=1, H=4, K=128, V=64, L=11), torch.bfloat16, "cuda")
+@pytest.mark.parametrize("widths", [(128, 64), (192, 384)])  # chunks walk down the tree, and it descends to them
+def test_same_bits_compiled_and_in_a_graph(widths):
+    """Output and all gradients."""
+    shape = Shape(B=2, T=1000, G=1, H=4, K=widths[0], V=widths[1], L=11)
+    inputs = make_inputs("gated_deltanet", shape, torch.bfloat16, "cuda").leaves()
 
     def run(inputs):
         return log_linear_attention(**inputs.arguments(), backend="triton")[0]
 
-    first = run(inputs)
-    assert torch.equal(first, run(inputs))
-    assert torch.equal(torch.compile(run, fullgraph=True)(inputs), first)
+    def with_gradients(run):
+        o = run(inputs)
+        return o, *torch.autograd.grad(o, list(inputs.present().values()), torch.ones_like(o))
+
+    first = [x.clone() for x in with_gradients(run)]
+    for again in (with_gradients(run), with_gradients(torch.compile(run, fullgraph=True))):
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run(inputs)
-    captured.zero_()
+        captured = with_gradients(run)
+    for x in captured:
+        x.detach().zero_()
     graph.replay()
-    assert torch.equal(captured, first)
+    assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))
 
 
 STATES = [

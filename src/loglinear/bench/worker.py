@@ -205,15 +205,18 @@ def _backward_call(operator: Operator, inputs: Inputs) -> Callable[[], tuple[Ten
 
 
 def _row_error(operator: Operator, inputs: Inputs, output: Tensor | tuple[Tensor, ...]) -> float | None:
-    """The error of a few rows of the output at the timed length, the newest among them; None where rows
-    cannot be had alone.
+    """The error of a few rows of the output at the timed length, the newest among them; None where there is no room
+    for the fp64 ones.
     """
     source = inputs.attention[0] if inputs.attention is not None else inputs.q
     assert source is not None and isinstance(output, Tensor)
     length = source.shape[2] if inputs.attention is not None else source.shape[1]
     rows = torch.linspace(0, length - 1, min(_CHECKED_ROWS, length), dtype=torch.float64).long().to(source.device)
-    wanted = operator.expected_rows(inputs, rows)
-    return None if wanted is None else relative_error(operator.rows_of(output, rows), wanted)
+    try:
+        wanted = operator.expected_rows(inputs, rows)
+    except (MemoryError, torch.OutOfMemoryError):
+        return None
+    return relative_error(operator.rows_of(output, rows), wanted)
 
 
 def _describe(error: BaseException) -> str:

@@ -18,6 +18,7 @@ import torch
 
 from loglinear.evals.needle import load_any
 from loglinear.evals.position_loss import write_table
+from loglinear.train.checkpoints import resolve_checkpoint
 
 RESULTS_FILE, TABLE_FILE, SAMPLES_FILE = "harness.json", "harness.csv", "harness_samples.jsonl"
 
@@ -65,6 +66,7 @@ def evaluate_model(
     batch_size: int = 1,
     max_length: int | None = None,
     chat: bool = False,
+    metadata: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -81,6 +83,8 @@ def evaluate_model(
         max_length: tokens of a text; longer ones lose their beginning. Default: what the model is meant for
             (`max_position_embeddings`); models whose state does not grow can be given more.
         chat: put questions into the tokenizer's chat template.
+        metadata: what tasks want to know that make their own texts, such as `max_seq_lengths` of those of RULER. They
+            measure lengths with the model's tokenizer unless `tokenizer` names another.
         seed: of the choice of examples.
         device, dtype: where to compute, and the type of the weights.
 
@@ -104,7 +108,12 @@ def evaluate_model(
     from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
 
     with _quiet("lm_eval"):
-        manager = TaskManager(include_path=[str(folder) for folder in include_path] or None)
+        home = Path(path).expanduser()
+        tokenizer_of = resolve_checkpoint(home) if home.is_dir() else path
+        manager = TaskManager(
+            include_path=[str(folder) for folder in include_path] or None,
+            metadata={"tokenizer": str(tokenizer_of), **(metadata or {})},
+        )
         unknown = [task for task in tasks if task not in manager.all_tasks]
         if unknown:
             raise ValueError(

@@ -166,7 +166,8 @@ def recall_section(file: Path, config: SweepConfig, rows: Sequence[SweepRow], ou
     if not rows:
         return "\n\n".join(parts)
     seconds = sum(row.seconds / row.together for row in rows)
-    parts.append(_repeat(f"loglinear sweep {file} --output benchmarks/{file.stem}", seconds, rows))
+    command, took = f"loglinear sweep {file} --output benchmarks/{file.stem}", "Groups of runs, added up, took"
+    parts.append(_repeat(command, took, seconds, rows))
     return "\n\n".join(parts)
 
 
@@ -281,7 +282,8 @@ def language_section(file: Path, config: ComparisonConfig, rows: Sequence[Compar
     shared = f" Up to {most} runs shared a device, and its speed." if most > 1 else ""
     parts += ["### Loss and cost", markdown(*_cost_table(values, models)), _COST_NOTE + shared]
     seconds = sum((row.value or 0.0) / sharing.get(row.key, 1) for row in ends)
-    repeat = _repeat(f"loglinear compare {file} --output benchmarks/{file.stem}", seconds, ends)
+    command, took = f"loglinear compare {file} --output benchmarks/{file.stem}", "Took, added up over devices,"
+    repeat = _repeat(command, took, seconds, ends)
     if config.cost_only:
         return "\n\n".join([*parts, *([config.conclusion.strip()] if config.conclusion else []), repeat])
     parts += ["### Loss by position", markdown(*_position_table(values, models)), "Nats per token, mean ± standard "
@@ -555,15 +557,14 @@ def _diverged(runs: Sequence[tuple[str, str, str]]) -> list[str]:
     return ["Runs that were not finite, which count as zero or are left out of means:", _bullets(lines)]
 
 
-def _repeat(command: str, seconds: float, rows: Sequence[Any]) -> str:
+def _repeat(command: str, took: str, seconds: float, rows: Sequence[Any]) -> str:
+    """How to measure it again, and what it took: `took` says what seconds are counted."""
     devices = ", ".join(sorted({row.device for row in rows if row.device}))
     versions = ", ".join(sorted({f"torch {row.torch}" for row in rows if row.torch}))
     dates = sorted({row.date[:10] for row in rows if row.date})
     when = "" if not dates else dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    took = (
-        f"Took {duration(seconds)} (h:mm:ss or m:ss) in all on {devices or 'an unknown device'} ({versions}; {when})."
-    )
-    return f"Measured by `{command}`. {took}"
+    where = f"{devices or 'an unknown device'} ({versions}; {when})"
+    return f"Measured by `{command}`. {took} {duration(seconds)} (h:mm:ss or m:ss), on {where}."
 
 
 def write_page(experiments: str | Path, benchmarks: str | Path, output: str | Path) -> list[Path]:

@@ -88,9 +88,9 @@ def log_linear_attention(
         return_state: whether to return the state after the last token.
         backend: "reference" (recurrence over tokens, a specification), "torch" (the tree algorithm in O(T log T) time
             and O(T) memory, on any device), "triton" (kernels for CUDA devices), or "auto" (the fastest that is
-            available). What no kernel covers yet (a decay per channel, the delta rule with keys wider than 256 or,
-            until a GPU has run its kernels with one, with a state; states of more than 32 levels, float64, empty
-            batches) goes to the torch backend by itself; the log says so at debug level.
+            available). What no kernel covers yet (a decay per channel, the delta rule with keys wider than 256, states
+            of more than 32 levels, float64, empty batches) goes to the torch backend by itself; the log says so at
+            debug level.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the new state (None unless `return_state`).
