@@ -573,7 +573,9 @@ def harness(
         help="Folders of checkpoints or training runs, or any causal language models of transformers by folder or name."
     ),
     task: list[str] = typer.Option(..., "--task", "-t", help="Name of a task (repeat, or separate by commas)."),
-    output: str = typer.Option("harness", "--output", "-o", help="Folder for the JSON, the CSV and the samples."),
+    output: str = typer.Option(
+        "harness", "--output", "-o", help="Folder for the CSV, the plot, the JSON and the samples."
+    ),
     include_path: list[Path] = typer.Option([], help="Folder with task files of your own. Repeat for several."),
     fewshot: int | None = typer.Option(None, min=0, help="Examples before a question. (default: what the task says)"),
     limit: int | None = typer.Option(None, min=1, help="Questions of each task. (default: all)"),

@@ -20,6 +20,19 @@ from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 installed = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval")
 
 
+def test_a_panel_for_each_metric_and_a_point_for_each_task_and_model():
+    def row(model, task, metric, value, error, better):
+        return HarnessRow(model, task, metric, "none", value, error, better, 5, 0, "1")
+
+    rows = [row(model, task, "acc", 0.5, 0.1, True) for model in ("a", "b") for task in ("x", "y", "z")]
+    figure = harness.plot([*rows, row("a", "x", "ppl", 30.0, None, False)])
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["acc, higher is better", "ppl, lower is better"]
+    left, right = figure.axes
+    assert [len(line.lines[0].get_xdata()) for line in left.containers] == [3, 3]
+    assert [len(line.lines[0].get_xdata()) for line in right.containers] == [1, 0]
+    assert [label.get_text() for label in left.get_xticklabels()] == ["x", "y", "z"]
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A model that has learned to go on with digits, so that some answers are values."""
@@ -117,6 +130,7 @@ def test_own_task_files_are_asked_and_scored_as_the_model_does(checkpoint, tmp_p
             scores = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
         assert likelihood == pytest.approx(float(scores[-len(choice) :].sum()), rel=1e-4)
     assert "own_choices" in json.loads((tmp_path / "out" / "harness.json").read_text())["ours"]["results"]
+    assert (tmp_path / "out" / "harness.png").stat().st_size > 5000
 
 
 @installed

@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
+from loglinear import plots
 from loglinear.evals.needle import load_any
 from loglinear.evals.position_loss import write_table
 from loglinear.train.checkpoints import resolve_checkpoint
 
-RESULTS_FILE, TABLE_FILE, SAMPLES_FILE = "harness.json", "harness.csv", "harness_samples.jsonl"
+RESULTS_FILE, TABLE_FILE, SAMPLES_FILE, PLOT_FILE = (
+    "harness.json", "harness.csv", "harness_samples.jsonl", "harness.png",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -199,10 +203,44 @@ def harness_table(rows: Sequence[HarnessRow]) -> tuple[list[str], list[list[str]
     return ["task", "metric", *models], lines
 
 
+def plot(rows: Sequence[HarnessRow]) -> Figure:
+    """A panel for each metric: a point for each task and model, and bars of one standard error where there is one."""
+    metrics = list(dict.fromkeys((row.metric, row.filter) for row in rows))
+    models = list(dict.fromkeys(row.model for row in rows))
+    most = max(len({row.task for row in rows if (row.metric, row.filter) == one}) for one in metrics)
+    columns = min(4, len(metrics))
+    with plots.style():
+        figure, axes = plots.new_figure(-(-len(metrics) // columns), columns, width=2.6 + 0.5 * most, height=3.4)
+        for axis, (metric, how) in zip(axes, metrics, strict=False):
+            own = [row for row in rows if (row.metric, row.filter) == (metric, how)]
+            tasks = list(dict.fromkeys(row.task for row in own))
+            for number, model in enumerate(models):
+                found = [row for row in own if row.model == model]
+                shift = 0.15 * (number - (len(models) - 1) / 2)
+                axis.errorbar(
+                    [tasks.index(row.task) + shift for row in found],
+                    [row.value for row in found],
+                    yerr=[row.standard_error or 0.0 for row in found],
+                    fmt=plots.MARKERS[number % len(plots.MARKERS)],
+                    color=plots.PALETTE[number % len(plots.PALETTE)],
+                    capsize=3,
+                    label=model,
+                )
+            axis.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
+            axis.set_xlim(-0.5, len(tasks) - 0.5)
+            higher = own[0].higher_is_better
+            better = "" if higher is None else f", {'higher' if higher else 'lower'} is better"
+            axis.set_title((metric if how == "none" else f"{metric} ({how})") + better)
+        for axis in axes[len(metrics) :]:
+            axis.set_visible(False)
+        plots.legend_below(figure, axes[0])
+    return figure
+
+
 def write_result(
     results: Mapping[str, Mapping[str, Any]], rows: Sequence[HarnessRow], folder: str | Path
 ) -> list[Path]:
-    """Writes `harness.csv`, `harness.json` (the harness's results by model, without samples) and
+    """Writes `harness.csv`, `harness.png`, `harness.json` (the harness's results by model, without samples) and
     `harness_samples.jsonl` (each question and answer).
     """
     folder = Path(folder)
@@ -218,4 +256,5 @@ def write_result(
                 for sample in samples:
                     line = {"model": model, "task": task, **sample}
                     file.write(json.dumps(line, default=str, ensure_ascii=False) + "\n")
-    return [table, folder / RESULTS_FILE, folder / SAMPLES_FILE]
+    drawn = [plots.save(plot(rows), folder / PLOT_FILE)] if rows else []
+    return [table, *drawn, folder / RESULTS_FILE, folder / SAMPLES_FILE]
