@@ -263,3 +263,11 @@ def test_what_is_refused_leaves_no_folder(tmp_path, capsys, flags, message):
 def test_wrong_numbers_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         quickstart.choose("cpu", **changes)
+
+
+@pytest.mark.parametrize("steps", [2, 9, 10, 39, 83, 100, 281])
+def test_the_last_loss_is_a_mean_like_the_others(steps):
+    """A single step at the end of a curve of means looks like a jump."""
+    whole = quickstart.whole_reports(steps)
+    log_every = quickstart._train_config(quickstart.QuickstartConfig(), "linear", whole).log_every
+    assert whole % log_every == 0 and 0 <= steps - whole < 10 and whole >= 2

@@ -188,7 +188,7 @@ def run(config: QuickstartConfig, console: Console | None = None) -> QuickstartR
     if steps is None:
         calibration = _CALIBRATION_SHARE * config.training_seconds
         speeds = {name: seconds_per_step(configs[name], calibration) for name in configs}
-        steps = max(2, int(config.training_seconds / sum(speeds.values())))
+        steps = whole_reports(max(2, int(config.training_seconds / sum(speeds.values()))))
         console.print(
             f"One step takes {speeds[LINEAR]:.2f} s (linear) and {speeds[LOG_LINEAR]:.2f} s (log-linear) here: "
             f"{steps} steps each.",
@@ -251,6 +251,20 @@ def _short_documents(config: QuickstartConfig) -> str:
     )
 
 
+def whole_reports(steps: int) -> int:
+    """As many steps or a few less, so that the last loss reported is a mean over as many steps as the others.
+
+    >>> whole_reports(281)
+    280
+    """
+    return steps - steps % _log_every(steps)
+
+
+def _log_every(steps: int) -> int:
+    """Steps that a reported loss is the mean of."""
+    return max(1, min(10, steps // 10))
+
+
 def _train_config(config: QuickstartConfig, name: str, steps: int) -> TrainConfig:
     options: dict[str, int] = {"max_position_embeddings": config.sequence_length}
     options["num_levels"] = fenwick.full_num_levels(config.sequence_length) if name == LOG_LINEAR else 1
@@ -270,7 +284,7 @@ def _train_config(config: QuickstartConfig, name: str, steps: int) -> TrainConfi
         seed=config.seed,
         learning_rate=config.learning_rate,
         device="cuda" if config.device.startswith("cuda") else "cpu",
-        log_every=max(1, min(10, steps // 10)),
+        log_every=_log_every(steps),
         evaluate_every=0,
         evaluation_rows=4,
         save_every=0,

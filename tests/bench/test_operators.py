@@ -92,6 +92,33 @@ def test_peers_that_are_not_installed_say_so(name):
         OPERATORS[name].prepare(inputs)
 
 
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [
+        ("fla-log-linear", "q k v log_decay level_scales"),
+        ("fla-simple-gla", "q k v log_decay"),
+        ("fla-gated-deltanet", "q k v log_decay beta"),
+        ("fla-gla", "q k v log_decay"),
+        ("fla-kda", "q k v log_decay beta"),
+    ],
+)
+def test_peers_are_given_what_they_take(name, taken, monkeypatch):
+    given = []
+
+    def peer(module, function):
+        assert (module.split(".")[:2], function[:6]) == (["fla", "ops"], "chunk_")
+        return lambda *arguments, scale: given.append((arguments, scale)) or ("o", "state")
+
+    monkeypatch.setattr(operators, "_peer", peer)
+    shape = next(shape for shape in SHAPES.values() if shape.family in OPERATORS[name].families)
+    inputs = make_inputs(shape, OPERATORS[name].kind, 1, 16, torch.float32, "cpu")
+    assert OPERATORS[name].prepare(inputs)() == "o"
+    ((arguments, scale),) = given
+    assert scale == inputs.scale
+    for argument, wanted in zip(arguments, taken.split(), strict=True):
+        assert argument is getattr(inputs, wanted) is not None
+
+
 def test_unknown_operators_are_refused():
     with pytest.raises(ValueError, match="unknown operator softmax; known are log-linear"):
         select(["softmax"])

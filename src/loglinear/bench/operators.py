@@ -292,31 +292,6 @@ def _scales_like_values(inputs: Inputs) -> Inputs:
     return replace(inputs, level_scales=inputs.level_scales.to(inputs.v.dtype))
 
 
-def _prepare_fla_log_linear(inputs: Inputs) -> Callable[[], Tensor]:
-    attend = _peer("fla.ops.log_linear_attn", "chunk_log_linear_attn")
-    return lambda: attend(inputs.q, inputs.k, inputs.v, inputs.log_decay, inputs.level_scales, scale=inputs.scale)[0]
-
-
-def _prepare_fla_simple_gla(inputs: Inputs) -> Callable[[], Tensor]:
-    attend = _peer("fla.ops.simple_gla", "chunk_simple_gla")
-    return lambda: attend(inputs.q, inputs.k, inputs.v, inputs.log_decay, scale=inputs.scale)[0]
-
-
-def _prepare_fla_gated_deltanet(inputs: Inputs) -> Callable[[], Tensor]:
-    attend = _peer("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
-    return lambda: attend(inputs.q, inputs.k, inputs.v, inputs.log_decay, inputs.beta, scale=inputs.scale)[0]
-
-
-def _prepare_fla_gla(inputs: Inputs) -> Callable[[], Tensor]:
-    attend = _peer("fla.ops.gla", "chunk_gla")
-    return lambda: attend(inputs.q, inputs.k, inputs.v, inputs.log_decay, scale=inputs.scale)[0]
-
-
-def _prepare_fla_kda(inputs: Inputs) -> Callable[[], Tensor]:
-    attend = _peer("fla.ops.kda", "chunk_kda")
-    return lambda: attend(inputs.q, inputs.k, inputs.v, inputs.log_decay, inputs.beta, scale=inputs.scale)[0]
-
-
 def _one_group_per_head(inputs: Inputs) -> Inputs:
     """Repeats q and k for every head, for kernels that know no groups."""
     assert inputs.q is not None
@@ -326,6 +301,20 @@ def _one_group_per_head(inputs: Inputs) -> Inputs:
         return tensor if tensor.shape[2] == inputs.shape.num_heads else tensor.repeat_interleave(repeats, dim=2)
 
     return inputs.map(repeat)
+
+
+def _fla(
+    name: str, kind: str, family: str, place: str, arguments: str, adapt: Callable[[Inputs], Inputs] | None = None
+) -> Operator:
+    """A function of flash-linear-attention at `place` in `fla.ops`, "module.function", and the inputs that it takes."""
+    module, function = place.split(".")
+
+    def prepare(inputs: Inputs) -> Callable[[], Tensor]:
+        attend = _peer(f"fla.ops.{module}", function)
+        return lambda: attend(*(getattr(inputs, one) for one in arguments.split()), scale=inputs.scale)[0]
+
+    note = f"flash-linear-attention, {function}"
+    return Operator(name, kind, kind, prepare, note, families=(family,), devices=("cuda",), adapt=adapt)
 
 
 _BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
@@ -378,53 +367,26 @@ OPERATORS: dict[str, Operator] = {
             devices=("cuda",),
             visible=_in_sparse_blocks,
         ),
-        Operator(
+        _fla(
             "fla-log-linear",
             "log-linear",
-            "log-linear",
-            _prepare_fla_log_linear,
-            "flash-linear-attention, chunk_log_linear_attn",
-            families=("scalar",),
-            devices=("cuda",),
-            adapt=_scales_like_values,
+            "scalar",
+            "log_linear_attn.chunk_log_linear_attn",
+            "q k v log_decay level_scales",
+            _scales_like_values,
         ),
-        Operator(
-            "fla-simple-gla",
-            "linear",
-            "linear",
-            _prepare_fla_simple_gla,
-            "flash-linear-attention, chunk_simple_gla",
-            families=("scalar",),
-            devices=("cuda",),
-            adapt=_one_group_per_head,
+        _fla(
+            "fla-simple-gla", "linear", "scalar", "simple_gla.chunk_simple_gla", "q k v log_decay", _one_group_per_head
         ),
-        Operator(
+        _fla(
             "fla-gated-deltanet",
             "linear",
-            "linear",
-            _prepare_fla_gated_deltanet,
-            "flash-linear-attention, chunk_gated_delta_rule",
-            families=("delta",),
-            devices=("cuda",),
+            "delta",
+            "gated_delta_rule.chunk_gated_delta_rule",
+            "q k v log_decay beta",
         ),
-        Operator(
-            "fla-gla",
-            "linear",
-            "linear",
-            _prepare_fla_gla,
-            "flash-linear-attention, chunk_gla",
-            families=("channel",),
-            devices=("cuda",),
-        ),
-        Operator(
-            "fla-kda",
-            "linear",
-            "linear",
-            _prepare_fla_kda,
-            "flash-linear-attention, chunk_kda",
-            families=("channel-delta",),
-            devices=("cuda",),
-        ),
+        _fla("fla-gla", "linear", "channel", "gla.chunk_gla", "q k v log_decay"),
+        _fla("fla-kda", "linear", "channel-delta", "kda.chunk_kda", "q k v log_decay beta"),
     )
 }
 
