@@ -5,7 +5,7 @@ Legend: B batch, T tokens, G query/key groups, H heads, K key width, V value wid
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -105,6 +105,13 @@ def make_inputs(
         beta=2 * torch.rand(B, T, H, dtype=torch.float64) if has_beta else None,
     )
     return made.map(lambda x: x.to(device, dtype))
+
+
+def with_strong_decays(inputs, places):
+    """At some tokens; all others forget next to nothing."""
+    log_decay = inputs.log_decay.detach().clone()
+    log_decay[:, places] = -100.0
+    return replace(inputs, log_decay=log_decay.requires_grad_())
 
 
 def poisoned(x: Tensor) -> Tensor:

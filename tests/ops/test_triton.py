@@ -18,6 +18,7 @@ from operator_cases import (
     random_state,
     same_without_pipelining,
     with_buckets,
+    with_strong_decays,
 )
 
 pytest.importorskip("triton")
@@ -171,9 +172,16 @@ def test_interpreted_reset(reset):
         *inputs.to(torch.float64).values()[:4], log_decay=inputs.log_decay.double(), beta=None, scale=0.7,
         cu_seqlens=None, initial_state=None, return_state=False,
     )[:2]  # fmt: skip
-    assert_close(o, after, 2e-5, "o")  # sums of about 126 to 24 bits
+    assert_close(o, after, TOLERANCES[torch.float32].forward, "o")
     torch_o, _ = runner("torch", returns_state=False)(inputs.to(torch.float64), None)
     assert_close(torch_o, after, 1e-11, "o of the torch backend")
+
+
+@needs_interpreter
+def test_interpreted_single_strong_decays():
+    """They take no digits from the weak ones after them in their chunks."""
+    inputs = make_inputs("mamba2", Shape(B=1, T=70, G=1, H=2, K=16, V=16, L=8), torch.float32, decay=0.01)
+    compare_with_tree(with_strong_decays(inputs, [3, 37, 50]))
 
 
 def test_slots_name_every_node_once():
@@ -355,6 +363,13 @@ def test_extreme_decays_on_gpu(decay):
     inputs = make_inputs("mamba2", shape, torch.bfloat16, "cuda", decay=decay)
     inputs.log_decay = inputs.log_decay.float()
     on_device(inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_single_strong_decays_on_gpu(dtype):
+    inputs = make_inputs("mamba2", Shape(B=1, T=3000, G=1, H=4, K=128, V=64, L=13), dtype, "cuda", decay=0.01)
+    on_device(with_strong_decays(inputs, [50, 1000, 1001, 2047, 2048]))
 
 
 @pytest.mark.gpu

@@ -27,6 +27,7 @@ from loglinear.fenwick import Slots
 from loglinear.ops.triton.common import (
     block_end,
     cdiv,
+    decay_of,
     decays_between,
     drop_lowest_bit,
     in_same_block,
@@ -72,7 +73,7 @@ def _inside_kernel(q, k, v, scales, grad_o, gamma, dq, dscales, grad_scores, row
         sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + row)
         values = load_rows(v + head.to(tl.int64) * stride_vh, token, first, rows, stride_v, C, V, BV, V == BV)
         grad = load_rows(grad_o + head.to(tl.int64) * stride_gh, token, first, rows, stride_g, C, V, BV, V == BV)
-        decay = decays_between(sums)
+        decay = decays_between(sums, sums)
         decay = tl.where(row[:, None] >= row[None, :], decay, 0.0)
         decay *= tl.dot(grad, tl.trans(values), input_precision=PRECISION)
         product = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * decay  # of a pair, before scale and λ
@@ -151,7 +152,7 @@ def _queries_kernel(q, scales, grad_o, nodes, gamma, offsets, dq, dscales, row_m
             node = place_of_node(slot, block, origin, oldest, rest, count - number)
             state = load_state(nodes + (node.to(tl.int64) * H + head) * K * V, K, V, BK, BV).to(dtype)
             between = (here - tl.load(offsets + head.to(tl.int64) * (N + 1) + node + 1)).to(tl.float32)
-            weight = tl.exp2(sums + between) * scale
+            weight = decay_of(sums + between) * scale
             height = tl.load(heights + node)
             read = tl.dot(queries, state, input_precision=PRECISION)
             found = tl.sum(grad.to(tl.float32) * read, 1) * weight
@@ -203,7 +204,7 @@ def _gather_kernel(q, scales, grad_o, grad_nodes, gamma, offsets, tokens, firsts
         first = None if firsts is None else tl.load(firsts + chunk)
         sums = tl.load(gamma + (head.to(tl.int64) * N + chunk) * C + row)
         between = (tl.load(offsets + head.to(tl.int64) * (N + 1) + chunk) - end).to(tl.float32)
-        weight = tl.exp2(sums + between) * scale
+        weight = decay_of(sums + between) * scale
         if SCALED:
             weight *= load_column(lam, token, first, rows, stride_s, C)
         queries = load_rows(q, token, first, rows, stride_q, C, K, BK, K == BK)
@@ -241,7 +242,7 @@ def _walk_back_kernel(nodes, grad_nodes, offsets, inherited_mass, parents, oldes
             grad = tl.load(grad_nodes + place * size + offset, mask=mask, other=0.0).to(tl.float32)
             above = grad_nodes + (parent.to(tl.int64) * H + head) * size + offset
             at = offsets + head.to(tl.int64) * (N + 1) + 1
-            decay = tl.exp2((tl.load(at + parent) - tl.load(at + slot)).to(tl.float32))
+            decay = decay_of(tl.load(at + parent) - tl.load(at + slot))
             inherited = decay * tl.load(above, mask=mask, other=0.0).to(tl.float32)
             state = tl.load(nodes + place * size + offset, mask=mask, other=0.0).to(tl.float32)
             tl.store(inherited_mass + (tile.to(tl.int64) * H + head) * N + slot, tl.sum(inherited * state, 0))
@@ -268,7 +269,7 @@ def _settle_kernel(nodes, grad_nodes, offsets, inherited_mass, blocks, lefts, N,
                 grad = tl.load(grad_nodes + place * size + offset, mask=mask, other=0.0).to(tl.float32)
                 above = tl.load(grad_nodes + (place + span * H) * size + offset, mask=mask, other=0.0)
                 at = offsets + head.to(tl.int64) * (N + 1) + slot + first + 1
-                inherited = tl.exp2((tl.load(at + span) - tl.load(at)).to(tl.float32)) * above.to(tl.float32)
+                inherited = decay_of(tl.load(at + span) - tl.load(at)) * above.to(tl.float32)
                 state = tl.load(nodes + place * size + offset, mask=mask, other=0.0).to(tl.float32)
                 through = inherited_mass + (tile.to(tl.int64) * H + head) * N + slot + first
                 tl.store(through, tl.sum(inherited * state, 0))
@@ -307,7 +308,9 @@ def _values_kernel(q, k, v, scales, grad_o, grad_nodes, gamma, dv, row_mass, wri
     lam = scales + head.to(tl.int64) * stride_sh
     mask = level_mask(lam, token, first, rows, stride_s, sums, L, C, HEIGHT, SCALED) * scale
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * mask
-    after = tl.exp2(tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1) - sums)  # from a row to the chunk's end
+    after = decay_of(
+        tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1) - sums
+    )  # from a row to the chunk's end
     written = tl.dot(tl.trans(grad_state), tl.trans(keys), input_precision=PRECISION) * after[None, :]
     values = load_rows(v + head.to(tl.int64) * stride_vh, token, first, rows, stride_v, C, V, BV, V == BV)
     mass = tl.sum(tl.trans(values).to(tl.float32) * written, 0)
@@ -342,7 +345,7 @@ def _keys_kernel(q, v, grad_nodes, grad_scores, gamma, dk, tokens, firsts, rows_
         end = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1)
         values = load_rows(v + head.to(tl.int64) * stride_vh, token, first, rows, stride_v, C, V, BV, V == BV)
         grad_state = load_state(grad_nodes + (slot.to(tl.int64) * H + head) * K * V, K, V, BK, BV).to(dtype)
-        weighted = (values.to(tl.float32) * tl.exp2(end - sums)[:, None]).to(dtype)
+        weighted = (values.to(tl.float32) * decay_of(end - sums)[:, None]).to(dtype)
         grad_k = tl.dot(weighted, tl.trans(grad_state), grad_k, input_precision=PRECISION)
     share = (part % (H // G // HEADS)).to(tl.int64) * T * G * K + group * K
     store_rows(dk + share, grad_k, token, first, rows, G * K, C, K, BK, K == BK)
@@ -443,7 +446,7 @@ def gradients(q, k, v, scales, log_decay, state, grad_o, grad_far, slots: Slots,
     dlog_decay = torch.empty(log_decay.shape, dtype=log_decay.dtype, device=v.device)
     grad_scores = torch.empty(heads // together, num_slots, chunk, chunk, dtype=v.dtype, device=v.device)
     grad_nodes = torch.empty_like(nodes)
-    row_mass = torch.empty_like(gamma)
+    row_mass = torch.empty(gamma.shape, **float32)
     written_mass = torch.empty(heads, num_slots, **float32)
     read_mass = torch.zeros(heads, heights, num_slots, **float32)
     size = key_dim * value_dim
@@ -503,7 +506,7 @@ def gradients(q, k, v, scales, log_decay, state, grad_o, grad_far, slots: Slots,
     if state is not None:
         far = grad_nodes[slots.ends.bucket.flatten()].float().unflatten(0, slots.ends.bucket.shape)
         far = torch.where(slots.ends.has_bucket[..., None, None, None], far, 0)
-        near = grad_nodes[slots.base] * torch.exp2(gamma[:, slots.base, -1]).T[..., None, None]
+        near = grad_nodes[slots.base] * torch.exp2(gamma[:, slots.base, -1]).float().T[..., None, None]
         written_mass[:, slots.base] += (near * state.near).sum((-2, -1)).T
     passed = torch.empty(read_mass.shape, dtype=torch.float64, device=v.device)
     _passed_kernel[(len(slots.base), heads, heights)](

@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import types
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from loglinear import fenwick
 
@@ -41,6 +43,14 @@ def program_place():
 # They take microseconds a call on the host, for they serve kernels as well.
 cdiv = functools.lru_cache(1024)(triton.cdiv)
 next_power_of_2 = functools.lru_cache(1024)(triton.next_power_of_2)
+
+
+def sums_dtype(k: Tensor) -> torch.dtype:
+    """Of the sums of log decays within a chunk (gamma), for bfloat16 or float32 keys.
+
+    A strong decay drowns the weak ones after it: what float32 sums lose by e^-100, 5e-6, is nothing in 16 bits alone.
+    """
+    return torch.float32 if k.dtype == torch.bfloat16 else torch.float64
 
 
 def programs(width: int, slots: int) -> tuple[int, int, int]:
@@ -171,9 +181,22 @@ def log2_decays(log_decay, token, first, rows, stride, C: tl.constexpr):
 
 
 @triton.jit
-def decays_between(sums):
-    """2^(sums of the row - sums of the column): [C, C]; 1 where that is not a decay."""
-    return tl.exp2(tl.minimum(sums[:, None] - sums[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL))
+def decay_of(log):
+    """2^log, in float32."""
+    return tl.exp2(log.to(tl.float32))
+
+
+@triton.jit
+def decay_at_most_one(log):
+    """The same, and 1 where `log` is not that of a decay. NaN stays NaN."""
+    return tl.exp2(tl.minimum(log.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def decays_between(later, earlier):
+    """From earlier rows (columns) to later ones, of inclusive sums of the log2 decays: [ROWS, ROWS], 1 where the column
+    is later."""
+    return decay_at_most_one(later[:, None] - earlier[None, :])
 
 
 @triton.jit
@@ -202,7 +225,7 @@ def level_mask(
     sums [C]: the inclusive sum of the log2 decays.
     """
     row = tl.arange(0, C)
-    mask = decays_between(sums)
+    mask = decays_between(sums, sums)
     if SCALED:
         mask *= level_factor(scales, token, first, rows, stride, L, C, HEIGHT)
     return tl.where(row[:, None] >= row[None, :], mask, 0.0)

@@ -24,6 +24,7 @@ from loglinear.ops import autocast, stacked
 from loglinear.ops.packing import check_bounds, check_positions
 from loglinear.ops.triton import delta_carried
 from loglinear.ops.triton.carried import near_buckets
+from loglinear.ops.triton.common import sums_dtype
 from loglinear.ops.triton.delta_backward import Remade, gradients
 from loglinear.ops.triton.delta_chunks import Chunks, inverse_shape, parts_of, walks
 from loglinear.ops.triton.delta_halves import make_chunks
@@ -234,7 +235,7 @@ def _(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far,
     count = count_slots(batch, tokens, chunk, num_levels, cu_seqlens, positions, return_state)
     dtype = torch.float32 if parts_of(v) == 1 else v.dtype
     inverse = v.new_empty(inverse_shape(v, count, heads, chunk), dtype=dtype)
-    gamma = v.new_empty(heads, count, chunk, dtype=torch.float32)
+    gamma = v.new_empty(heads, count, chunk, dtype=sums_dtype(v))
     left = [v.new_empty(0, dtype=torch.float32) for _ in range(2)]
     if return_state:
         sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1

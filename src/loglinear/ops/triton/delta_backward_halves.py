@@ -22,6 +22,8 @@ from torch import Tensor
 from loglinear.fenwick import Slots
 from loglinear.ops.triton.common import (
     cdiv,
+    decay_at_most_one,
+    decay_of,
     decays_between,
     in_same_block,
     level_factor,
@@ -32,7 +34,6 @@ from loglinear.ops.triton.common import (
 )
 from loglinear.ops.triton.delta_chunks import (
     Chunks,
-    decays_across,
     load_block,
     load_quarter,
     load_tile,
@@ -79,8 +80,8 @@ def _values_kernel(k, beta, grad_o, inverse, scores, gamma, d_added, dv, d_writt
             wrote0 = tl.dot(keys0, state, wrote0, input_precision=PRECISION)
             wrote1 = tl.dot(keys1, state, wrote1, input_precision=PRECISION)
         dtype = d_written.dtype.element_ty
-        wrote0 = (wrote0 * tl.exp2(end - tl.load(sums + row))[:, None]).to(dtype)
-        wrote1 = (wrote1 * tl.exp2(end - tl.load(sums + E + row))[:, None]).to(dtype)
+        wrote0 = (wrote0 * decay_of(end - tl.load(sums + row))[:, None]).to(dtype)
+        wrote1 = (wrote1 * decay_of(end - tl.load(sums + E + row))[:, None]).to(dtype)
         d_written += place * 2 * E * V
         store_block(d_written, wrote0, 0, 2 * E, E, column, V, BV)
         store_block(d_written, wrote1, E, 2 * E, E, column, V, BV)
@@ -169,8 +170,8 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
             others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
             met = tl.dot(pull, tl.trans(keys), met, input_precision=PRECISION)
             met_across = tl.dot(pull, tl.trans(others), met_across, input_precision=PRECISION)
-        own -= met * tl.exp2(own_sums)[None, :]
-        across -= met_across * tl.exp2(other_sums)[None, :]
+        own -= met * decay_of(own_sums)[None, :]
+        across -= met_across * decay_of(other_sums)[None, :]
     own = tl.where(causal, own, 0.0)
     dtype = d_mixed.dtype.element_ty
     store_quarter(d_mixed, own, place, 2 * half, E)
@@ -191,8 +192,8 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
         others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
         product = tl.dot(queries, tl.trans(keys), product, input_precision=PRECISION)
         product_across = tl.dot(queries, tl.trans(others), product_across, input_precision=PRECISION)
-    of_own = tl.where(causal, of_own * decays_between(own_sums) * scale, 0.0)
-    of_across *= decays_across(own_sums, other_sums) * scale
+    of_own = tl.where(causal, of_own * decays_between(own_sums, own_sums) * scale, 0.0)
+    of_across *= decays_between(own_sums, other_sums) * scale
     store_quarter(d_pairs, of_own, place, 2 * half, E)
     d_scored += ((half * H + head).to(tl.int64) * N + slot) * 2 * E + row
     mass = tl.where(causal, product * of_own, 0.0)
@@ -233,7 +234,7 @@ def _solved_kernel(q, k, v, gamma, d_maps, d_written, d_mixed, d_solved, d_erase
     own, across = tl.zeros((E, E), tl.float32), tl.zeros((E, E), tl.float32)
     if tl.load(lefts + slot) > 1:
         end = tl.load(gamma + (head.to(tl.int64) * N + slot) * 2 * E + 2 * E - 1)
-        after = tl.exp2(end - own_sums)[:, None]
+        after = decay_of(end - own_sums)[:, None]
         for column in range(KT):
             erased = tl.zeros((E, BK), tl.float32)
             for key in range(KT):
@@ -246,8 +247,8 @@ def _solved_kernel(q, k, v, gamma, d_maps, d_written, d_mixed, d_solved, d_erase
             others = load_tile(k, token, first, earlier, stride_k, E, column * BK, K, BK)
             own = tl.dot(erased, tl.trans(met), own, input_precision=PRECISION)
             across = tl.dot(erased, tl.trans(others), across, input_precision=PRECISION)
-        own *= tl.exp2(own_sums)[None, :]
-        across *= tl.exp2(first_sums)[None, :]
+        own *= decay_of(own_sums)[None, :]
+        across *= decay_of(first_sums)[None, :]
         for tile in range(VT):
             wrote = load_block(d_written + place * 2 * E * V, start, 2 * E, E, tile * BV, V, BV)
             values = load_tile(v, own_token, own_first, own_rows, stride_v, E, tile * BV, V, BV)
@@ -262,9 +263,9 @@ def _solved_kernel(q, k, v, gamma, d_maps, d_written, d_mixed, d_solved, d_erase
         later = load_tile(q, token + E, later_first, later_rows, stride_q, E, tile * BK, K, BK)
         product = tl.dot(keys_of, tl.trans(queries), product, input_precision=PRECISION)
         product_later = tl.dot(keys_of, tl.trans(later), product_later, input_precision=PRECISION)
-    passing = tl.exp2(tl.minimum(own_sums[None, :] - own_sums[:, None], 0.0)) * scale
+    passing = decay_at_most_one(own_sums[None, :] - own_sums[:, None]) * scale
     product = tl.where(row[:, None] <= row[None, :], product * passing, 0.0)
-    product_later *= tl.exp2(tl.minimum(later_sums[None, :] - own_sums[:, None], 0.0)) * scale
+    product_later *= decay_at_most_one(later_sums[None, :] - own_sums[:, None]) * scale
     below = load_quarter(d_mixed, place, 1, E)
     product = product.to(dtype)
     own = tl.dot(product, load_quarter(d_mixed, place, 2 * half, E), own, input_precision=PRECISION)
@@ -316,7 +317,7 @@ def _overlap_kernel(k, beta, inverse, gamma, d_solved, d_overlap, d_strength, d_
         below_it = (below_it * before[None, :]).to(dtype)
         lower = tl.dot(below_it, tl.trans(load_quarter(inverse, place, 1, E)), lower, input_precision=PRECISION)
     strict = (row[:, None] > row[None, :]) | (quarter == 1)
-    lower = tl.where(strict, -lower * decays_across(tl.load(sums + above), tl.load(sums + left)), 0.0)
+    lower = tl.where(strict, -lower * decays_between(tl.load(sums + above), tl.load(sums + left)), 0.0)
     store_quarter(d_overlap, lower * strength[:, None], place, quarter, E)
 
     overlap = tl.zeros((E, E), tl.float32)
@@ -354,7 +355,7 @@ def _owed(k, v, d_added, d_maps, sums, token, first, rows, stride_k, stride_v, c
         keys = load_tile(k, token, first, rows, stride_k, E, key * BK, K, BK)
         map = load_block(d_maps, column, K, BK, key * BK, K, BK)
         kept = tl.dot(keys, tl.trans(map), kept, input_precision=PRECISION)
-    return total - kept * tl.exp2(sums)[:, None]
+    return total - kept * decay_of(sums)[:, None]
 
 
 @kernel(do_not_specialize=["N", "stride_b"])
@@ -387,7 +388,7 @@ def _keys_kernel(q, k, v, beta, inverse, pulled, gamma, d_added, d_maps, d_erase
     own_gamma = gamma + (head.to(tl.int64) * N + slot) * 2 * E + start + row
     sums = tl.load(own_gamma)
     end = tl.load(gamma + (head.to(tl.int64) * N + slot) * 2 * E + 2 * E - 1)
-    entering, after = tl.exp2(sums)[:, None], tl.exp2(end - sums)[:, None]
+    entering, after = decay_of(sums)[:, None], decay_of(end - sums)[:, None]
     pulled += (tl.load(places + slot).to(tl.int64) * H + head) * 2 * E * K
 
     # as they write to the state that leaves; those of the second half also through what it made of the first
@@ -490,7 +491,7 @@ def _decays_kernel(gamma, d_maps, d_scored, d_mass, d_strength, d_sums, d_end, d
             diagonal = tile * BK + channel
             of_map = d_maps + (slot.to(tl.int64) * H + head) * K * K + diagonal * (K + 1)
             through += tl.sum(tl.load(of_map, mask=diagonal < K, other=0.0).to(tl.float32), 0)
-        whole += tl.exp2(tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1)) * through
+        whole += decay_of(tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1)) * through
     tl.store(d_decay + own, tl.sum(mass, 0) - tl.cumsum(mass, 0) + mass + whole, mask=exists)
 
 

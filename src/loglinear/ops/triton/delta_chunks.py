@@ -110,12 +110,6 @@ def store_quarter(matrix, values, place, quarter, E: tl.constexpr):
     tl.store(_quarter(matrix, place, quarter, E), values.to(matrix.dtype.element_ty))
 
 
-@triton.jit
-def decays_across(later, earlier):
-    """2^(sums of the row, in the second half - sums of the column, in the first): [E, E]."""
-    return tl.exp2(tl.minimum(later[:, None] - earlier[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL))
-
-
 class Chunks(NamedTuple):
     """See the legend of this file."""
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from loglinear.fenwick import Slots
 from loglinear.ops.triton.common import (
     cdiv,
+    decay_of,
     decays_between,
     level_factor,
     load_column,
@@ -32,7 +33,6 @@ from loglinear.ops.triton.common import (
 from loglinear.ops.triton.delta_chunks import (
     TILE,
     Chunks,
-    decays_across,
     load_quarter,
     load_tile,
     parts_of,
@@ -89,8 +89,8 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
         others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
         product = tl.dot(queries, tl.trans(keys), product, input_precision=PRECISION)
         across = tl.dot(queries, tl.trans(others), across, input_precision=PRECISION)
-    product = tl.where(row[:, None] >= row[None, :], product * decays_between(own_sums) * scale, 0.0)
-    across *= decays_across(own_sums, other_sums) * scale
+    product = tl.where(row[:, None] >= row[None, :], product * decays_between(own_sums, own_sums) * scale, 0.0)
+    across *= decays_between(own_sums, other_sums) * scale
 
     place = slot.to(tl.int64) * H + head
     size = N.to(tl.int64) * H * 3 * E * E  # of a part of X
@@ -120,9 +120,9 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
             store_quarter(kept, mixed_across, place, 1, E)
     if tl.load(reads + slot) == 0:
         return
-    entering = tl.exp2(own_sums)
+    entering = decay_of(own_sums)
     mixed = (mixed * entering[None, :]).to(dtype)
-    mixed_across = (mixed_across * tl.exp2(other_sums)[None, :]).to(dtype)
+    mixed_across = (mixed_across * decay_of(other_sums)[None, :]).to(dtype)
     seen += (tl.load(places + slot).to(tl.int64) * H + head) * 2 * E * K
     for tile in range(KT):
         keys = load_tile(k, token_of, first_of, rows_of_half, stride_k, E, tile * BK, K, BK)
@@ -184,8 +184,8 @@ def _leaves_kernel(k, v, beta, inverse, gamma, added, maps, finals, tokens, firs
     sums0, sums1 = tl.load(sums), tl.load(sums + E)
     end = tl.load(gamma + (head.to(tl.int64) * N + slot) * 2 * E + 2 * E - 1)
     dtype = added.dtype.element_ty
-    keys0 = _turned_keys(k, tl.exp2(end - sums0), token, first, rows, stride_k, E, column, K, BK, dtype)
-    keys1 = _turned_keys(k, tl.exp2(end - sums1), token + E, later, rows - E, stride_k, E, column, K, BK, dtype)
+    keys0 = _turned_keys(k, decay_of(end - sums0), token, first, rows, stride_k, E, column, K, BK, dtype)
+    keys1 = _turned_keys(k, decay_of(end - sums1), token + E, later, rows - E, stride_k, E, column, K, BK, dtype)
     size, nothing = N.to(tl.int64) * H * 3 * E * E, tl.zeros((BK, E), tl.float32)  # size: of a part of X
     left0 = _times_inverse(keys0, inverse, place, 0, nothing, size, E, PARTS, PRECISION)
     left0 = _times_inverse(keys1, inverse, place, 1, left0, size, E, PARTS, PRECISION)
@@ -198,9 +198,9 @@ def _leaves_kernel(k, v, beta, inverse, gamma, added, maps, finals, tokens, firs
         made = _times_rows(whole0, lost0, whole1, lost1, v, token, first, later, rows, stride_v, E, value * BV, V, BV,
                            PARTS, PRECISION)  # fmt: skip
         store_block(added + place * K * V, made, column, K, BK, value * BV, V, BV)
-    whole0, lost0 = _in_parts(left0 * tl.exp2(sums0)[None, :], dtype)
-    whole1, lost1 = _in_parts(left1 * tl.exp2(sums1)[None, :], dtype)
-    passing = tl.exp2(end)
+    whole0, lost0 = _in_parts(left0 * decay_of(sums0)[None, :], dtype)
+    whole1, lost1 = _in_parts(left1 * decay_of(sums1)[None, :], dtype)
+    passing = decay_of(end)
     for key in range(KT):
         made = _times_rows(whole0, lost0, whole1, lost1, k, token, first, later, rows, stride_k, E, key * BK, K, BK,
                            PARTS, PRECISION)  # fmt: skip

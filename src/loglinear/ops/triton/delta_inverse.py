@@ -16,9 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.fenwick import Slots, chunk_height
-from loglinear.ops.triton.common import cdiv, load_column, log2_decays, program_place, programs
+from loglinear.ops.triton.common import (
+    cdiv,
+    decays_between,
+    load_column,
+    log2_decays,
+    program_place,
+    programs,
+    sums_dtype,
+)
 from loglinear.ops.triton.delta_chunks import (
-    decays_across,
     inverse_shape,
     load_block,
     load_quarter,
@@ -73,14 +80,15 @@ def _diagonal_kernel(k, log_decay, beta, halves, inverse, gamma, tokens, firsts,
     row = tl.arange(0, E)
     earlier = log2_decays(log_decay + head, token, first, rows * half, stride_d, E)  # none for the first half
     own = log2_decays(log_decay + head, token + start, own_first, rows - start, stride_d, E)
-    sums = tl.sum(earlier, 0) + tl.cumsum(own, 0)
+    dtype = gamma.dtype.element_ty
+    sums = tl.sum(earlier.to(dtype), 0) + tl.cumsum(own.to(dtype), 0)
     tl.store(gamma + (head.to(tl.int64) * N + slot) * 2 * E + start + row, sums)
     overlap = tl.zeros((E, E), tl.float32)
     for tile in range(KT):
         keys = load_tile(k, token + start, own_first, rows - start, stride_k, E, tile * BK, K, BK)
         overlap = tl.dot(keys, tl.trans(keys), overlap, input_precision=PRECISION)
     strength = load_column(beta + head, token + start, own_first, rows - start, stride_b, E)
-    overlap = tl.where(row[:, None] > row[None, :], overlap * decays_across(sums, sums) * strength[:, None], 0.0)
+    overlap = tl.where(row[:, None] > row[None, :], overlap * decays_between(sums, sums) * strength[:, None], 0.0)
     store_block(halves, overlap, 0, E, E, 0, E, E)
     tl.debug_barrier()
     inner = tl.arange(0, BASE)
@@ -130,7 +138,7 @@ def _below_kernel(k, beta, inverse, gamma, tokens, firsts, rows_of, N, H, G, str
         others = load_tile(k, token, first, rows, stride_k, E, tile * BK, K, BK)
         below = tl.dot(keys, tl.trans(others), below, input_precision=PRECISION)
     strength = load_column(beta + head, token + E, later, rows - E, stride_b, E)
-    below *= decays_across(tl.load(sums + E), tl.load(sums)) * strength[:, None]
+    below *= decays_between(tl.load(sums + E), tl.load(sums)) * strength[:, None]
     size = N.to(tl.int64) * H * 3 * E * E
     step = tl.dot(below, _whole_quarter(inverse, place, 0, size, E, PARTS), input_precision=EXACT)
     step = -tl.dot(_whole_quarter(inverse, place, 2, size, E, PARTS), step, input_precision=EXACT)
@@ -142,7 +150,7 @@ def make_inverses(k: Tensor, log_decay: Tensor, beta: Tensor, slots: Slots, chun
     """`inverse` and `gamma` of chunks of k [T, G, K], log_decay and beta [T, H]."""
     num_slots, (_, groups, key_dim), heads = len(slots.token), k.shape, beta.shape[-1]
     inverse = k.new_empty(inverse_shape(k, num_slots, heads, chunk))
-    gamma = k.new_zeros(heads, num_slots, chunk, dtype=torch.float32)
+    gamma = k.new_zeros(heads, num_slots, chunk, dtype=sums_dtype(k))
     block, half = tile_width(key_dim), chunk // 2
     exact = precision if k.dtype == torch.float32 else "tf32x3"
     halves = k.new_empty(num_slots, heads, 2, half, half, dtype=torch.float32)

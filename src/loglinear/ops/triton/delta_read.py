@@ -22,6 +22,7 @@ from torch import Tensor
 from loglinear.fenwick import Slots
 from loglinear.ops.triton.common import (
     cdiv,
+    decay_of,
     decays_between,
     drop_lowest_bit,
     level_factor,
@@ -143,12 +144,12 @@ def _scores_of(q, k, beta, inverse, sums, token, first, rows, place, size, scale
     keys = load_tile(k, token, first, rows, stride_k, C, 0, K, BK)
     dtype = queries.dtype
     product = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-    product = tl.where(row[:, None] >= row[None, :], product * decays_between(sums) * scale, 0.0).to(dtype)
+    product = tl.where(row[:, None] >= row[None, :], product * decays_between(sums, sums) * scale, 0.0).to(dtype)
     mixed = tl.dot(product, load_quarters(inverse, place, C // 2), input_precision=PRECISION)
     if PARTS == 2:
         mixed = tl.dot(product, load_quarters(inverse + size, place, C // 2), mixed, input_precision=PRECISION)
     mixed *= load_column(beta, token, first, rows, stride_b, C)[None, :]
-    entering = tl.exp2(sums)
+    entering = decay_of(sums)
     passed = tl.dot((mixed * entering[None, :]).to(dtype), keys, input_precision=PRECISION)
     seen = queries.to(tl.float32) * (entering * scale)[:, None] - passed
     return mixed, seen.to(dtype)

@@ -20,7 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.fenwick import Slots
-from loglinear.ops.triton.common import cdiv, load_rows, log2_decays, next_power_of_2, program_place, programs
+from loglinear.ops.triton.common import (
+    cdiv,
+    decay_of,
+    load_rows,
+    log2_decays,
+    next_power_of_2,
+    program_place,
+    programs,
+    sums_dtype,
+)
 from loglinear.ops.triton.launch import kernel
 
 SUBTREE_HEIGHT = 2  # of the subtrees whose nodes are made in registers
@@ -30,7 +39,7 @@ SUBTREE_HEIGHT = 2  # of the subtrees whose nodes are made in registers
 def _leaf(k, v, log_decay, gamma, token, first, rows, present, slot, head, N, stride_k, stride_v, stride_d, K, V,
           write_gamma, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """State that one chunk adds, [BK, BV], and the log of its decay."""
-    decay = log2_decays(log_decay + head, token, first, rows, stride_d, C)
+    decay = log2_decays(log_decay + head, token, first, rows, stride_d, C).to(gamma.dtype.element_ty)
     sums = tl.cumsum(decay, 0)
     total = tl.sum(decay, 0)
     if write_gamma:
@@ -38,7 +47,7 @@ def _leaf(k, v, log_decay, gamma, token, first, rows, present, slot, head, N, st
         tl.store(gamma + (head.to(tl.int64) * N + slot) * C + row, sums, mask=row < tl.where(present, C, 0))
     keys = load_rows(k, token, first, rows, stride_k, C, K, BK, False)
     values = load_rows(v, token, first, rows, stride_v, C, V, BV, False)
-    weighted = (values * tl.exp2(total - sums)[:, None]).to(values.dtype)
+    weighted = (values * decay_of(total - sums)[:, None]).to(values.dtype)
     return tl.dot(tl.trans(keys), weighted, input_precision=PRECISION), total
 
 
@@ -73,7 +82,7 @@ def _subtree(k, v, log_decay, gamma, nodes, logs, firsts, rows, token, slot, lef
         after, after_log = _subtree(k, v, log_decay, gamma, nodes, logs, firsts, rows, token, slot, left, head, N, H,
                                     stride_k, stride_v, stride_d, K, V, size, offset, mask, write, FIRST + HALF,
                                     HALF, C, BK, BV, PRECISION)  # fmt: skip
-        return before * tl.exp2(after_log) + after, before_log + after_log
+        return before * decay_of(after_log) + after, before_log + after_log
 
 
 @kernel(do_not_specialize=["N"])
@@ -172,7 +181,7 @@ def make_nodes(k: Tensor, v: Tensor, log_decay: Tensor, slots: Slots, chunk: int
     nodes = v.new_empty(num_slots, heads, key_dim, value_dim, dtype=stored)
     logs = new(num_slots, heads, dtype=torch.float32)
     tops = torch.empty_like(logs)
-    gamma = new(heads, num_slots, chunk, dtype=torch.float32)
+    gamma = new(heads, num_slots, chunk, dtype=sums_dtype(v))
     low = subtree_height(slots, state)
     block_k, block_v = min(64, next_power_of_2(key_dim)), min(64, next_power_of_2(value_dim))
     block_k, block_v = max(16, block_k), max(16, block_v)
@@ -185,7 +194,7 @@ def make_nodes(k: Tensor, v: Tensor, log_decay: Tensor, slots: Slots, chunk: int
     if state is not None:
         held = torch.where(slots.ends.has_bucket[..., None, None, None], state.far, 0)
         nodes[slots.ends.bucket.flatten()] = held.flatten(0, 1).to(stored)
-        across = torch.exp2(gamma[:, slots.base, -1]).T[..., None, None]  # the first chunk
+        across = torch.exp2(gamma[:, slots.base, -1]).float().T[..., None, None]  # the first chunk
         nodes[slots.base] = (nodes[slots.base] + across * state.near).to(stored)
     size = key_dim * value_dim
     block = min(1024, next_power_of_2(size))

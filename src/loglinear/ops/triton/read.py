@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loglinear.fenwick import Slots
 from loglinear.ops.triton.common import (
+    decay_of,
     drop_lowest_bit,
     level_mask,
     load_column,
@@ -64,7 +65,7 @@ def _read_kernel(q, k, v, scales, o, nodes, logs, gamma, tokens, firsts, rows_of
         node = place_of_node(slot, block, origin, oldest, rest, count - step)
         place = node.to(tl.int64) * H + head
         state = load_state(nodes + place * K * V, K, V, BK, BV).to(dtype)
-        weight = tl.exp2(sums + log) * scale
+        weight = decay_of(sums + log) * scale
         if SCALED:
             level = tl.minimum(HEIGHT + 1 + tl.load(heights + node), L - 1)
             weight *= load_column(lam + level, token, first, rows, stride_s, C)
