@@ -251,12 +251,37 @@ def test_what_goes_wrong_is_rows_too(texts, tmp_path, monkeypatch):
         ({"needles": {"tasks": ["niah_single_1"]}}, "got one of tasks and lengths"),
         ({"needles": {"part": 1}}, "unknown key 'needles.part'"),
         ({"seed": 1}, "unknown key 'seed'"),
+        ({"learning_rates": [1e-3, -1]}, "learning_rates: got -1, wanted numbers above 0"),
+        ({"learning_rates": [1e-3, 1e-3]}, "wanted each once"),
+        ({"learning_rates": [1e-2, 1e-1]}, "without 0.001, the rate of linear"),
+        ({"learning_rates": [1e-3, 1e-2], "chosen_rates": {"levels": 0.1}}, "without 0.1, the rate of levels"),
+        ({"learning_rates": [1e-3], "chosen_rates": {"other": 1e-3}}, "chosen_rates: got 'other'"),
+        ({"chosen_rates": {"levels": 1e-3}}, "got a rate of levels without learning_rates"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
 def test_what_cannot_be_is_refused(texts, tmp_path, changes, message):
     with pytest.raises((ValueError, TypeError), match=message):
         config_of(tmp_path, small(texts, **changes))
+
+
+def test_rates_are_tried_with_the_first_seed_and_the_others_take_the_chosen_one(texts, tmp_path):
+    train = {**small(texts)["train"], "learning_rate": 1e-3}
+    alone = config_of(tmp_path, small(texts, train=train))
+    tuned = config_of(tmp_path, small(texts, train=train, learning_rates=[1e-3, 1e-2], chosen_rates={"levels": 1e-2}))
+    found = [(run.model, run.seed, run.learning_rate) for run in tuned.runs()]
+    chosen = [(run.model, run.seed, run.learning_rate) for run in tuned.chosen_runs()]
+    assert chosen == [
+        (model, seed, rate)
+        for seed in (0, 1)
+        for model, rate in (("linear", 1e-3), ("levels", 1e-2), ("softmax", 1e-3))
+    ]
+    assert found[:6] == chosen and sorted(found[6:]) == [("levels", 0, 1e-3), ("linear", 0, 1e-2), ("softmax", 0, 1e-2)]
+    # runs that were measured before anything was tuned are those at their rate
+    keys = {(run.model, run.seed): run.key for run in alone.runs()}
+    assert all((keys[model, seed] == run.key) == (run.learning_rate == 1e-3)
+               for run in tuned.runs() for model, seed in [run.key[:2]])  # fmt: skip
+    assert [run.training.learning_rate for run in tuned.runs()] == [rate for _, _, rate in found]
 
 
 def test_documents_that_are_missing_are_found_out_before_a_training(texts, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from loglinear import plots
 from loglinear.cli import main
 from loglinear.evals import comparison, results, rowfile, sweep
 from loglinear.evals.comparison import ComparisonConfig, ComparisonRow
-from loglinear.evals.results import FIGURES, Difference, twins, verdict, write_page
+from loglinear.evals.results import FIGURES, Difference, comparison_table, twins, verdict, write_page
 from loglinear.evals.sweep import SweepConfig, SweepRow
 
 ROOT = Path(__file__).parent.parent.parent
@@ -60,6 +60,7 @@ def language_rows(config: ComparisonConfig, values) -> list[ComparisonRow]:
             {"metric": "corpus_tokens", "value": 1000.0, "count": 7, "detail": "abc"},
             {"metric": "parameters", "value": 1234.0},
             {"metric": "state_bytes", "value": 2048.0},
+            {"metric": "training_loss", "value": 300 * run.learning_rate},
             {"metric": "held_out_loss"},
             *({"metric": "position_loss", "position": start, "until": end} for start, end in places),
             *({"metric": "needle", "task": "niah_single_1", "position": length, "depth": depth}
@@ -75,11 +76,11 @@ def language_rows(config: ComparisonConfig, values) -> list[ComparisonRow]:
     return rows
 
 
-def write_language(folder: Path, values, seeds: int = 2, status=None) -> ComparisonConfig:
+def write_language(folder: Path, values, seeds: int = 2, status=None, more: str = "") -> ComparisonConfig:
     text = (ROOT / "experiments" / "language-tiny.yaml").read_text()
     text = re.sub(r"seeds: \[.*\]", f"seeds: {list(range(seeds))}", text)
     (folder / "experiments").mkdir(exist_ok=True)
-    (folder / "experiments" / "words.yaml").write_text(text + "title: Words\nconclusion: Use both.\n")
+    (folder / "experiments" / "words.yaml").write_text(text + "title: Words\nconclusion: Use both.\n" + more)
     config = ComparisonConfig.from_file(folder / "experiments" / "words.yaml")
     rows = language_rows(config, values)
     if status is not None:
@@ -117,6 +118,22 @@ def test_the_page_of_a_comparison(tmp_path):
         path = tmp_path / "docs" / FIGURES / f"words-{name}.png"
         assert path in written and path.read_bytes().startswith(b"\x89PNG")
         assert f"({FIGURES}/{path.name})" in page
+
+
+def test_the_page_of_a_comparison_whose_rates_were_tuned(tmp_path):
+    """Rows at other rates are in the table of rates, and nowhere else."""
+    more = "learning_rates: [1e-3, 3e-3]\nchosen_rates: {mamba2: 1e-3, gated-deltanet: 1e-3}\n"
+    config = write_language(tmp_path, better_with_levels, more=more)
+    written = write_page(tmp_path / "experiments", tmp_path / "benchmarks", tmp_path / "docs" / "results.md")
+    page = written[0].read_text()
+    assert len(config.runs()) == 15 and "All 15 runs are done." in page and "learning rates below" in page
+    assert "| model | 0.001 | 0.003 |" in page
+    assert "| mamba2 | 0.3000 / 0.5000* | 0.9000 / 0.5000 |" in page
+    assert "| log-linear-mamba2 | 0.3000 / 0.4000 | 0.9000 / 0.4000* |" in page
+    assert "chosen by the former, but for attention, log-linear-mamba2, log-linear-gated-deltanet." in page
+    assert f"| mamba2 | 1,234 | 2 | 0.5050 ± {statistics.stdev([0.5, 0.51]):.4f} |" in page, "two seeds, one rate"
+    header, lines = comparison_table(config, language_rows(config, better_with_levels))
+    assert [line[header.index("seeds")] for line in lines] == ["2"] * 5
 
 
 def test_the_page_of_a_comparison_of_costs(tmp_path):

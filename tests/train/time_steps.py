@@ -60,7 +60,7 @@ def time_model(run: ComparisonRun, kernels: int) -> None:
             model = Path(folder) / "model.json"
             model.write_text(json.dumps(run.options), encoding="utf-8")
             changes = {"model": str(model), "output": folder, "steps": BEFORE + 2 * PROFILED + 1, "log_every": 1000}
-            train(run.comparison.training(run.seed).replace(**changes, progress=False, device="cuda"))
+            train(run.training.replace(**changes, progress=False, device="cuda"))
     finally:
         PackedTrainer.training_step = watch.step
     print(f"{run.model}:")
@@ -75,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     config = ComparisonConfig.from_file(options.file)
     for name in options.models or config.models:
-        time_model(ComparisonRun(config, name, config.seeds[0]), options.kernels)
+        time_model(ComparisonRun(config, name, config.seeds[0], config.rate_of(name)), options.kernels)
 
 
 if __name__ == "__main__":

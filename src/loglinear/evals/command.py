@@ -273,7 +273,8 @@ def run_comparison(
     console, output, clock = console or Console(), Path(output), Clock()
 
     def begin(run: comparison.ComparisonRun, done: int, runs: int) -> None:
-        console.print(f"{done + 1}/{runs} · {run.model}, seed {run.seed} …", highlight=False, markup=False)
+        rate = f", rate {run.learning_rate:g}" if config.learning_rates else ""
+        console.print(f"{done + 1}/{runs} · {run.model}, seed {run.seed}{rate} …", highlight=False, markup=False)
 
     def tell(rows: list[comparison.ComparisonRow], done: int, runs: int) -> None:
         end = rows[-1]

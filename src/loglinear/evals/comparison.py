@@ -2,7 +2,8 @@
 every run is rows of a CSV.
 
 The models of one seed see the same tokens in the same order under the same recipe, and start from the same weights
-where their parameters agree in name and shape (`loglinear.models.initialization`). A run is
+where their parameters agree in name and shape (`loglinear.models.initialization`). The learning rate may be tuned: with
+one seed every model is trained at every rate, and the file says which one its other seeds take. A run is
 
     train (`loglinear.train`)          on real documents, and on a share of texts with needles in them
     held-out loss, loss by position    on real documents that no model was trained on (`position_loss`)
@@ -111,6 +112,10 @@ class ComparisonConfig:
         seeds: of initial weights and order of the data.
         train: options of `loglinear train` that all runs share; `steps` among them.
         needles: see `Needles`.
+        learning_rates: that every model is trained at with the first seed, to choose from. Default: that of `train`
+            alone.
+        chosen_rates: model -> the one of them that its other seeds are trained at, and that the page of results is
+            about. Default: that of `train`.
         longest: positions that the loss is measured at; default: four times `sequence_length`.
         documents: held-out documents that reach the last position, at most so many.
         level_tokens: what is read for the use of levels; default: `sequence_length`.
@@ -125,6 +130,8 @@ class ComparisonConfig:
     seeds: list[int]
     train: dict[str, Any]
     needles: Needles = field(default_factory=Needles)
+    learning_rates: list[float] = field(default_factory=list)
+    chosen_rates: dict[str, float] = field(default_factory=dict)
     longest: int | None = None
     documents: int = 64
     level_tokens: int | None = None
@@ -151,8 +158,29 @@ class ComparisonConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}: got {value!r}, wanted a whole number of at least 1")
+        self._check_rates()
         for run in self.runs():
             run.model_config()
+
+    def _check_rates(self) -> None:
+        for rate in self.learning_rates:
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not rate > 0:
+                raise ValueError(f"learning_rates: got {rate!r}, wanted numbers above 0")
+        if len(set(self.learning_rates)) != len(self.learning_rates):
+            raise ValueError(f"learning_rates: got {self.learning_rates!r}, wanted each once")
+        for name in self.chosen_rates:
+            if name not in self.models:
+                raise ValueError(f"chosen_rates: got {name!r}, wanted names of models: {', '.join(self.models)}")
+        for name in self.models:
+            if self.learning_rates and self.rate_of(name) not in self.learning_rates:
+                raise ValueError(
+                    f"learning_rates: got {self.learning_rates!r} without {self.rate_of(name):g}, the rate of {name}; "
+                    "wanted all that models are trained at"
+                )
+            if not self.learning_rates and name in self.chosen_rates:
+                raise ValueError(
+                    f"chosen_rates: got a rate of {name} without learning_rates, wanted those it is one of"
+                )
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ComparisonConfig":
@@ -184,18 +212,34 @@ class ComparisonConfig:
         common = {"evaluate_every": 0, "save_every": 0, "keep_checkpoints": 1, "tensorboard": False, **self.train}
         return TrainConfig.from_mapping({**common, "seed": seed})
 
+    def rate_of(self, model: str) -> float:
+        """The learning rate that was chosen for a model."""
+        return self.chosen_rates.get(model, self.training(0).learning_rate)
+
+    def chosen_runs(self) -> "list[ComparisonRun]":
+        """Those that are compared: all seeds of each model at its rate, seed by seed, so that a comparison that is
+        stopped early has whole ones."""
+        return [ComparisonRun(self, name, seed, self.rate_of(name)) for seed in self.seeds for name in self.models]
+
     def runs(self) -> "list[ComparisonRun]":
-        """All runs: seed by seed, so that a comparison that is stopped early has whole ones."""
-        return [ComparisonRun(self, name, seed) for seed in self.seeds for name in self.models]
+        """All runs: those at rates that were not chosen come last."""
+        chosen, first = self.chosen_runs(), self.seeds[0]
+        tried = [ComparisonRun(self, name, first, rate) for rate in self.learning_rates for name in self.models]
+        return chosen + [run for run in tried if run not in chosen]
 
 
 @dataclass(frozen=True)
 class ComparisonRun:
-    """One model and seed of a comparison."""
+    """One model, seed and learning rate of a comparison."""
 
     comparison: ComparisonConfig
     model: str
     seed: int
+    learning_rate: float
+
+    @property
+    def training(self) -> TrainConfig:
+        return self.comparison.training(self.seed).replace(learning_rate=self.learning_rate)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -208,7 +252,7 @@ class ComparisonRun:
         """The configuration, with the vocabulary and special tokens of the tokenizer and the trained length where the
         options do not say otherwise.
         """
-        training = self.comparison.training(self.seed)
+        training = self.training
         tokenizer = load_tokenizer(training.tokenizer)
         tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": training.sequence_length, **tokens}
@@ -221,7 +265,7 @@ class ComparisonRun:
         """Everything that makes the run what it is, as JSON; what may differ without that is left out, and so are
         drills where there are none: rows that know nothing of them are of such runs.
         """
-        comparison, training = self.comparison, self.comparison.training(self.seed)
+        comparison, training = self.comparison, self.training
         left_out = {"model", "model_options", "seed", "output", "device", "compile", "cache"}
         shared = {
             one.name: getattr(training, one.name)
@@ -577,8 +621,8 @@ class _Examiner:
         model.write_text(json.dumps(run.options, indent=2), encoding="utf-8")
         resume = newest_checkpoint(folder) is not None
         changes = {"data": self.data, "model": str(model), "output": str(folder), "resume": resume}
-        training = self.config.training(run.seed)
-        return training.replace(**changes, device=self.device.type, progress=training.progress and not self.in_worker)
+        progress = run.training.progress and not self.in_worker
+        return run.training.replace(**changes, device=self.device.type, progress=progress)
 
     def examine(self, folder: Path) -> Iterator[dict[str, Any]]:
         """Everything that is asked of a trained model."""

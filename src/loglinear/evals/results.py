@@ -25,7 +25,7 @@ from loglinear import plots
 from loglinear.bench.report import markdown
 from loglinear.data.recall import RecallTask
 from loglinear.evals import comparison, sweep, sweep_summary
-from loglinear.evals.comparison import ComparisonConfig, ComparisonRow
+from loglinear.evals.comparison import ComparisonConfig, ComparisonRow, ComparisonRun
 from loglinear.evals.needle import NeedleCell
 from loglinear.evals.needle import plot as plot_needles
 from loglinear.evals.position_loss import student_quantile
@@ -261,7 +261,9 @@ def language_section(file: Path, config: ComparisonConfig, rows: Sequence[Compar
     """A section on a comparison; its plots go into `output`."""
     wanted = {run.key for run in config.runs()}
     rows = [row for row in rows if row.key in wanted]
-    ends = [row for row in rows if row.metric == "run" and row.status != comparison.FAILED]
+    every, tuning = [row for row in rows if _has_ended(row)], _tuning_parts(config, rows)
+    measured, rows = rows, _of_chosen_rates(config, rows)
+    ends = [row for row in rows if _has_ended(row)]
     values, training = _Values(rows), config.training(config.seeds[0])
     models = [name for name in config.models if any(row.model == name for row in ends)]
     pairs = [pair for pair in twins(config.models) if set(pair) <= set(models)]
@@ -271,19 +273,21 @@ def language_section(file: Path, config: ComparisonConfig, rows: Sequence[Compar
     parts = [f"## {config.title or file.stem}", *([config.about.strip()] if config.about else [])]
     share = f"; {config.needles.share:.0%} of the tokens are texts with needles" if config.needles.share else ""
     kind = "bytes" if training.tokenizer == "bytes" else f"of the tokenizer {training.tokenizer}"
+    rates = f"learning rate {training.learning_rate:g} for all" if not tuning else "learning rates below"
     parts.append(
-        f"Trained on {tokens:,} tokens ({kind}) at {trained:,} tokens a row{share}; learning rate "
-        f"{training.learning_rate:g} for all. {_corpus(rows, training.data)} {_done(len(ends), len(wanted))}"
+        f"Trained on {tokens:,} tokens ({kind}) at {trained:,} tokens a row{share}; {rates}. "
+        f"{_corpus(rows, training.data)} {_done(len(every), len(wanted))}"
     )
     if not ends:
         return "\n\n".join(parts)
-    sharing = {row.key: row.count or 1 for row in rows if row.metric == "tokens_per_second"}
+    sharing = {row.key: row.count or 1 for row in measured if row.metric == "tokens_per_second"}
     most = max(sharing.values(), default=1)
     shared = f" Up to {most} runs shared a device, and its speed." if most > 1 else ""
+    parts += tuning
     parts += ["### Loss and cost", markdown(*_cost_table(values, models)), _COST_NOTE + shared]
-    seconds = sum((row.value or 0.0) / sharing.get(row.key, 1) for row in ends)
+    seconds = sum((row.value or 0.0) / sharing.get(row.key, 1) for row in every)
     command, took = f"loglinear compare {file} --output benchmarks/{file.stem}", "Took, added up over devices,"
-    repeat = _repeat(command, took, seconds, ends)
+    repeat = _repeat(command, took, seconds, every)
     if config.cost_only:
         return "\n\n".join([*parts, *([config.conclusion.strip()] if config.conclusion else []), repeat])
     parts += ["### Loss by position", markdown(*_position_table(values, models)), "Nats per token, mean ± standard "
@@ -316,6 +320,44 @@ def language_section(file: Path, config: ComparisonConfig, rows: Sequence[Compar
     return "\n\n".join(parts)
 
 
+def _has_ended(row: ComparisonRow) -> bool:
+    return row.metric == "run" and row.status != comparison.FAILED
+
+
+def _of_chosen_rates(config: ComparisonConfig, rows: Sequence[ComparisonRow]) -> list[ComparisonRow]:
+    chosen = {run.key for run in config.chosen_runs()}
+    return [row for row in rows if row.key in chosen]
+
+
+def _tuning_parts(config: ComparisonConfig, rows: Sequence[ComparisonRow]) -> list[str]:
+    """What the first seed says of learning rates, if there are several."""
+    if not config.learning_rates:
+        return []
+    numbers = {(row.key, row.metric): row.value for row in rows if row.status == comparison.FINISHED}
+    ended = {row.key: row.status for row in rows if _has_ended(row)}
+    rates, first = sorted(config.learning_rates), config.seeds[0]
+    lines, other = [], []
+    for model in config.models:
+        runs = [ComparisonRun(config, model, first, rate) for rate in rates]
+        losses = [numbers.get((run.key, "training_loss")) for run in runs]
+        cells = []
+        for run, loss in zip(runs, losses, strict=True):
+            held_out = numbers.get((run.key, "held_out_loss"))
+            mark = "*" if run.learning_rate == config.rate_of(model) else ""
+            told = {None: "missing", comparison.FINISHED: "–"}.get(status := ended.get(run.key), status)
+            cells.append(f"{loss:.4f} / {held_out:.4f}{mark}" if loss is not None and held_out is not None else told)
+        lines.append([model, *cells])
+        known = {rate: loss for rate, loss in zip(rates, losses, strict=True) if loss is not None}
+        if known and min(known, key=known.__getitem__) != config.rate_of(model):
+            other.append(model)
+    note = (
+        f"Loss of seed {first} by learning rate, nats per token: of the training (mean over the steps of its last "
+        "report) and held out. *: the rate of the model everywhere below, chosen by the former"
+    )
+    note += f", but for {', '.join(other)}." if other else "."
+    return ["### Learning rates", markdown(["model", *(f"{rate:g}" for rate in rates)], lines), note]
+
+
 def _restricted(
     values: _Values, model: str, places: Sequence[Where], widths: Sequence[int], inside: Callable[[Where], bool]
 ) -> dict[int, float]:
@@ -327,6 +369,7 @@ def _restricted(
 
 def comparison_table(config: ComparisonConfig, rows: Sequence[ComparisonRow]) -> tuple[list[str], list[list[str]]]:
     """Header and lines: loss and cost of each model that has been measured."""
+    rows = _of_chosen_rates(config, rows)
     measured = {row.model for row in rows if row.metric == "held_out_loss"}
     return _cost_table(_Values(rows), [name for name in config.models if name in measured])
 
