@@ -72,19 +72,28 @@ def test_kernels_are_compiled_in_threads_and_once(tmp_path):
 
 
 FIRST_CALL = """
-import time
+import os, time
+CORES and os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:CORES])
 import torch
-from loglinear import log_linear_attention
+from loglinear import FenwickState, log_linear_attention
 
-place = {"device": "cuda", "dtype": torch.bfloat16}
+place = {"device": "cuda", "dtype": torch.DTYPE}
 q, k = torch.nn.functional.normalize(torch.randn(2, 1, 4096, 6, KEY, **place), dim=-1).unbind(0)
 v, beta = torch.randn(1, 4096, 6, VALUE, **place), torch.rand(1, 4096, 6, **place)
 scales, decay = torch.rand(1, 4096, 6, 13, device="cuda"), -torch.rand(1, 4096, 6, device="cuda")
 inputs = [x.requires_grad_() for x in (q, k, v, scales, decay, beta)]
+state = None
+if STATE:
+    buckets = torch.randn(1, 13, 6, KEY, VALUE, device="cuda", requires_grad=True)
+    state = FenwickState(buckets, torch.tensor([1000], device="cuda"))
+    inputs.append(buckets)
 
 def call():
-    o, _ = log_linear_attention(q, k, v, scales, log_decay=decay, beta=beta)
-    return [o, *torch.autograd.grad(o.float().square().sum(), inputs)]
+    o, final = log_linear_attention(
+        q, k, v, scales, log_decay=decay, beta=beta, initial_state=state, return_state=STATE, backend="triton"
+    )
+    found = [o, final.buckets] if STATE else [o]
+    return [*found, *torch.autograd.grad(sum(x.float().square().sum() for x in found), inputs)]
 
 torch.cuda.synchronize()
 begin = time.perf_counter()
@@ -95,11 +104,30 @@ print(all(torch.equal(a, b) for a, b in zip(first, call())))
 """
 
 
+def first_call(key, value, dtype, state, cache, cores=0):
+    """Seconds of it, on so many processor cores (0: all), and whether the next one computes the same."""
+    given = {"KEY": key, "VALUE": value, "DTYPE": dtype, "STATE": state, "CORES": cores}
+    script = FIRST_CALL
+    for name, what in given.items():
+        script = script.replace(name, str(what))
+    seconds, same = run_script(script, TRITON_CACHE_DIR=str(cache)).splitlines()
+    return float(seconds), same == "True"
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("key", "value"), [(128, 128), (192, 384)])  # with all columns in a program, and without
-def test_first_call_on_gpu(key, value, tmp_path):
+@pytest.mark.parametrize(
+    ("key", "value", "dtype", "state"),
+    [
+        (128, 128, "bfloat16", False),  # with all columns in a program
+        (192, 384, "bfloat16", False),  # and without
+        (128, 128, "bfloat16", True),
+        (192, 384, "bfloat16", True),
+        (192, 384, "float32", True),
+        (256, 512, "bfloat16", True),
+    ],
+)
+def test_first_call_on_gpu(key, value, dtype, state, tmp_path):
     """At most 30 seconds, with nothing compiled before; and it computes what later ones do."""
-    script = FIRST_CALL.replace("KEY", str(key)).replace("VALUE", str(value))
-    seconds, same = run_script(script, TRITON_CACHE_DIR=str(tmp_path)).splitlines()
-    assert float(seconds) <= 30
-    assert same == "True"
+    seconds, same = first_call(key, value, dtype, state, tmp_path)
+    assert same
+    assert seconds <= 30

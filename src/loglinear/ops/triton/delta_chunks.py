@@ -5,12 +5,13 @@ rows of a chunk write T (v - k̂ S), where S is the state that enters it, T = (I
 leaves it as P S + U, with P = e^Γ I - k̄ᵀ T k̂ and U = k̄ᵀ T v, where k̄ = k e^{Γ-γ}. The kernels of `delta_halves.py` make
 all of it, and the scores of the rows among each other, and their queries as seen from S.
 
-Precision, for 16-bit inputs (all else is float32): A, its inverse and the products that join it are float32 in three
-tf32 parts, for the inverse of a chunk of nearly equal keys is as badly conditioned as the chunk is long. What every
-later product passes through is in two bfloat16 parts, the second of them what the first has lost: the inverse as it is
-stored, k̄ᵀ T, and P in `delta_nodes.py` where nodes grow. With single ones the output is wrong by 6e-3 where nothing
-decays, instead of 4e-3, of which 1.7e-3 is the rounding of the output. U, the queries and the scores, before T and
-after it, are single, and so is P where queries pass it, and all that the backward multiplies by.
+Precision. Of float32 inputs all is float32, but for gamma, A and its inverse, which are float64 until they are done.
+For 16-bit inputs A, its inverse and the products that join it are float32 in three tf32 parts, for the inverse of a
+chunk of nearly equal keys is as badly conditioned as the chunk is long. What every later product passes through is in
+two bfloat16 parts, the second of them what the first has lost: the inverse as it is stored, k̄ᵀ T, and P in
+`delta_nodes.py` where nodes grow. With single ones the output is wrong by 6e-3 where nothing decays, instead of 4e-3,
+of which 1.7e-3 is the rounding of the output. U, the queries and the scores, before T and after it, are single, and
+so is P where queries pass it, and all that the backward multiplies by.
 
 Legend
     N chunks (slots), C rows of a chunk, H heads, G groups, K key width, V value width, L levels

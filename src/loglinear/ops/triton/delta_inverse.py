@@ -4,6 +4,10 @@ From blocks of 16 rows on the diagonal, which are inverted row by row, to those 
 
     [[X⁻¹, 0], [B, Y⁻¹]]⁻¹ = [[X, 0], [-Y B X, Y]]
 
+Of float32 keys all of it is float64, as gamma is, and rounded when it is done: the inverse of a chunk of nearly equal
+keys magnifies what A has lost, and sums of float32 products, one after the other, lose enough for outputs to err by
+3e-6.
+
 Legend as in `delta_chunks.py`, and
     halves [N, H, 2, E, E] the two blocks of A on the diagonal, and what is inverted of them
 """
@@ -49,14 +53,23 @@ def _store_quarter_in_parts(matrix, values, place, quarter, size, E: tl.constexp
 
 
 @triton.jit
+def _product(left, right, total, PRECISION: tl.constexpr):
+    """`total` + `left` times `right`, as wide as `total`."""
+    if total.dtype == tl.float64:
+        return tl.dot(left.to(tl.float64), right.to(tl.float64), total, out_dtype=tl.float64)
+    else:
+        return tl.dot(left, right, total, input_precision=PRECISION)
+
+
+@triton.jit
 def _join_pair(matrix, pair, E: tl.constexpr, SIZE: tl.constexpr, EXACT: tl.constexpr):
     """In place, of a matrix [E, E]: two blocks of SIZE rows on its diagonal that are inverted become one."""
     start = pair * 2 * SIZE
     left = load_block(matrix, start, E, SIZE, start, E, SIZE)
     between = load_block(matrix, start + SIZE, E, SIZE, start, E, SIZE)
     right = load_block(matrix, start + SIZE, E, SIZE, start + SIZE, E, SIZE)
-    step = tl.dot(between, left, input_precision=EXACT)
-    step = -tl.dot(right, step, input_precision=EXACT)
+    nothing = tl.zeros((SIZE, SIZE), matrix.dtype.element_ty)
+    step = -_product(right, _product(between, left, nothing, EXACT), nothing, EXACT)
     store_block(matrix, step, start + SIZE, E, SIZE, start, E, SIZE)
 
 
@@ -83,17 +96,18 @@ def _diagonal_kernel(k, log_decay, beta, halves, inverse, gamma, tokens, firsts,
     dtype = gamma.dtype.element_ty
     sums = tl.sum(earlier.to(dtype), 0) + tl.cumsum(own.to(dtype), 0)
     tl.store(gamma + (head.to(tl.int64) * N + slot) * 2 * E + start + row, sums)
-    overlap = tl.zeros((E, E), tl.float32)
+    overlap = tl.zeros((E, E), halves.dtype.element_ty)
     for tile in range(KT):
         keys = load_tile(k, token + start, own_first, rows - start, stride_k, E, tile * BK, K, BK)
-        overlap = tl.dot(keys, tl.trans(keys), overlap, input_precision=PRECISION)
+        overlap = _product(keys, tl.trans(keys), overlap, PRECISION)
     strength = load_column(beta + head, token + start, own_first, rows - start, stride_b, E)
     overlap = tl.where(row[:, None] > row[None, :], overlap * decays_between(sums, sums) * strength[:, None], 0.0)
     store_block(halves, overlap, 0, E, E, 0, E, E)
     tl.debug_barrier()
     inner = tl.arange(0, BASE)
     corner = halves + tl.arange(0, E // BASE) * BASE * (E + 1)
-    solved = tl.where(inner[:, None] == inner[None, :], 1.0, 0.0)[None, :, :] + tl.zeros((E // BASE, 1, 1), tl.float32)
+    solved = tl.zeros((E // BASE, BASE, BASE), halves.dtype.element_ty)
+    solved += tl.where(inner[:, None] == inner[None, :], 1.0, 0.0)[None, :, :]
     for number in tl.static_range(1, BASE):
         weights = tl.load(corner[:, None] + (number * E + inner)[None, :])  # zero from this row on
         known = tl.sum(weights[:, :, None] * solved, 1)
@@ -132,16 +146,17 @@ def _below_kernel(k, beta, inverse, gamma, tokens, firsts, rows_of, N, H, G, str
     later = None if first is None else first - E
     k += (head // (H // G)).to(tl.int64) * stride_kg
     sums = gamma + (head.to(tl.int64) * N + slot) * 2 * E + tl.arange(0, E)
-    below = tl.zeros((E, E), tl.float32)
+    below = tl.zeros((E, E), gamma.dtype.element_ty)
     for tile in range(KT):
         keys = load_tile(k, token + E, later, rows - E, stride_k, E, tile * BK, K, BK)
         others = load_tile(k, token, first, rows, stride_k, E, tile * BK, K, BK)
-        below = tl.dot(keys, tl.trans(others), below, input_precision=PRECISION)
+        below = _product(keys, tl.trans(others), below, PRECISION)
     strength = load_column(beta + head, token + E, later, rows - E, stride_b, E)
     below *= decays_between(tl.load(sums + E), tl.load(sums)) * strength[:, None]
     size = N.to(tl.int64) * H * 3 * E * E
-    step = tl.dot(below, _whole_quarter(inverse, place, 0, size, E, PARTS), input_precision=EXACT)
-    step = -tl.dot(_whole_quarter(inverse, place, 2, size, E, PARTS), step, input_precision=EXACT)
+    nothing = tl.zeros((E, E), gamma.dtype.element_ty)
+    step = _product(below, _whole_quarter(inverse, place, 0, size, E, PARTS), nothing, EXACT)
+    step = -_product(_whole_quarter(inverse, place, 2, size, E, PARTS), step, nothing, EXACT)
     _store_quarter_in_parts(inverse, step, place, 1, size, E, PARTS)
 
 
@@ -153,7 +168,7 @@ def make_inverses(k: Tensor, log_decay: Tensor, beta: Tensor, slots: Slots, chun
     gamma = k.new_zeros(heads, num_slots, chunk, dtype=sums_dtype(k))
     block, half = tile_width(key_dim), chunk // 2
     exact = precision if k.dtype == torch.float32 else "tf32x3"
-    halves = k.new_empty(num_slots, heads, 2, half, half, dtype=torch.float32)
+    halves = k.new_empty(num_slots, heads, 2, half, half, dtype=gamma.dtype)
     tiles = {"E": half, "KT": cdiv(key_dim, block), "BK": block}
     shape = {**tiles, "PARTS": parts_of(k), "PRECISION": precision, "EXACT": exact}
     # steps follow one another, and one warp waits for no other; of float32 it would not have the registers
