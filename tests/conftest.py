@@ -71,3 +71,15 @@ def give_memory_back() -> Iterator[None]:
     if torch.cuda.is_available() and torch.cuda.memory_reserved() > 2**30:
         gc.collect()
         torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def told_to():
+    """Tells torch how to multiply float32, for one test."""
+    before = torch.backends.cuda.matmul.fp32_precision
+
+    def tell(precision):
+        torch.backends.cuda.matmul.fp32_precision = precision
+
+    yield tell
+    tell(before)

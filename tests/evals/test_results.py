@@ -1,6 +1,7 @@
 """The page of results says what the rows say: means, spreads, and whether twins differ by more than seeds do."""
 
 import dataclasses
+import json
 import re
 import statistics
 from pathlib import Path
@@ -60,7 +61,6 @@ def language_rows(config: ComparisonConfig, values) -> list[ComparisonRow]:
             {"metric": "corpus_tokens", "value": 1000.0, "count": 7, "detail": "abc"},
             {"metric": "parameters", "value": 1234.0},
             {"metric": "state_bytes", "value": 2048.0},
-            {"metric": "training_loss", "value": 300 * run.learning_rate},
             {"metric": "held_out_loss"},
             *({"metric": "position_loss", "position": start, "until": end} for start, end in places),
             *({"metric": "needle", "task": "niah_single_1", "position": length, "depth": depth}
@@ -123,14 +123,24 @@ def test_the_page_of_a_comparison(tmp_path):
 def test_the_page_of_a_comparison_whose_rates_were_tuned(tmp_path):
     """Rows at other rates are in the table of rates, and nowhere else."""
     more = "learning_rates: [1e-3, 3e-3]\nchosen_rates: {mamba2: 1e-3, gated-deltanet: 1e-3}\n"
-    config = write_language(tmp_path, better_with_levels, more=more)
+
+    def lower_at_another_rate(rows):
+        settings = {row.settings: json.loads(row.detail) for row in rows if row.metric == "run"}
+        rates = {of: found["train"]["learning_rate"] for of, found in settings.items()}
+        return [
+            dataclasses.replace(row, value=0.4)
+            if (row.model, row.metric, rates[row.settings]) == ("mamba2", "held_out_loss", 3e-3) else row
+            for row in rows
+        ]  # fmt: skip
+
+    config = write_language(tmp_path, better_with_levels, status=lower_at_another_rate, more=more)
     written = write_page(tmp_path / "experiments", tmp_path / "benchmarks", tmp_path / "docs" / "results.md")
     page = written[0].read_text()
     assert len(config.runs()) == 15 and "All 15 runs are done." in page and "learning rates below" in page
     assert "| model | 0.001 | 0.003 |" in page
-    assert "| mamba2 | 0.3000 / 0.5000* | 0.9000 / 0.5000 |" in page
-    assert "| log-linear-mamba2 | 0.3000 / 0.4000 | 0.9000 / 0.4000* |" in page
-    assert "chosen by the former, but for attention, log-linear-mamba2, log-linear-gated-deltanet." in page
+    assert "| mamba2 | 0.5000* | 0.4000 |" in page and "| gated-deltanet | 0.5000* | 0.5000 |" in page
+    assert "| log-linear-mamba2 | 0.4000 | 0.4000* |" in page
+    assert "lower at another one: mamba2 (0.003)." in page
     assert f"| mamba2 | 1,234 | 2 | 0.5050 ± {statistics.stdev([0.5, 0.51]):.4f} |" in page, "two seeds, one rate"
     header, lines = comparison_table(config, language_rows(config, better_with_levels))
     assert [line[header.index("seeds")] for line in lines] == ["2"] * 5

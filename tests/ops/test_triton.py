@@ -231,18 +231,6 @@ def test_on_gpu(shape, dtype):
     on_device(inputs)
 
 
-@pytest.fixture
-def told_to():
-    """Tells torch how to multiply float32, for one test."""
-    before = torch.backends.cuda.matmul.fp32_precision
-
-    def tell(precision):
-        torch.backends.cuda.matmul.fp32_precision = precision
-
-    yield tell
-    tell(before)
-
-
 @pytest.mark.parametrize(
     ("told", "dtype", "wanted"),
     [

@@ -333,28 +333,29 @@ def _tuning_parts(config: ComparisonConfig, rows: Sequence[ComparisonRow]) -> li
     """What the first seed says of learning rates, if there are several."""
     if not config.learning_rates:
         return []
-    numbers = {(row.key, row.metric): row.value for row in rows if row.status == comparison.FINISHED}
+    losses = {row.key: row.value for row in rows if row.metric == "held_out_loss"}
     ended = {row.key: row.status for row in rows if _has_ended(row)}
     rates, first = sorted(config.learning_rates), config.seeds[0]
-    lines, other = [], []
+    lines, better = [], []
     for model in config.models:
         runs = [ComparisonRun(config, model, first, rate) for rate in rates]
-        losses = [numbers.get((run.key, "training_loss")) for run in runs]
-        cells = []
-        for run, loss in zip(runs, losses, strict=True):
-            held_out = numbers.get((run.key, "held_out_loss"))
-            mark = "*" if run.learning_rate == config.rate_of(model) else ""
-            told = {None: "missing", comparison.FINISHED: "–"}.get(status := ended.get(run.key), status)
-            cells.append(f"{loss:.4f} / {held_out:.4f}{mark}" if loss is not None and held_out is not None else told)
+        found = {run.learning_rate: loss for run in runs if (loss := losses.get(run.key)) is not None}
+        chosen = config.rate_of(model)
+        cells = [
+            f"{found[run.learning_rate]:.4f}{'*' if run.learning_rate == chosen else ''}"
+            if run.learning_rate in found
+            else ended.get(run.key, "missing")
+            for run in runs
+        ]
         lines.append([model, *cells])
-        known = {rate: loss for rate, loss in zip(rates, losses, strict=True) if loss is not None}
-        if known and min(known, key=known.__getitem__) != config.rate_of(model):
-            other.append(model)
+        if chosen in found and found[best := min(found, key=found.__getitem__)] < found[chosen]:
+            better.append(f"{model} ({best:g})")
     note = (
-        f"Loss of seed {first} by learning rate, nats per token: of the training (mean over the steps of its last "
-        "report) and held out. *: the rate of the model everywhere below, chosen by the former"
+        f"Held-out loss of seed {first} by learning rate, nats per token. *: the rate of the model everywhere below, "
+        "with all seeds."
     )
-    note += f", but for {', '.join(other)}." if other else "."
+    if better:
+        note += f" With this seed the loss is lower at another one: {', '.join(better)}."
     return ["### Learning rates", markdown(["model", *(f"{rate:g}" for rate in rates)], lines), note]
 
 

@@ -190,6 +190,8 @@ def _prepare(
     # states overflow 16 bits with a short exponent; the interpreter multiplies bfloat16 wrongly
     if q.dtype == torch.float16 or INTERPRETED:
         inputs[:3] = [x.float() for x in inputs[:3]]
+    if inputs[1].dtype == torch.float32:  # a product of float64 is not compiled where 16 bits went into it
+        inputs[5] = beta.float()
     rows = [None if x is None else as_rows(x) for x in inputs]
     precision = precision_of(v)
     if precision == "tf32" and rows[2].dtype == torch.float32:

@@ -111,6 +111,15 @@ def store_quarter(matrix, values, place, quarter, E: tl.constexpr):
     tl.store(_quarter(matrix, place, quarter, E), values.to(matrix.dtype.element_ty))
 
 
+@triton.jit
+def product(left, right, total, PRECISION: tl.constexpr):
+    """`total` + `left` times `right`, as wide as `total`."""
+    if total.dtype == tl.float64:
+        return tl.dot(left.to(tl.float64), right.to(tl.float64), total, out_dtype=tl.float64)
+    else:
+        return tl.dot(left, right, total, input_precision=PRECISION)
+
+
 class Chunks(NamedTuple):
     """See the legend of this file."""
 

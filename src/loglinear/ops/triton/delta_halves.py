@@ -36,6 +36,7 @@ from loglinear.ops.triton.delta_chunks import (
     load_quarter,
     load_tile,
     parts_of,
+    product,
     store_block,
     store_parts,
     store_quarter,
@@ -49,9 +50,9 @@ from loglinear.ops.triton.launch import kernel
 def _times_inverse(left, inverse, place, quarter, total, size, E: tl.constexpr, PARTS: tl.constexpr,
                    PRECISION: tl.constexpr):  # fmt: skip
     """`total` + `left` times a quarter of X."""
-    total = tl.dot(left, load_quarter(inverse, place, quarter, E), total, input_precision=PRECISION)
+    total = product(left, load_quarter(inverse, place, quarter, E), total, PRECISION)
     if PARTS == 2:
-        total = tl.dot(left, load_quarter(inverse + size, place, quarter, E), total, input_precision=PRECISION)
+        total = product(left, load_quarter(inverse + size, place, quarter, E), total, PRECISION)
     return total
 
 
@@ -82,14 +83,14 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
     row = tl.arange(0, E)
     sums = gamma + (head.to(tl.int64) * N + slot) * 2 * E + row
     own_sums, other_sums = tl.load(sums + start), tl.load(sums)
-    product, across = tl.zeros((E, E), tl.float32), tl.zeros((E, E), tl.float32)
+    pairs, across = tl.zeros((E, E), tl.float32), tl.zeros((E, E), tl.float32)
     for tile in range(KT):
         queries = load_tile(q, token_of, first_of, rows_of_half, stride_q, E, tile * BK, K, BK)
         keys = load_tile(k, token_of, first_of, rows_of_half, stride_k, E, tile * BK, K, BK)
         others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
-        product = tl.dot(queries, tl.trans(keys), product, input_precision=PRECISION)
+        pairs = tl.dot(queries, tl.trans(keys), pairs, input_precision=PRECISION)
         across = tl.dot(queries, tl.trans(others), across, input_precision=PRECISION)
-    product = tl.where(row[:, None] >= row[None, :], product * decays_between(own_sums, own_sums) * scale, 0.0)
+    pairs = tl.where(row[:, None] >= row[None, :], pairs * decays_between(own_sums, own_sums) * scale, 0.0)
     across *= decays_between(own_sums, other_sums) * scale
 
     place = slot.to(tl.int64) * H + head
@@ -97,13 +98,13 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
     strength = load_column(beta + head, token_of, first_of, rows_of_half, stride_b, E)
     before = load_column(beta + head, token, first, earlier, stride_b, E)  # zero for the first half
     dtype = scores.dtype.element_ty
-    product, across, nothing = product.to(dtype), across.to(dtype), tl.zeros((E, E), tl.float32)
-    mixed = _times_inverse(product, inverse, place, 2 * half, nothing, size, E, PARTS, PRECISION)
-    mixed *= strength[None, :]
+    pairs, across, nothing = pairs.to(dtype), across.to(dtype), tl.zeros((E, E), gamma.dtype.element_ty)
+    mixed = _times_inverse(pairs, inverse, place, 2 * half, nothing, size, E, PARTS, PRECISION)
+    mixed = mixed.to(tl.float32) * strength[None, :]
     mixed_across = _times_inverse(across, inverse, place, 0, nothing, size, E, PARTS, PRECISION)
     # of the first half with itself again: what is multiplied by zero must be as finite as its own
-    mixed_across = _times_inverse(product, inverse, place, half, mixed_across, size, E, PARTS, PRECISION)
-    mixed_across *= before[None, :]
+    mixed_across = _times_inverse(pairs, inverse, place, half, mixed_across, size, E, PARTS, PRECISION)
+    mixed_across = mixed_across.to(tl.float32) * before[None, :]
     out = scores + place * 4 * E * E
     if SCALED:
         lam = scales + head.to(tl.int64) * stride_sh
@@ -186,12 +187,12 @@ def _leaves_kernel(k, v, beta, inverse, gamma, added, maps, finals, tokens, firs
     dtype = added.dtype.element_ty
     keys0 = _turned_keys(k, decay_of(end - sums0), token, first, rows, stride_k, E, column, K, BK, dtype)
     keys1 = _turned_keys(k, decay_of(end - sums1), token + E, later, rows - E, stride_k, E, column, K, BK, dtype)
-    size, nothing = N.to(tl.int64) * H * 3 * E * E, tl.zeros((BK, E), tl.float32)  # size: of a part of X
+    size, nothing = N.to(tl.int64) * H * 3 * E * E, tl.zeros((BK, E), gamma.dtype.element_ty)  # size: of a part of X
     left0 = _times_inverse(keys0, inverse, place, 0, nothing, size, E, PARTS, PRECISION)
     left0 = _times_inverse(keys1, inverse, place, 1, left0, size, E, PARTS, PRECISION)
     left1 = _times_inverse(keys1, inverse, place, 2, nothing, size, E, PARTS, PRECISION)
-    left0 *= load_column(beta + head, token, first, rows, stride_b, E)[None, :]
-    left1 *= load_column(beta + head, token + E, later, rows - E, stride_b, E)[None, :]
+    left0 = left0.to(tl.float32) * load_column(beta + head, token, first, rows, stride_b, E)[None, :]
+    left1 = left1.to(tl.float32) * load_column(beta + head, token + E, later, rows - E, stride_b, E)[None, :]
     whole0, lost0 = _in_parts(left0, dtype)
     whole1, lost1 = _in_parts(left1, dtype)
     for value in range(VT):

@@ -35,6 +35,7 @@ from loglinear.ops.triton.delta_chunks import (
     load_quarter,
     load_tile,
     parts_of,
+    product,
     store_block,
     store_quarter,
     tile_width,
@@ -53,15 +54,6 @@ def _store_quarter_in_parts(matrix, values, place, quarter, size, E: tl.constexp
 
 
 @triton.jit
-def _product(left, right, total, PRECISION: tl.constexpr):
-    """`total` + `left` times `right`, as wide as `total`."""
-    if total.dtype == tl.float64:
-        return tl.dot(left.to(tl.float64), right.to(tl.float64), total, out_dtype=tl.float64)
-    else:
-        return tl.dot(left, right, total, input_precision=PRECISION)
-
-
-@triton.jit
 def _join_pair(matrix, pair, E: tl.constexpr, SIZE: tl.constexpr, EXACT: tl.constexpr):
     """In place, of a matrix [E, E]: two blocks of SIZE rows on its diagonal that are inverted become one."""
     start = pair * 2 * SIZE
@@ -69,7 +61,7 @@ def _join_pair(matrix, pair, E: tl.constexpr, SIZE: tl.constexpr, EXACT: tl.cons
     between = load_block(matrix, start + SIZE, E, SIZE, start, E, SIZE)
     right = load_block(matrix, start + SIZE, E, SIZE, start + SIZE, E, SIZE)
     nothing = tl.zeros((SIZE, SIZE), matrix.dtype.element_ty)
-    step = -_product(right, _product(between, left, nothing, EXACT), nothing, EXACT)
+    step = -product(right, product(between, left, nothing, EXACT), nothing, EXACT)
     store_block(matrix, step, start + SIZE, E, SIZE, start, E, SIZE)
 
 
@@ -99,7 +91,7 @@ def _diagonal_kernel(k, log_decay, beta, halves, inverse, gamma, tokens, firsts,
     overlap = tl.zeros((E, E), halves.dtype.element_ty)
     for tile in range(KT):
         keys = load_tile(k, token + start, own_first, rows - start, stride_k, E, tile * BK, K, BK)
-        overlap = _product(keys, tl.trans(keys), overlap, PRECISION)
+        overlap = product(keys, tl.trans(keys), overlap, PRECISION)
     strength = load_column(beta + head, token + start, own_first, rows - start, stride_b, E)
     overlap = tl.where(row[:, None] > row[None, :], overlap * decays_between(sums, sums) * strength[:, None], 0.0)
     store_block(halves, overlap, 0, E, E, 0, E, E)
@@ -150,13 +142,13 @@ def _below_kernel(k, beta, inverse, gamma, tokens, firsts, rows_of, N, H, G, str
     for tile in range(KT):
         keys = load_tile(k, token + E, later, rows - E, stride_k, E, tile * BK, K, BK)
         others = load_tile(k, token, first, rows, stride_k, E, tile * BK, K, BK)
-        below = _product(keys, tl.trans(others), below, PRECISION)
+        below = product(keys, tl.trans(others), below, PRECISION)
     strength = load_column(beta + head, token + E, later, rows - E, stride_b, E)
     below *= decays_between(tl.load(sums + E), tl.load(sums)) * strength[:, None]
     size = N.to(tl.int64) * H * 3 * E * E
     nothing = tl.zeros((E, E), gamma.dtype.element_ty)
-    step = _product(below, _whole_quarter(inverse, place, 0, size, E, PARTS), nothing, EXACT)
-    step = -_product(_whole_quarter(inverse, place, 2, size, E, PARTS), step, nothing, EXACT)
+    step = product(below, _whole_quarter(inverse, place, 0, size, E, PARTS), nothing, EXACT)
+    step = -product(_whole_quarter(inverse, place, 2, size, E, PARTS), step, nothing, EXACT)
     _store_quarter_in_parts(inverse, step, place, 1, size, E, PARTS)
 
 
