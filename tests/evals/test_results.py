@@ -186,9 +186,11 @@ def sweep_rows(config: SweepConfig, accuracy) -> list[SweepRow]:
     for run in config.runs():
         share = accuracy(run.model.name, run.training.seed, run.training.learning_rate)
         cells = " ".join(f"{pairs}:{share}" for pairs in run.task.pairs)
+        use = f"0:{share} 1:{1 - share}" if run.model.name == "log-linear-mamba2" else ""
         rows.append(
             SweepRow(**run.settings(), num_levels=1, state_bytes=64, validation_by_pairs=cells, test_by_pairs=cells,
-                     seconds=30.0, together=2, device="a machine", torch="2.11", date="2026-11-20T00:00:00")
+                     level_shares=use, seconds=30.0, together=2, device="a machine", torch="2.11",
+                     date="2026-11-20T00:00:00")
         )  # fmt: skip
     return rows
 
@@ -209,6 +211,7 @@ def test_the_page_of_a_sweep(tmp_path):
     page = write_page(tmp_path / "experiments", tmp_path / "benchmarks", tmp_path / "results.md")[0].read_text()
     assert "## Recall\n\nSmall." in page and "All 20 runs are done." in page
     (line,) = [line for line in page.splitlines() if line.startswith("| mamba2 |")]
+    assert "| log-linear-mamba2 | 32 | 50.5 ± 0.7 | 49.5 ± 0.7 |" in page, "of the chosen rate alone"
     assert "| 0.003* | 2 |" in line and line.endswith("| 50.5 ± 0.7 | 46.9 (2.3) |")
     assert "log-linear-gated-deltanet minus gated-deltanet, width 32: +20.0 points" in page
     assert "log-linear-gated-deltanet minus gated-deltanet, width 32, 8 pairs: +20.0 points" in page

@@ -55,6 +55,10 @@ def test_every_run_is_a_row_and_none_runs_twice(tmp_path, monkeypatch):
     by_pairs = plain.accuracies("test")
     assert list(by_pairs) == [1, 2] and plain.test_accuracy == pytest.approx(sum(by_pairs.values()) / 2, abs=1e-6)
     assert by_pairs[1] * 12 == pytest.approx(round(by_pairs[1] * 12), abs=1e-4)
+    shares, scales = levels.levels("shares"), levels.levels("scales")
+    assert list(shares) == [0, 1, 2, 3] and sum(shares.values()) == pytest.approx(1, abs=1e-5)
+    assert list(scales) == [0, 1, 2, 3] and all(0.5 < scale < 1 for scale in scales.values()), "ln 2 before training"
+    assert plain.levels("shares") == softmax.levels("shares") == {}
 
     monkeypatch.setattr(sweep, "train_together", lambda *_: pytest.fail("ran again"))
     assert run_sweep(SweepConfig(**small()), tmp_path, "cpu") == rows

@@ -650,12 +650,10 @@ class _Examiner:
         if set(model.config.mixers) == {"attention"} or (model.config.num_levels or 1) == 1:
             return
         shares = inspection.level_shares_on(model, self.level_document)
-        for level in range(model.config.num_levels or 1):
-            of_level = [row for row in shares if row.level == level]
-            yield _number("level_share", statistics.fmean(row.share for row in of_level), position=level)
-            scales = [row.mean_scale for row in of_level if row.mean_scale is not None]
-            if scales:
-                yield _number("level_scale", statistics.fmean(scales), position=level)
+        for level, (share, scale) in enumerate(inspection.mean_by_level(shares)):
+            yield _number("level_share", share, position=level)
+            if scale is not None:
+                yield _number("level_scale", scale, position=level)
 
     def _needles(self, model: LogLinearForCausalLM, folder: Path) -> Iterator[dict[str, Any]]:
         needles = self.config.needles

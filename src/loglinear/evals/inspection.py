@@ -8,6 +8,7 @@ import contextlib
 import copy
 import csv
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -430,6 +431,16 @@ def _shares(
                 )
             )
     return rows
+
+
+def mean_by_level(shares: Sequence[LevelShare]) -> list[tuple[float, float | None]]:
+    """Mean share of each level, and mean λ (None: no token found it filled), over layers, heads and texts."""
+    found = []
+    for level in range(1 + max(row.level for row in shares)):
+        own = [row for row in shares if row.level == level]
+        scales = [row.mean_scale for row in own if row.mean_scale is not None]
+        found.append((statistics.fmean(row.share for row in own), statistics.fmean(scales) if scales else None))
+    return found
 
 
 def level_share_table(shares: Sequence[LevelShare]) -> tuple[list[str], list[list[str]]]:

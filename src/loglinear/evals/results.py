@@ -154,7 +154,8 @@ def recall_section(file: Path, config: SweepConfig, rows: Sequence[SweepRow], ou
         parts += [markdown(header, lines), f"Per cent of queries answered right, {sweep_summary.SUMMARY_NOTE}."]
         figure = plots.save(sweep_summary.plot(summaries), output / f"{file.stem}.png")
         parts.append(f"![accuracy by number of pairs]({FIGURES}/{figure.name})")
-        parts += [*_recall_verdicts(config, rows, summaries)]
+        parts += _recall_verdicts(config, rows, summaries)
+        parts += _recall_levels(rows, summaries)
     parts += _diverged([(row.model, f"width {row.width}, rate {row.learning_rate:g}, seed {row.seed}", row.message)
                         for row in rows if row.status == sweep.DIVERGED])  # fmt: skip
     failed = {(row.model, row.width, row.message): row.key for row in rows if row.status == sweep.FAILED}
@@ -205,6 +206,28 @@ def _recall_verdicts(
                 lines.append(verdict(Difference.of(*found), what, "points", 1, higher_is_better=True))
     said = "Twins, in the mean over numbers of pairs and with the most of them, each at its own learning rate:"
     return [said, _bullets(lines)] if lines else []
+
+
+def _recall_levels(rows: Sequence[SweepRow], summaries: Sequence[sweep_summary.SweepSummary]) -> list[str]:
+    """What the levels are used for, at the chosen rates, as far as that was measured."""
+    shown: list[tuple[str, int, list[dict[int, float]]]] = []
+    for one in summaries:
+        chosen = (one.model, one.width, one.trained_pairs, one.learning_rate)
+        own = [row for row in rows if (row.model, row.width, row.pairs, row.learning_rate) == chosen]
+        if found := [row.levels("shares") for row in own if row.level_shares]:
+            shown.append((one.model, one.width, found))
+    if not shown:
+        return []
+    levels = range(1 + max(level for _, _, found in shown for one in found for level in one))
+    lines = [
+        [model, str(width), *(_plus_minus([100 * one[level] for one in found if level in one], 1) for level in levels)]
+        for model, width, found in shown
+    ]
+    note = (
+        "Share of the operator's output (%) by level, mean over layers, heads and tokens of "
+        f"{sweep.LEVEL_SEQUENCES} test sequences with the most pairs, ± one standard deviation over seeds."
+    )
+    return [markdown(["model", "width", *(f"level {level}" for level in levels)], lines), note]
 
 
 # ----------------------------------------------------------------------------------------------------

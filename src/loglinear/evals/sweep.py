@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from loglinear.bench.rows import environment
-from loglinear.data.recall import RecallTask
-from loglinear.evals import rowfile
-from loglinear.models import LogLinearConfig
+from loglinear.data.recall import RecallBatch, RecallTask
+from loglinear.evals import inspection, rowfile
+from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.train.checkpoints import choose_device
 from loglinear.train.config import TrainConfig, read_mapping
 from loglinear.train.recall import Progress, RecallRun, examination, mean_accuracy, new_model
@@ -37,6 +37,7 @@ from loglinear.train.recall_together import RunsTogether
 
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 ROWS_FILE = "sweep.csv"
+LEVEL_SEQUENCES = 8  # that the use of levels is measured on
 UNFINISHED_FOLDER = "unfinished"  # states of runs that were stopped when the time was over
 
 # What the file says elsewhere than under `train`, or does not say at all.
@@ -255,8 +256,10 @@ class SweepRow:
     (what the linear twin has), `occupied_state_bytes` of the buckets in use on average over the positions;
     `kv_cache_bytes` is the cache of attention layers at the task's length. `status` is "finished", "diverged" (a step
     was not finite; `steps` counts those before) or "failed" (`message` says how; it is tried again). Accuracies are
-    shares of queries: the mean over numbers of pairs, and by number as `pairs:accuracy`. `step_runs` says whether a
-    step was a CUDA "graph" or "eager", and "compiled" where it was; `together` how many runs were computed at once:
+    shares of queries: the mean over numbers of pairs, and by number as `pairs:accuracy`. `level_shares` and
+    `level_scales` are what the levels are used for on the first test sequences with the most pairs, as `level:share`
+    of the output and `level:λ` (means over layers, heads and tokens; nothing with one level). `step_runs` says whether
+    a step was a CUDA "graph" or "eager", and "compiled" where it was; `together` how many runs were computed at once:
     `seconds` and `steps_per_second` are those of all of them.
     """
 
@@ -286,6 +289,8 @@ class SweepRow:
     test_accuracy: float | None = None
     validation_by_pairs: str = ""
     test_by_pairs: str = ""
+    level_shares: str = ""
+    level_scales: str = ""
     seconds: float = 0.0
     steps_per_second: float = 0.0
     step_runs: str = ""
@@ -303,8 +308,15 @@ class SweepRow:
         """Test or validation accuracy by number of pairs; zeros where the run diverged."""
         if self.status == DIVERGED:
             return dict.fromkeys(map(int, self.pairs.split()), 0.0)
-        cells = getattr(self, f"{which}_by_pairs").split()
-        return {int(pairs): float(share) for pairs, share in (cell.split(":") for cell in cells)}
+        return _by_number(getattr(self, f"{which}_by_pairs"))
+
+    def levels(self, which: str) -> dict[int, float]:
+        """ "shares" or "scales" by level; nothing where they were not measured."""
+        return _by_number(getattr(self, f"level_{which}"))
+
+
+def _by_number(cell: str) -> dict[int, float]:
+    return {int(name): float(value) for name, value in (part.split(":") for part in cell.split())}
 
 
 def read_rows(path: str | Path) -> list[SweepRow]:
@@ -433,8 +445,22 @@ def _trained(
             by_pairs, _ = mean_accuracy(learner.model, batches, dtype)
             done[f"{stream}_accuracy"] = round(statistics.fmean(by_pairs.values()), 6)
             done[f"{stream}_by_pairs"] = " ".join(f"{pairs}:{share:.6f}" for pairs, share in by_pairs.items())
+        done |= _use_of_levels(learner.model, examinations["test"][max(task.pairs)])
         found.append(dataclasses.replace(row, **done))
     return found
+
+
+def _use_of_levels(model: LogLinearForCausalLM, batch: RecallBatch) -> dict[str, str]:
+    """Two cells of a row."""
+    if set(model.config.mixers) == {"attention"} or (model.config.num_levels or 1) == 1:
+        return {}
+    texts = batch.inputs[:LEVEL_SEQUENCES].tolist()
+    by_level = inspection.mean_by_level([row for text in texts for row in inspection.level_shares_on(model, text)])
+    scales = {level: scale for level, (_, scale) in enumerate(by_level) if scale is not None}
+    return {
+        "level_shares": " ".join(f"{level}:{share:.6f}" for level, (share, _) in enumerate(by_level)),
+        "level_scales": " ".join(f"{level}:{scale:.6f}" for level, scale in scales.items()),
+    }
 
 
 def _keep(path: Path, learners: Sequence[RecallRun], progress: Sequence[Progress], seconds: float) -> None:
