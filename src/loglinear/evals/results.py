@@ -211,11 +211,10 @@ def _recall_verdicts(
 def _recall_levels(rows: Sequence[SweepRow], summaries: Sequence[sweep_summary.SweepSummary]) -> list[str]:
     """What the levels are used for, at the chosen rates, as far as that was measured."""
     shown: list[tuple[str, int, list[dict[int, float]]]] = []
-    for one in summaries:
-        chosen = (one.model, one.width, one.trained_pairs, one.learning_rate)
+    for chosen in dict.fromkeys((one.model, one.width, one.trained_pairs, one.learning_rate) for one in summaries):
         own = [row for row in rows if (row.model, row.width, row.pairs, row.learning_rate) == chosen]
         if found := [row.levels("shares") for row in own if row.level_shares]:
-            shown.append((one.model, one.width, found))
+            shown.append((chosen[0], chosen[1], found))
     if not shown:
         return []
     levels = range(1 + max(level for _, _, found in shown for one in found for level in one))
