@@ -1,4 +1,4 @@
-"""Compiles the kernels for an H100 or H200, on a machine without one, and says what each takes.
+"""Compiles the kernels for an H100 or H200 (or another GPU), on a machine without one, and says what each takes.
 
     PYTHONPATH=src python tests/ops/compile_kernels.py delta --chunk 128 --key 192 --value 384
 
@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-HOPPER = GPUTarget("cuda", 90, 32)
+HOPPER = 90
 
 
 @dataclasses.dataclass
@@ -51,8 +51,11 @@ class Compiled:
 class NoDriver:
     """What Triton asks of a GPU before it compiles."""
 
+    def __init__(self, capability: int = HOPPER):
+        self.target = GPUTarget("cuda", capability, 32)
+
     def get_current_target(self) -> GPUTarget:
-        return HOPPER
+        return self.target
 
     def get_current_device(self) -> int:
         return 0
@@ -61,7 +64,7 @@ class NoDriver:
         return 0
 
 
-def compile_instead_of_launching() -> list[Compiled]:
+def compile_instead_of_launching(capability: int) -> list[Compiled]:
     """From now on launches compile; the list grows with each new kernel."""
     found: dict[int, Compiled] = {}
     rows: list[Compiled] = []
@@ -80,7 +83,7 @@ def compile_instead_of_launching() -> list[Compiled]:
             rows.append(found[id(kernel)])
         return kernel
 
-    driver.set_active(NoDriver())
+    driver.set_active(NoDriver(capability))
     JITFunction.run = run
     return rows
 
@@ -178,9 +181,10 @@ def main() -> None:
     parser.add_argument("--value", type=int, default=384)
     parser.add_argument("--chunk", type=int, help="rows of a chunk of the delta rule in 16 bits")
     parser.add_argument("--state", action="store_true", help="with a state in and out")
+    parser.add_argument("--capability", type=int, default=HOPPER, help="of the GPU, times ten")
     parser.add_argument("--json", action="store_true", help="rows as JSON")
     options = parser.parse_args()
-    rows = compile_instead_of_launching()
+    rows = compile_instead_of_launching(options.capability)
 
     from loglinear.ops.triton import delta
 
@@ -192,7 +196,7 @@ def main() -> None:
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows]))
         return
-    print(f"Triton {triton.__version__}, sm_90")
+    print(f"Triton {triton.__version__}, sm_{options.capability}")
     for row in rows:
         print(
             f"{row.kernel:24} {row.failed}" if row.failed else

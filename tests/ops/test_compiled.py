@@ -39,6 +39,27 @@ def test_reads_of_unwritten():
     assert run("-m", "doctest", "SCRIPT") == ""
 
 
+@pytest.mark.parametrize("capability", ["90", "100"])
+def test_products_of_float64_compile(capability):
+    """With a β of 16 bits, which must not go into them, and for Blackwell, whose tensor cores they must not go to."""
+    options = [
+        "delta",
+        "--heads",
+        "2",
+        "--key",
+        "64",
+        "--value",
+        "64",
+        "--dtype",
+        "float16",
+        "--capability",
+        capability,
+    ]
+    rows = json.loads(run("SCRIPT", *options, "--json").splitlines()[-1])
+    assert len(rows) > 5
+    assert [row for row in rows if row["failed"] is not None] == []
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_compile_for_hopper(case):
     options, most = CASES[case]

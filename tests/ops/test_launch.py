@@ -72,8 +72,7 @@ def test_kernels_are_compiled_in_threads_and_once(tmp_path):
 
 
 FIRST_CALL = """
-import os, time
-CORES and os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:CORES])
+import time
 import torch
 from loglinear import FenwickState, log_linear_attention
 
@@ -104,16 +103,6 @@ print(all(torch.equal(a, b) for a, b in zip(first, call())))
 """
 
 
-def first_call(key, value, dtype, state, cache, cores=0):
-    """Seconds of it, on so many processor cores (0: all), and whether the next one computes the same."""
-    given = {"KEY": key, "VALUE": value, "DTYPE": dtype, "STATE": state, "CORES": cores}
-    script = FIRST_CALL
-    for name, what in given.items():
-        script = script.replace(name, str(what))
-    seconds, same = run_script(script, TRITON_CACHE_DIR=str(cache)).splitlines()
-    return float(seconds), same == "True"
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("key", "value", "dtype", "state"),
@@ -128,6 +117,9 @@ def first_call(key, value, dtype, state, cache, cores=0):
 )
 def test_first_call_on_gpu(key, value, dtype, state, tmp_path):
     """At most 30 seconds, with nothing compiled before; and it computes what later ones do."""
-    seconds, same = first_call(key, value, dtype, state, tmp_path)
-    assert same
-    assert seconds <= 30
+    script = FIRST_CALL
+    for name, what in {"KEY": key, "VALUE": value, "DTYPE": dtype, "STATE": state}.items():
+        script = script.replace(name, str(what))
+    seconds, same = run_script(script, TRITON_CACHE_DIR=str(tmp_path)).splitlines()
+    assert same == "True"
+    assert float(seconds) <= 30

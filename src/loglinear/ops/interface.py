@@ -107,7 +107,8 @@ def log_linear_attention(
     float64 inputs); the torch backend sums decays in float64, those per channel beside 16-bit values in float32. The
     kernels multiply 16-bit operands and store states in 16 bits for bfloat16, multiply float16 as tf32 and float32 as
     torch is told to (`torch.backends.cuda.matmul.fp32_precision`: "ieee" or "tf32"; if nothing, as three products of
-    tf32 parts, off by 2^-21, of which infinities make NaN), and always accumulate in float32.
+    tf32 parts, off by 2^-21, of which infinities make NaN), and always accumulate in float32; but chunks of the
+    delta rule are inverted in float64 where inputs are float16 or float32.
 
     Example:
         >>> import torch

@@ -308,9 +308,8 @@ def _values_kernel(q, k, v, scales, grad_o, grad_nodes, gamma, dv, row_mass, wri
     lam = scales + head.to(tl.int64) * stride_sh
     mask = level_mask(lam, token, first, rows, stride_s, sums, L, C, HEIGHT, SCALED) * scale
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * mask
-    after = decay_of(
-        tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1) - sums
-    )  # from a row to the chunk's end
+    end = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + C - 1)
+    after = decay_of(end - sums)
     written = tl.dot(tl.trans(grad_state), tl.trans(keys), input_precision=PRECISION) * after[None, :]
     values = load_rows(v + head.to(tl.int64) * stride_vh, token, first, rows, stride_v, C, V, BV, V == BV)
     mass = tl.sum(tl.trans(values).to(tl.float32) * written, 0)

@@ -46,7 +46,7 @@ next_power_of_2 = functools.lru_cache(1024)(triton.next_power_of_2)
 
 
 def sums_dtype(k: Tensor) -> torch.dtype:
-    """Of the sums of log decays within a chunk (gamma), for bfloat16 or float32 keys.
+    """Of the sums of log decays within a chunk (gamma), for bfloat16 or float32 keys (as which float16 is computed).
 
     A strong decay drowns the weak ones after it: what float32 sums lose by e^-100, 5e-6, is nothing in 16 bits alone.
     """

@@ -5,7 +5,8 @@ rows of a chunk write T (v - k̂ S), where S is the state that enters it, T = (I
 leaves it as P S + U, with P = e^Γ I - k̄ᵀ T k̂ and U = k̄ᵀ T v, where k̄ = k e^{Γ-γ}. The kernels of `delta_halves.py` make
 all of it, and the scores of the rows among each other, and their queries as seen from S.
 
-Precision. Of float32 inputs all is float32, but for gamma, A and its inverse, which are float64 until they are done.
+Precision. Of float32 inputs all is float32, but for gamma, A and its inverse, and what that is multiplied by at once
+(keys and scores), which are float64 until they are done.
 For 16-bit inputs A, its inverse and the products that join it are float32 in three tf32 parts, for the inverse of a
 chunk of nearly equal keys is as badly conditioned as the chunk is long. What every later product passes through is in
 two bfloat16 parts, the second of them what the first has lost: the inverse as it is stored, k̄ᵀ T, and P in
@@ -31,8 +32,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
-from loglinear.ops.triton.common import next_power_of_2, row_exists
+from loglinear.ops.triton.common import next_power_of_2, row_exists, sums_dtype
 from loglinear.ops.triton.scalar import INTERPRETED
 
 TILE = 64  # columns of keys or values that are multiplied at once
@@ -158,6 +160,13 @@ def parts_of(k: Tensor) -> int:
 def inverse_shape(k: Tensor, num_slots: int, heads: int, chunk: int) -> tuple[int, ...]:
     """Of `inverse`, for bfloat16 or float32 keys."""
     return parts_of(k), num_slots, heads, 3, chunk // 2, chunk // 2
+
+
+def most_rows(k: Tensor) -> int:
+    """Of a program's part of products with the inverse. Triton 3.6 sends 64 rows of float64 to the tensor cores of
+    Blackwell (compute capability 10), which have no float64 (triton-lang/triton #10126)."""
+    wide = sums_dtype(k) == torch.float64 and not INTERPRETED
+    return TILE // 2 if wide and driver.active.get_current_target().arch // 10 == 10 else TILE
 
 
 def tile_width(width: int, most: int = TILE) -> int:

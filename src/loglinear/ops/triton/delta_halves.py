@@ -35,6 +35,7 @@ from loglinear.ops.triton.delta_chunks import (
     Chunks,
     load_quarter,
     load_tile,
+    most_rows,
     parts_of,
     product,
     store_block,
@@ -244,7 +245,7 @@ def make_leaves(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, added: Tenso
                 slots: Slots, chunk: int, precision: str) -> None:  # fmt: skip
     """Fills in U and P of the chunks; also P of those that stay leaves in `finals`, if that is given."""
     num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), k.shape, v.shape
-    block, wide = tile_width(key_dim), tile_width(value_dim, 2 * TILE)
+    block, wide = tile_width(key_dim, most_rows(k)), tile_width(value_dim, 2 * TILE)
     key_tiles = cdiv(key_dim, block)
     _leaves_kernel[programs(heads * key_tiles, num_slots)](
         k, v, beta, chunks.inverse, chunks.gamma, added, maps, finals, slots.token, slots.first, slots.rows, slots.left,

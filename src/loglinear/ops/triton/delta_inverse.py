@@ -4,9 +4,9 @@ From blocks of 16 rows on the diagonal, which are inverted row by row, to those 
 
     [[X⁻¹, 0], [B, Y⁻¹]]⁻¹ = [[X, 0], [-Y B X, Y]]
 
-Of float32 keys all of it is float64, as gamma is, and rounded when it is done: the inverse of a chunk of nearly equal
-keys magnifies what A has lost, and sums of float32 products, one after the other, lose enough for outputs to err by
-3e-6.
+Of float32 keys all of it is float64, as gamma is, but for X and Y where they are joined, which are rounded by then:
+the inverse of a chunk of nearly equal keys magnifies what A has lost, and sums of float32 products, one after the
+other, lose enough for outputs to err by 3e-6.
 
 Legend as in `delta_chunks.py`, and
     halves [N, H, 2, E, E] the two blocks of A on the diagonal, and what is inverted of them
@@ -159,10 +159,9 @@ def make_inverses(k: Tensor, log_decay: Tensor, beta: Tensor, slots: Slots, chun
     inverse = k.new_empty(inverse_shape(k, num_slots, heads, chunk))
     gamma = k.new_zeros(heads, num_slots, chunk, dtype=sums_dtype(k))
     block, half = tile_width(key_dim), chunk // 2
-    exact = precision if k.dtype == torch.float32 else "tf32x3"
     halves = k.new_empty(num_slots, heads, 2, half, half, dtype=gamma.dtype)
     tiles = {"E": half, "KT": cdiv(key_dim, block), "BK": block}
-    shape = {**tiles, "PARTS": parts_of(k), "PRECISION": precision, "EXACT": exact}
+    shape = {**tiles, "PARTS": parts_of(k), "PRECISION": precision, "EXACT": "tf32x3"}
     # steps follow one another, and one warp waits for no other; of float32 it would not have the registers
     warps = 2 if k.dtype == torch.float32 else 1
     _diagonal_kernel[programs(2 * heads, num_slots)](
