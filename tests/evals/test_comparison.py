@@ -203,6 +203,14 @@ def test_time_is_heeded_as_far_as_it_is_known(done, tmp_path, monkeypatch):
     begun = []
     run_comparison(config, tmp_path, folder / "work", "cpu", seconds=99, on_begin=lambda run, *_: begun.append(run.key))
     assert begun == []
+    # another rate of a model takes as long as the model
+    tuned = dataclasses.replace(config, learning_rates=[config.rate_of("linear"), 0.5])
+    known = [dataclasses.replace(row, value=7.0) if row.model == "linear" else row for row in slow]
+    device = known[-1].device
+    seconds = {
+        run.model: comparison._expected_seconds(known, run, device) for run in tuned.runs() if run.learning_rate == 0.5
+    }
+    assert seconds == {"linear": 7.0, "levels": 100.0, "softmax": 100.0}
     with pytest.raises(ValueError, match="seconds: got -1"):
         run_comparison(config, tmp_path, folder / "work", "cpu", seconds=-1)
 
@@ -251,12 +259,20 @@ def test_what_goes_wrong_is_rows_too(texts, tmp_path, monkeypatch):
         ({"needles": {"tasks": ["niah_single_1"]}}, "got one of tasks and lengths"),
         ({"needles": {"part": 1}}, "unknown key 'needles.part'"),
         ({"seed": 1}, "unknown key 'seed'"),
-        ({"learning_rates": [1e-3, -1]}, "learning_rates: got -1, wanted numbers above 0"),
-        ({"learning_rates": [1e-3, 1e-3]}, "wanted each once"),
-        ({"learning_rates": [1e-2, 1e-1]}, "without 0.001, the rate of linear"),
-        ({"learning_rates": [1e-3, 1e-2], "chosen_rates": {"levels": 0.1}}, "without 0.1, the rate of levels"),
+        ({"learning_rates": [1e-3, -1]}, "wanted numbers above 0"),
+        ({"learning_rates": [1e-3, 1e-3]}, "wanted each number once"),
+        ({"learning_rates": 1e-3}, "learning_rates: got 0.001, wanted a list of numbers"),
+        ({"learning_rates": None}, "learning_rates: got None, wanted a list"),
+        ({"learning_rates": [1e-2, 1e-1]}, "without 0.001, the rate of models without another"),
+        (
+            {"learning_rates": [1e-3, 1e-2], "chosen_rates": {"levels": 0.1}},
+            "chosen_rates.levels: got 0.1, wanted one of",
+        ),
+        ({"learning_rates": [1e-3, 1.0], "chosen_rates": {"levels": True}}, "chosen_rates.levels: got True"),
+        ({"learning_rates": [1e-3], "chosen_rates": {"levels": None}}, "chosen_rates.levels: got None"),
         ({"learning_rates": [1e-3], "chosen_rates": {"other": 1e-3}}, "chosen_rates: got 'other'"),
-        ({"chosen_rates": {"levels": 1e-3}}, "got a rate of levels without learning_rates"),
+        ({"learning_rates": [1e-3], "chosen_rates": ["levels"]}, "chosen_rates: got .*, wanted names of models with"),
+        ({"chosen_rates": {"levels": 1e-3}}, r"chosen_rates.levels: got 0.001, wanted one of learning_rates: \[\]"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )

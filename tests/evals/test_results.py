@@ -140,7 +140,7 @@ def test_the_page_of_a_comparison_whose_rates_were_tuned(tmp_path):
     assert "| model | 0.001 | 0.003 |" in page
     assert "| mamba2 | 0.5000* | 0.4000 |" in page and "| gated-deltanet | 0.5000* | 0.5000 |" in page
     assert "| log-linear-mamba2 | 0.4000 | 0.4000* |" in page
-    assert "lower at another one: mamba2 (0.003)." in page
+    assert "lower at another one: mamba2 (0.003)." in page and "It was chosen by these losses" in page
     assert f"| mamba2 | 1,234 | 2 | 0.5050 ± {statistics.stdev([0.5, 0.51]):.4f} |" in page, "two seeds, one rate"
     header, lines = comparison_table(config, language_rows(config, better_with_levels))
     assert [line[header.index("seeds")] for line in lines] == ["2"] * 5

@@ -272,9 +272,13 @@ def run_comparison(
         check_output_folder(folder)
     console, output, clock = console or Console(), Path(output), Clock()
 
+    rates = {run.key: f", rate {run.learning_rate:g}" if config.learning_rates else "" for run in config.runs()}
+
+    def named(row: comparison.ComparisonRun | comparison.ComparisonRow) -> str:
+        return f"{row.model}, seed {row.seed}{rates[row.key]}"
+
     def begin(run: comparison.ComparisonRun, done: int, runs: int) -> None:
-        rate = f", rate {run.learning_rate:g}" if config.learning_rates else ""
-        console.print(f"{done + 1}/{runs} · {run.model}, seed {run.seed}{rate} …", highlight=False, markup=False)
+        console.print(f"{done + 1}/{runs} · {named(run)} …", highlight=False, markup=False)
 
     def tell(rows: list[comparison.ComparisonRow], done: int, runs: int) -> None:
         end = rows[-1]
@@ -283,7 +287,7 @@ def run_comparison(
             loss = next(row.value for row in rows if row.metric == "held_out_loss")
             what = f"held-out loss {loss:.4f}, {duration(end.value or 0.0)}"
         console.print(
-            f"{done}/{runs} · {end.model}, seed {end.seed} · {what} · {duration(clock.seconds)} so far",
+            f"{done}/{runs} · {named(end)} · {what} · {duration(clock.seconds)} so far",
             highlight=False,
             markup=False,
             soft_wrap=True,
@@ -298,7 +302,7 @@ def run_comparison(
         console.print(f"{left} runs are left: the same command goes on with them", highlight=False)
     for row in ends:
         if row.status == comparison.FAILED:
-            console.print(f"{row.model}, seed {row.seed} failed: {row.detail}", highlight=False, markup=False)
+            console.print(f"{named(row)} failed: {row.detail}", highlight=False, markup=False)
     console.print(f"wrote {output / comparison.ROWS_FILE}", highlight=False, soft_wrap=True)
     return rows
 

@@ -45,7 +45,7 @@ from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.models.initialization import initialize_by_name
 from loglinear.train import NonFiniteError, TrainConfig, load_checkpoint, train
 from loglinear.train.checkpoints import choose_device, load_corpora, newest_checkpoint
-from loglinear.train.config import read_mapping
+from loglinear.train.config import distinct_numbers, read_mapping
 from loglinear.train.reporting import METRICS_FILE, quiet_transformers, read_metrics
 
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
@@ -163,24 +163,21 @@ class ComparisonConfig:
             run.model_config()
 
     def _check_rates(self) -> None:
-        for rate in self.learning_rates:
-            if isinstance(rate, bool) or not isinstance(rate, int | float) or not rate > 0:
-                raise ValueError(f"learning_rates: got {rate!r}, wanted numbers above 0")
-        if len(set(self.learning_rates)) != len(self.learning_rates):
-            raise ValueError(f"learning_rates: got {self.learning_rates!r}, wanted each once")
-        for name in self.chosen_rates:
+        rates, common = self.learning_rates, self.training(0).learning_rate
+        if rates != []:
+            rates = distinct_numbers("learning_rates", rates, float)
+            object.__setattr__(self, "learning_rates", rates)
+        if not all(rate > 0 for rate in rates):
+            raise ValueError(f"learning_rates: got {rates}, wanted numbers above 0")
+        if not isinstance(self.chosen_rates, dict):
+            raise TypeError(f"chosen_rates: got {self.chosen_rates!r}, wanted names of models with a rate each")
+        for name, rate in self.chosen_rates.items():
             if name not in self.models:
                 raise ValueError(f"chosen_rates: got {name!r}, wanted names of models: {', '.join(self.models)}")
-        for name in self.models:
-            if self.learning_rates and self.rate_of(name) not in self.learning_rates:
-                raise ValueError(
-                    f"learning_rates: got {self.learning_rates!r} without {self.rate_of(name):g}, the rate of {name}; "
-                    "wanted all that models are trained at"
-                )
-            if not self.learning_rates and name in self.chosen_rates:
-                raise ValueError(
-                    f"chosen_rates: got a rate of {name} without learning_rates, wanted those it is one of"
-                )
+            if isinstance(rate, bool) or rate not in rates:
+                raise ValueError(f"chosen_rates.{name}: got {rate!r}, wanted one of learning_rates: {rates}")
+        if rates and common not in rates and set(self.models) - set(self.chosen_rates):
+            raise ValueError(f"learning_rates: got {rates} without {common:g}, the rate of models without another")
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ComparisonConfig":
@@ -496,11 +493,12 @@ def _rows_in_worker(run: ComparisonRun) -> list[ComparisonRow]:
 
 
 def _expected_seconds(rows: Sequence[ComparisonRow], run: ComparisonRun, device: str) -> float:
-    """What a run takes: as much as another seed of the model on this kind of device, or as the longest of the others;
-    nothing is known before the first.
+    """What a run takes: as much as another seed or rate of the model on this kind of device, or as the longest of the
+    others; nothing is known before the first.
     """
     known = [row for row in rows if row.metric == "run" and row.status == FINISHED and row.device == device]
-    same = [row.value or 0.0 for row in known if (row.model, row.settings) == (run.model, run.key[2])]
+    alike = {one.key[2] for one in run.comparison.runs() if one.model == run.model}
+    same = [row.value or 0.0 for row in known if row.model == run.model and row.settings in alike]
     return max(same or [row.value or 0.0 for row in known], default=0.0)
 
 

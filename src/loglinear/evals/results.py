@@ -210,23 +210,25 @@ def _recall_verdicts(
 
 def _recall_levels(rows: Sequence[SweepRow], summaries: Sequence[sweep_summary.SweepSummary]) -> list[str]:
     """What the levels are used for, at the chosen rates, as far as that was measured."""
-    shown: list[tuple[str, int, list[dict[int, float]]]] = []
+    shown: list[tuple[list[str], list[dict[int, float]]]] = []
+    several = len({one.trained_pairs for one in summaries}) > 1
     for chosen in dict.fromkeys((one.model, one.width, one.trained_pairs, one.learning_rate) for one in summaries):
         own = [row for row in rows if (row.model, row.width, row.pairs, row.learning_rate) == chosen]
         if found := [row.levels("shares") for row in own if row.level_shares]:
-            shown.append((chosen[0], chosen[1], found))
+            shown.append(([str(cell) for cell in chosen[: 2 + several]], found))
     if not shown:
         return []
-    levels = range(1 + max(level for _, _, found in shown for one in found for level in one))
+    levels = range(1 + max(level for _, found in shown for one in found for level in one))
     lines = [
-        [model, str(width), *(_plus_minus([100 * one[level] for one in found if level in one], 1) for level in levels)]
-        for model, width, found in shown
+        [*which, *(_plus_minus([100 * one[level] for one in found if level in one], 1) for level in levels)]
+        for which, found in shown
     ]
+    header = ["model", "width", *(["trained on"] if several else []), *(f"level {level}" for level in levels)]
     note = (
         "Share of the operator's output (%) by level, mean over layers, heads and tokens of "
         f"{sweep.LEVEL_SEQUENCES} test sequences with the most pairs, ± one standard deviation over seeds."
     )
-    return [markdown(["model", "width", *(f"level {level}" for level in levels)], lines), note]
+    return [markdown(header, lines), note]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -283,10 +285,10 @@ def language_section(file: Path, config: ComparisonConfig, rows: Sequence[Compar
     """A section on a comparison; its plots go into `output`."""
     wanted = {run.key for run in config.runs()}
     rows = [row for row in rows if row.key in wanted]
-    every, tuning = [row for row in rows if _has_ended(row)], _tuning_parts(config, rows)
-    measured, rows = rows, _of_chosen_rates(config, rows)
-    ends = [row for row in rows if _has_ended(row)]
-    values, training = _Values(rows), config.training(config.seeds[0])
+    all_ends, tuning = [row for row in rows if _has_ended(row)], _tuning_parts(config, rows)
+    chosen_rows = _of_chosen_rates(config, rows)
+    ends = [row for row in chosen_rows if _has_ended(row)]
+    values, training = _Values(chosen_rows), config.training(config.seeds[0])
     models = [name for name in config.models if any(row.model == name for row in ends)]
     pairs = [pair for pair in twins(config.models) if set(pair) <= set(models)]
     trained = training.sequence_length
@@ -298,18 +300,18 @@ def language_section(file: Path, config: ComparisonConfig, rows: Sequence[Compar
     rates = f"learning rate {training.learning_rate:g} for all" if not tuning else "learning rates below"
     parts.append(
         f"Trained on {tokens:,} tokens ({kind}) at {trained:,} tokens a row{share}; {rates}. "
-        f"{_corpus(rows, training.data)} {_done(len(every), len(wanted))}"
+        f"{_corpus(rows, training.data)} {_done(len(all_ends), len(wanted))}"
     )
     if not ends:
         return "\n\n".join(parts)
-    sharing = {row.key: row.count or 1 for row in measured if row.metric == "tokens_per_second"}
-    most = max(sharing.values(), default=1)
+    sharing = {row.key: row.count or 1 for row in rows if row.metric == "tokens_per_second"}
+    most = max((sharing.get(row.key, 1) for row in ends), default=1)
     shared = f" Up to {most} runs shared a device, and its speed." if most > 1 else ""
     parts += tuning
     parts += ["### Loss and cost", markdown(*_cost_table(values, models)), _COST_NOTE + shared]
-    seconds = sum((row.value or 0.0) / sharing.get(row.key, 1) for row in every)
+    seconds = sum((row.value or 0.0) / sharing.get(row.key, 1) for row in all_ends)
     command, took = f"loglinear compare {file} --output benchmarks/{file.stem}", "Took, added up over devices,"
-    repeat = _repeat(command, took, seconds, every)
+    repeat = _repeat(command, took, seconds, all_ends)
     if config.cost_only:
         return "\n\n".join([*parts, *([config.conclusion.strip()] if config.conclusion else []), repeat])
     parts += ["### Loss by position", markdown(*_position_table(values, models)), "Nats per token, mean ± standard "
@@ -356,19 +358,19 @@ def _tuning_parts(config: ComparisonConfig, rows: Sequence[ComparisonRow]) -> li
     if not config.learning_rates:
         return []
     losses = {row.key: row.value for row in rows if row.metric == "held_out_loss"}
-    ended = {row.key: row.status for row in rows if _has_ended(row)}
+    statuses = {row.key: row.status for row in rows if row.metric == "run"}
     rates, first = sorted(config.learning_rates), config.seeds[0]
     lines, better = [], []
     for model in config.models:
-        runs = [ComparisonRun(config, model, first, rate) for rate in rates]
-        found = {run.learning_rate: loss for run in runs if (loss := losses.get(run.key)) is not None}
-        chosen = config.rate_of(model)
-        cells = [
-            f"{found[run.learning_rate]:.4f}{'*' if run.learning_rate == chosen else ''}"
-            if run.learning_rate in found
-            else ended.get(run.key, "missing")
-            for run in runs
-        ]
+        found, cells, chosen = {}, [], config.rate_of(model)
+        for rate in rates:
+            key = ComparisonRun(config, model, first, rate).key
+            loss, status = losses.get(key), statuses.get(key, "missing")
+            if loss is not None:
+                found[rate] = loss
+                cells.append(f"{loss:.4f}{'*' if rate == chosen else ''}")
+            else:
+                cells.append("–" if status == comparison.FINISHED else status)
         lines.append([model, *cells])
         if chosen in found and found[best := min(found, key=found.__getitem__)] < found[chosen]:
             better.append(f"{model} ({best:g})")
@@ -376,6 +378,11 @@ def _tuning_parts(config: ComparisonConfig, rows: Sequence[ComparisonRow]) -> li
         f"Held-out loss of seed {first} by learning rate, nats per token. *: the rate of the model everywhere below, "
         "with all seeds."
     )
+    if config.chosen_rates:
+        note += (
+            f" It was chosen by these losses, which are of the same documents as below, for seed {first} of the same "
+            "run: where twins have rates of their own, their differences are between each at its own."
+        )
     if better:
         note += f" With this seed the loss is lower at another one: {', '.join(better)}."
     return ["### Learning rates", markdown(["model", *(f"{rate:g}" for rate in rates)], lines), note]

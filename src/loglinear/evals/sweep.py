@@ -31,7 +31,7 @@ from loglinear.data.recall import RecallBatch, RecallTask
 from loglinear.evals import inspection, rowfile
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.train.checkpoints import choose_device
-from loglinear.train.config import TrainConfig, read_mapping
+from loglinear.train.config import TrainConfig, distinct_numbers, read_mapping
 from loglinear.train.recall import Progress, RecallRun, examination, mean_accuracy, new_model
 from loglinear.train.recall_together import RunsTogether
 
@@ -114,7 +114,7 @@ class SweepConfig:
         if not self.models:
             raise ValueError("models: got none, wanted at least one")
         for name, kind in (("widths", int), ("seeds", int), ("learning_rates", float)):
-            object.__setattr__(self, name, _numbers(name, getattr(self, name), kind))
+            object.__setattr__(self, name, distinct_numbers(name, getattr(self, name), kind))
         if not isinstance(self.pairs, list) or not self.pairs:
             raise ValueError(f"pairs: got {self.pairs!r}, wanted a list of numbers, or of lists for mixtures")
         for name in ("validation_sequences", "test_sequences", "workers", "together"):
@@ -182,20 +182,6 @@ class SweepConfig:
         options = {**self.train.get("task_options", {}), "pairs": pairs}
         common = {"log_every": 100, **self.train, "task": "mqar", "task_options": options}
         return TrainConfig.from_mapping({**common, "learning_rate": rate, "seed": seed})
-
-
-def _numbers(name: str, values: Any, kind: type) -> list[Any]:
-    """A list of different numbers."""
-    wanted = "whole numbers" if kind is int else "numbers"
-    if not isinstance(values, list) or not values:
-        raise ValueError(f"{name}: got {values!r}, wanted a list of {wanted}")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, kind)):
-            raise TypeError(f"{name}: got {value!r}, wanted {wanted}")
-    found = [kind(value) for value in values]
-    if len(set(found)) != len(found):
-        raise ValueError(f"{name}: got {values}, wanted each number once")
-    return found
 
 
 @dataclass(frozen=True)
@@ -455,7 +441,11 @@ def _use_of_levels(model: LogLinearForCausalLM, batch: RecallBatch) -> dict[str,
     if set(model.config.mixers) == {"attention"} or (model.config.num_levels or 1) == 1:
         return {}
     texts = batch.inputs[:LEVEL_SEQUENCES].tolist()
-    by_level = inspection.mean_by_level([row for text in texts for row in inspection.level_shares_on(model, text)])
+    try:
+        by_level = inspection.mean_by_level([row for text in texts for row in inspection.level_shares_on(model, text)])
+    except RuntimeError as error:  # of memory, maybe: what was trained is not to be lost with it
+        logging.getLogger(__name__).warning("the use of levels could not be measured: %s", error)
+        return {}
     scales = {level: scale for level, (_, scale) in enumerate(by_level) if scale is not None}
     return {
         "level_shares": " ".join(f"{level}:{share:.6f}" for level, (share, _) in enumerate(by_level)),

@@ -375,6 +375,24 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def distinct_numbers(name: str, values: Any, kind: type) -> list[Any]:
+    """A list of different numbers, as a file has it under `name`.
+
+    Raises:
+        ValueError, TypeError: it is not one.
+    """
+    wanted = "whole numbers" if kind is int else "numbers"
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{name}: got {values!r}, wanted a list of {wanted}")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, kind)):
+            raise TypeError(f"{name}: got {value!r}, wanted {wanted}")
+    found = [kind(value) for value in values]
+    if len(set(found)) != len(found):
+        raise ValueError(f"{name}: got {values}, wanted each number once")
+    return found
+
+
 def parse_yaml(text: str) -> Any:
     """The value that a YAML text says, numbers as YAML 1.2 has them: `1e-6` is a float.
 
