@@ -133,7 +133,8 @@ def _bullets(lines: Sequence[str]) -> str:
 def recall_section(file: Path, config: SweepConfig, rows: Sequence[SweepRow], output: Path) -> str:
     """A section on a sweep; its plot goes into `output`."""
     wanted = {run.key: number for number, run in enumerate(config.runs())}
-    rows = sorted((row for row in rows if row.key in wanted), key=lambda row: wanted[row.key])  # not as they ended
+    newest = {row.key: row for row in rows if row.key in wanted}  # of what was run again
+    rows = sorted(newest.values(), key=lambda row: wanted[row.key])  # not as they ended
     done = {row.key for row in rows if row.status != sweep.FAILED}
     summaries = sweep_summary.summarize(rows)
     task = config.runs()[0].task
