@@ -159,7 +159,7 @@ def test_interpreted_nearly_equal_keys():
 def test_interpreted_with_nodes_made_again(carried, monkeypatch):
     """The backward makes what the forward has not kept, where nobody said that gradients are wanted."""
     monkeypatch.setattr(delta, "_wants_gradients", lambda *inputs: False)
-    shape = Shape(B=2, T=161, G=1, H=1, K=16, V=16, L=9)
+    shape = Shape(B=2, T=113, G=1, H=1, K=16, V=16, L=9)
     state = random_state(shape, [183, 32], torch.float32) if carried else None
     compare_with_tree(make_inputs("gated_deltanet", shape, torch.float32), state, returns_state=carried)
 
@@ -694,7 +694,7 @@ def test_known_bounds_and_positions_cost_no_wait():
 @pytest.mark.parametrize("carried", [False, True])
 def test_well_formed_operators(carried, keeps):
     """Schemas, shapes without data, and gradients under the compiler."""
-    shape = Shape(B=2, T=40, G=1, H=1, K=16, V=16, L=8)
+    shape = Shape(B=2, T=24, G=1, H=1, K=16, V=16, L=8)
     inputs = make_inputs("gated_deltanet", shape, torch.float32).leaves().values()
     positions = far = near = None
     if carried:
