@@ -11,7 +11,6 @@ from loglinear import FenwickState, fenwick, log_linear_attention
 from operator_cases import (
     TOLERANCES,
     Shape,
-    Tolerance,
     assert_close,
     compare,
     gradients,
@@ -406,7 +405,7 @@ ON_GPU = [
 ]
 
 
-def on_device(inputs, cu_seqlens=None, state=None, returns_state=False, pieces=None, tolerance=None):
+def on_device(inputs, cu_seqlens=None, state=None, returns_state=False, pieces=None):
     """`compare_with_tree`, with the float64 side on the GPU too."""
     results = []
     for backend, dtype in (("triton", None), ("torch", torch.float64)):
@@ -421,7 +420,7 @@ def on_device(inputs, cu_seqlens=None, state=None, returns_state=False, pieces=N
             cotangents = [torch.randn_like(x) for x in outputs]
         results.append((outputs, gradients(outputs, cotangents, with_buckets(given, begin))))
     (got, found), (exact, true) = results
-    tolerance = tolerance or TOLERANCES[inputs.v.dtype]
+    tolerance = TOLERANCES[inputs.v.dtype]
     for name, a, b in zip(("o", "state"), got, exact, strict=False):
         assert_close(a, b, tolerance.forward, name)
     for name in true:
@@ -460,21 +459,20 @@ def test_single_strong_decays_on_gpu(widths, dtype):
     on_device(with_strong_decays(inputs, [50, 1000, 1001, 2047, 2048]))
 
 
-# Where roundings add up. Plain float32 keeps to the table; three products of tf32 parts, each off by 2^-21, nearly do.
-HARDEST = pytest.mark.parametrize(
-    ("told", "tolerance"), [("ieee", TOLERANCES[torch.float32]), ("none", Tolerance(forward=3e-6, gradient=1e-5))]
-)
+# Where roundings add up: plain float32 keeps to the table, three products of tf32 parts (off by 2^-21) do not quite.
+not_quite = pytest.mark.xfail(reason="outputs are off by 2.0 to 2.3e-6 on an H200", strict=True)
+HARDEST = pytest.mark.parametrize("told", ["ieee", pytest.param("none", marks=not_quite)])
 
 
 @pytest.mark.gpu
 @HARDEST
 @pytest.mark.parametrize("widths", [(128, 64), (192, 384)])
-def test_reflections_on_gpu(widths, told, tolerance, told_to):
+def test_reflections_on_gpu(widths, told, told_to):
     """β = 2 throughout: what was written stays, with every rounding of it, however long ago that was."""
     told_to(told)
     shape = Shape(B=1, T=1500, G=2, H=2, K=widths[0], V=widths[1], L=12)
     inputs = make_inputs("delta_net", shape, torch.float32, "cuda")
-    on_device(dataclasses.replace(inputs, beta=torch.full_like(inputs.beta, 2.0)), tolerance=tolerance)
+    on_device(dataclasses.replace(inputs, beta=torch.full_like(inputs.beta, 2.0)))
 
 
 @pytest.mark.gpu
@@ -538,11 +536,11 @@ STATES = [
 @pytest.mark.gpu
 @HARDEST
 @pytest.mark.parametrize("widths", [(128, 128), (192, 384)])
-def test_nearly_equal_keys_on_gpu(widths, told, tolerance, told_to):
+def test_nearly_equal_keys_on_gpu(widths, told, told_to):
     """It is the inverse that has to be exact: see `delta_inverse.py`."""
     told_to(told)
     shape = Shape(B=2, T=1500, G=2, H=2, K=widths[0], V=widths[1], L=12)
-    on_device(nearly_equal_keys(make_inputs("delta_net", shape, torch.float32, "cuda")), tolerance=tolerance)
+    on_device(nearly_equal_keys(make_inputs("delta_net", shape, torch.float32, "cuda")))
 
 
 @pytest.mark.gpu

@@ -3,7 +3,7 @@ every run is rows of a CSV.
 
 The models of one seed see the same tokens in the same order under the same recipe, and start from the same weights
 where their parameters agree in name and shape (`loglinear.models.initialization`). The learning rate may be tuned: with
-one seed every model is trained at every rate, and the file says which one its other seeds take. A run is
+the first seed every model is trained at every rate, and the file says which one all its seeds take. A run is
 
     train (`loglinear.train`)          on real documents, and on a share of texts with needles in them
     held-out loss, loss by position    on real documents that no model was trained on (`position_loss`)
@@ -114,8 +114,8 @@ class ComparisonConfig:
         needles: see `Needles`.
         learning_rates: that every model is trained at with the first seed, to choose from. Default: that of `train`
             alone.
-        chosen_rates: model -> the one of them that its other seeds are trained at, and that the page of results is
-            about. Default: that of `train`.
+        chosen_rates: model -> the one of them that all its seeds are trained at, and that the page of results is about.
+            Default: that of `train`.
         longest: positions that the loss is measured at; default: four times `sequence_length`.
         documents: held-out documents that reach the last position, at most so many.
         level_tokens: what is read for the use of levels; default: `sequence_length`.

@@ -297,7 +297,7 @@ class SweepRow:
         return _by_number(getattr(self, f"{which}_by_pairs"))
 
     def levels(self, which: str) -> dict[int, float]:
-        """ "shares" or "scales" by level; nothing where they were not measured."""
+        """What is measured of levels ("shares" or "scales"), by level; nothing where it was not."""
         return _by_number(getattr(self, f"level_{which}"))
 
 
