@@ -475,6 +475,17 @@ def test_reflections_on_gpu(widths, told, told_to):
     on_device(dataclasses.replace(inputs, beta=torch.full_like(inputs.beta, 2.0)))
 
 
+in_bfloat16 = pytest.mark.xfail(reason="outputs are off by 5.2e-3 on an H200", strict=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("widths", [pytest.param((128, 128), marks=in_bfloat16), (192, 384)])
+def test_reflections_in_bfloat16_on_gpu(widths):
+    shape = Shape(B=2, T=1500, G=2, H=2, K=widths[0], V=widths[1], L=12)
+    inputs = make_inputs("delta_net", shape, torch.bfloat16, "cuda")
+    on_device(dataclasses.replace(inputs, beta=torch.full_like(inputs.beta, 2.0)))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("widths", [(128, 64), (192, 384)])
 def test_long_keys_on_gpu(widths):
