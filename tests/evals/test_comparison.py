@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,20 @@ def test_every_run_is_rows_and_none_runs_twice(done, monkeypatch):
     assert len({row.detail for row in rows if row.metric == "corpus_tokens"}) == 1
     monkeypatch.setattr(comparison, "train", lambda *_, **__: pytest.fail("ran again"))
     assert run_comparison(config, folder / "rows", folder / "elsewhere", "cpu") == rows
+
+
+def test_runs_of_other_settings_count_for_nothing(done, texts, tmp_path):
+    _, folder, rows = done
+    shutil.copytree(folder / "rows", tmp_path / "rows")
+    config, told = (
+        config_of(tmp_path, small(texts, models={"linear": small(texts)["models"]["linear"]}, seeds=[1, 2])),
+        [],
+    )
+    found = run_comparison(
+        config, tmp_path / "rows", tmp_path / "work", "cpu", on_rows=lambda _, done, of: told.append((done, of))
+    )
+    assert told == [(2, 2)] and {(row.model, row.seed) for row in found} == {("linear", 1), ("linear", 2)}
+    assert set(comparison.read_rows(tmp_path / "rows" / comparison.ROWS_FILE)) == {*rows, *found}
 
 
 def test_runs_side_by_side_are_those_in_turn(done, tmp_path):

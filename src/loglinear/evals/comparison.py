@@ -387,7 +387,8 @@ def run_comparison(
     place, _ = choose_device(device)
     begin, path, runs = time.monotonic(), Path(output) / ROWS_FILE, config.runs()
     file = rowfile.RowFile(path, ComparisonRow)
-    done = {row.key for row in read_rows(path) if row.metric == "run" and row.status != FAILED}
+    keys = {run.key for run in runs}
+    done = {row.key for row in read_rows(path) if row.metric == "run" and row.status != FAILED} & keys
     where = environment(place).device
     waiting = [run for run in runs if run.key not in done]
     gpus = torch.cuda.device_count() if place.type == "cuda" else 0
@@ -414,7 +415,6 @@ def run_comparison(
             done.add(run.key)
         if on_rows is not None:
             on_rows(rows, len(done), len(runs))
-    keys = {run.key for run in runs}
     return [row for row in read_rows(path) if row.key in keys]
 
 
