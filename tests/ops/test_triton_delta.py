@@ -147,6 +147,30 @@ def nearly_equal_keys(inputs):
     return dataclasses.replace(inputs, k=k.detach().requires_grad_())
 
 
+def reflections(inputs):
+    """β = 2 throughout: what was written stays, with every rounding of it, however long ago that was."""
+    return dataclasses.replace(inputs, beta=torch.full_like(inputs.beta, 2.0).detach().requires_grad_())
+
+
+def compare_outputs(inputs):
+    """Without gradients: those of q and β cancel more than numbers of 16 bits can follow (math.md, section 12)."""
+    exact = inputs.to(inputs.v.device, torch.float64)
+    wanted, _ = runner("torch")(exact, None)
+    got, _ = runner("triton")(inputs, None)
+    assert_close(got, wanted, TOLERANCES[inputs.v.dtype][0], "o")
+
+
+@needs_interpreter
+@pytest.mark.parametrize("width", [128, 144])  # in registers on the way through the tree, and not
+def test_interpreted_bfloat16_hardest(width, bfloat16, monkeypatch):
+    """With chunks as long as they are on a GPU."""
+    monkeypatch.setattr(delta, "LONG_CHUNK", 128)
+    shape = Shape(B=1, T=500, G=1, H=1, K=width, V=width, L=9)
+    inputs = make_inputs("delta_net", shape, torch.bfloat16)
+    compare_outputs(nearly_equal_keys(inputs))
+    compare_with_tree(reflections(inputs))
+
+
 @needs_interpreter
 def test_interpreted_nearly_equal_keys():
     shape = Shape(B=1, T=258, G=1, H=1, K=64, V=16, L=10)
@@ -468,22 +492,18 @@ HARDEST = pytest.mark.parametrize("told", ["ieee", pytest.param("none", marks=no
 @HARDEST
 @pytest.mark.parametrize("widths", [(128, 64), (192, 384)])
 def test_reflections_on_gpu(widths, told, told_to):
-    """β = 2 throughout: what was written stays, with every rounding of it, however long ago that was."""
     told_to(told)
     shape = Shape(B=1, T=1500, G=2, H=2, K=widths[0], V=widths[1], L=12)
     inputs = make_inputs("delta_net", shape, torch.float32, "cuda")
-    on_device(dataclasses.replace(inputs, beta=torch.full_like(inputs.beta, 2.0)))
-
-
-in_bfloat16 = pytest.mark.xfail(reason="outputs are off by 5.2e-3 on an H200", strict=True)
+    on_device(reflections(inputs))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("widths", [pytest.param((128, 128), marks=in_bfloat16), (192, 384)])
+@pytest.mark.parametrize("widths", [(128, 128), (192, 384)])
 def test_reflections_in_bfloat16_on_gpu(widths):
     shape = Shape(B=2, T=1500, G=2, H=2, K=widths[0], V=widths[1], L=12)
     inputs = make_inputs("delta_net", shape, torch.bfloat16, "cuda")
-    on_device(dataclasses.replace(inputs, beta=torch.full_like(inputs.beta, 2.0)))
+    on_device(reflections(inputs))
 
 
 @pytest.mark.gpu
@@ -555,13 +575,10 @@ def test_nearly_equal_keys_on_gpu(widths, told, told_to):
 
 
 @pytest.mark.gpu
-def test_nearly_equal_keys_in_bfloat16_on_gpu():
-    """States are a third of what is written into them, so that roundings of bfloat16 ones weigh three times as much."""
-    shape = Shape(B=2, T=1500, G=2, H=2, K=128, V=128, L=12)
-    given = nearly_equal_keys(make_inputs("delta_net", shape, torch.bfloat16, "cuda")).arguments()
-    exact = {name: x.double() if torch.is_tensor(x) else x for name, x in given.items()}
-    wanted, _ = log_linear_attention(**exact, backend="torch")
-    assert_close(log_linear_attention(**given, backend="triton")[0], wanted, 1e-2, "o")
+@pytest.mark.parametrize("widths", [(128, 128), (192, 384)])
+def test_nearly_equal_keys_in_bfloat16_on_gpu(widths):
+    shape = Shape(B=2, T=1500, G=2, H=2, K=widths[0], V=widths[1], L=12)
+    compare_outputs(nearly_equal_keys(make_inputs("delta_net", shape, torch.bfloat16, "cuda")))
 
 
 WIDTHS = [(128, 128), (128, 64), (64, 128), (64, 64), (96, 192), (192, 384), (256, 64), (256, 512)]

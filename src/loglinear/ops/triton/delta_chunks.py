@@ -9,10 +9,11 @@ Precision. Of float32 inputs all is float32, but for gamma, A and its inverse, a
 (keys and scores), which are float64 until they are done.
 For 16-bit inputs A, its inverse and the products that join it are float32 in three tf32 parts, for the inverse of a
 chunk of nearly equal keys is as badly conditioned as the chunk is long. What every later product passes through is in
-two bfloat16 parts, the second of them what the first has lost: the inverse as it is stored, k̄ᵀ T, and P in
-`delta_nodes.py` where nodes grow. With single ones the output is wrong by 6e-3 where nothing decays, instead of 4e-3,
-of which 1.7e-3 is the rounding of the output. U, the queries and the scores, before T and after it, are single, and
-so is P where queries pass it, and all that the backward multiplies by.
+two bfloat16 parts, the second of them what the first has lost: the inverse as it is stored and the scores that it is
+multiplied by, what comes of them where queries pass it (but in the walk, which has no room for it), k̄ᵀ T, and P in
+`delta_nodes.py` where nodes grow. With single ones the output is wrong by 6e-3 where nothing decays, instead of
+3.5e-3, of which 1.7e-3 is the rounding of the output. U, the queries and the scores that meet v are single, and so is P
+where queries pass it, and all that the backward multiplies by.
 
 Legend
     N chunks (slots), C rows of a chunk, H heads, G groups, K key width, V value width, L levels
@@ -111,6 +112,13 @@ def load_quarters(matrix, place, E: tl.constexpr):
 @triton.jit
 def store_quarter(matrix, values, place, quarter, E: tl.constexpr):
     tl.store(_quarter(matrix, place, quarter, E), values.to(matrix.dtype.element_ty))
+
+
+@triton.jit
+def in_parts(values, dtype: tl.constexpr):
+    """Float32 values as two of `dtype`: what the first has lost is the second."""
+    whole = values.to(dtype)
+    return whole, (values - whole.to(tl.float32)).to(dtype)
 
 
 @triton.jit

@@ -33,6 +33,7 @@ from loglinear.ops.triton.common import (
 from loglinear.ops.triton.delta_chunks import (
     TILE,
     Chunks,
+    in_parts,
     load_quarter,
     load_tile,
     most_rows,
@@ -54,6 +55,16 @@ def _times_inverse(left, inverse, place, quarter, total, size, E: tl.constexpr, 
     total = product(left, load_quarter(inverse, place, quarter, E), total, PRECISION)
     if PARTS == 2:
         total = product(left, load_quarter(inverse + size, place, quarter, E), total, PRECISION)
+    return total
+
+
+@triton.jit
+def _both_times_inverse(whole, lost, inverse, place, quarter, total, size, E: tl.constexpr, PARTS: tl.constexpr,
+                        PRECISION: tl.constexpr):  # fmt: skip
+    """The same, of what is in PARTS parts: `whole`, and what it has `lost`."""
+    total = _times_inverse(whole, inverse, place, quarter, total, size, E, PARTS, PRECISION)
+    if PARTS == 2:
+        total = product(lost, load_quarter(inverse, place, quarter, E), total, PRECISION)
     return total
 
 
@@ -99,12 +110,14 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
     strength = load_column(beta + head, token_of, first_of, rows_of_half, stride_b, E)
     before = load_column(beta + head, token, first, earlier, stride_b, E)  # zero for the first half
     dtype = scores.dtype.element_ty
-    pairs, across, nothing = pairs.to(dtype), across.to(dtype), tl.zeros((E, E), gamma.dtype.element_ty)
-    mixed = _times_inverse(pairs, inverse, place, 2 * half, nothing, size, E, PARTS, PRECISION)
+    pairs, lost_pairs = in_parts(pairs, dtype)
+    across, lost_across = in_parts(across, dtype)
+    nothing = tl.zeros((E, E), gamma.dtype.element_ty)
+    mixed = _both_times_inverse(pairs, lost_pairs, inverse, place, 2 * half, nothing, size, E, PARTS, PRECISION)
     mixed = mixed.to(tl.float32) * strength[None, :]
-    mixed_across = _times_inverse(across, inverse, place, 0, nothing, size, E, PARTS, PRECISION)
+    mixed_across = _both_times_inverse(across, lost_across, inverse, place, 0, nothing, size, E, PARTS, PRECISION)
     # of the first half with itself again: what is multiplied by zero must be as finite as its own
-    mixed_across = _times_inverse(pairs, inverse, place, half, mixed_across, size, E, PARTS, PRECISION)
+    mixed_across = _both_times_inverse(pairs, lost_pairs, inverse, place, half, mixed_across, size, E, PARTS, PRECISION)
     mixed_across = mixed_across.to(tl.float32) * before[None, :]
     out = scores + place * 4 * E * E
     if SCALED:
@@ -123,22 +136,19 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
     if tl.load(reads + slot) == 0:
         return
     entering = decay_of(own_sums)
-    mixed = (mixed * entering[None, :]).to(dtype)
-    mixed_across = (mixed_across * decay_of(other_sums)[None, :]).to(dtype)
+    mixed, lost = in_parts(mixed * entering[None, :], dtype)
+    mixed_across, lost_across = in_parts(mixed_across * decay_of(other_sums)[None, :], dtype)
     seen += (tl.load(places + slot).to(tl.int64) * H + head) * 2 * E * K
     for tile in range(KT):
         keys = load_tile(k, token_of, first_of, rows_of_half, stride_k, E, tile * BK, K, BK)
         others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
         passed = tl.dot(mixed, keys, input_precision=PRECISION)
         passed = tl.dot(mixed_across, others, passed, input_precision=PRECISION)
+        if PARTS == 2:
+            passed = tl.dot(lost, keys, passed, input_precision=PRECISION)
+            passed = tl.dot(lost_across, others, passed, input_precision=PRECISION)
         queries = load_tile(q, token_of, first_of, rows_of_half, stride_q, E, tile * BK, K, BK).to(tl.float32)
         store_block(seen, queries * (entering * scale)[:, None] - passed, start, 2 * E, E, tile * BK, K, BK)
-
-
-@triton.jit
-def _in_parts(values, dtype: tl.constexpr):
-    whole = values.to(dtype)
-    return whole, (values - whole.to(tl.float32)).to(dtype)
 
 
 @triton.jit
@@ -194,14 +204,14 @@ def _leaves_kernel(k, v, beta, inverse, gamma, added, maps, finals, tokens, firs
     left1 = _times_inverse(keys1, inverse, place, 2, nothing, size, E, PARTS, PRECISION)
     left0 = left0.to(tl.float32) * load_column(beta + head, token, first, rows, stride_b, E)[None, :]
     left1 = left1.to(tl.float32) * load_column(beta + head, token + E, later, rows - E, stride_b, E)[None, :]
-    whole0, lost0 = _in_parts(left0, dtype)
-    whole1, lost1 = _in_parts(left1, dtype)
+    whole0, lost0 = in_parts(left0, dtype)
+    whole1, lost1 = in_parts(left1, dtype)
     for value in range(VT):
         made = _times_rows(whole0, lost0, whole1, lost1, v, token, first, later, rows, stride_v, E, value * BV, V, BV,
                            PARTS, PRECISION)  # fmt: skip
         store_block(added + place * K * V, made, column, K, BK, value * BV, V, BV)
-    whole0, lost0 = _in_parts(left0 * decay_of(sums0)[None, :], dtype)
-    whole1, lost1 = _in_parts(left1 * decay_of(sums1)[None, :], dtype)
+    whole0, lost0 = in_parts(left0 * decay_of(sums0)[None, :], dtype)
+    whole1, lost1 = in_parts(left1 * decay_of(sums1)[None, :], dtype)
     passing = decay_of(end)
     for key in range(KT):
         made = _times_rows(whole0, lost0, whole1, lost1, k, token, first, later, rows, stride_k, E, key * BK, K, BK,

@@ -34,6 +34,7 @@ from loglinear.ops.triton.common import (
 from loglinear.ops.triton.delta_chunks import (
     Chunks,
     has_room_for_keys,
+    in_parts,
     load_block,
     load_quarters,
     load_tile,
@@ -144,10 +145,13 @@ def _scores_of(q, k, beta, inverse, sums, token, first, rows, place, size, scale
     keys = load_tile(k, token, first, rows, stride_k, C, 0, K, BK)
     dtype = queries.dtype
     product = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-    product = tl.where(row[:, None] >= row[None, :], product * decays_between(sums, sums) * scale, 0.0).to(dtype)
-    mixed = tl.dot(product, load_quarters(inverse, place, C // 2), input_precision=PRECISION)
+    product = tl.where(row[:, None] >= row[None, :], product * decays_between(sums, sums) * scale, 0.0)
+    whole, lost = in_parts(product, dtype)
+    matrix = load_quarters(inverse, place, C // 2)
+    mixed = tl.dot(whole, matrix, input_precision=PRECISION)
     if PARTS == 2:
-        mixed = tl.dot(product, load_quarters(inverse + size, place, C // 2), mixed, input_precision=PRECISION)
+        mixed = tl.dot(lost, matrix, mixed, input_precision=PRECISION)
+        mixed = tl.dot(whole, load_quarters(inverse + size, place, C // 2), mixed, input_precision=PRECISION)
     mixed *= load_column(beta, token, first, rows, stride_b, C)[None, :]
     entering = decay_of(sums)
     passed = tl.dot((mixed * entering[None, :]).to(dtype), keys, input_precision=PRECISION)
