@@ -388,7 +388,7 @@ def run_comparison(
     begin, path, runs = time.monotonic(), Path(output) / ROWS_FILE, config.runs()
     file = rowfile.RowFile(path, ComparisonRow)
     keys = {run.key for run in runs}
-    done = {row.key for row in read_rows(path) if row.metric == "run" and row.status != FAILED} & keys
+    done = keys.intersection(row.key for row in read_rows(path) if row.metric == "run" and row.status != FAILED)
     where = environment(place).device
     waiting = [run for run in runs if run.key not in done]
     gpus = torch.cuda.device_count() if place.type == "cuda" else 0
