@@ -10,8 +10,8 @@ Precision. Of float32 inputs all is float32, but for gamma, A and its inverse, a
 For 16-bit inputs A, its inverse and the products that join it are float32 in three tf32 parts, for the inverse of a
 chunk of nearly equal keys is as badly conditioned as the chunk is long. What every later product passes through is in
 two bfloat16 parts, the second of them what the first has lost: the inverse as it is stored and the scores that it is
-multiplied by, what comes of them where queries pass it (but in the walk, which has no room for it), k̄ᵀ T, and P in
-`delta_nodes.py` where nodes grow. With single ones the output is wrong by 6e-3 where nothing decays, instead of
+multiplied by, what comes of them where queries pass it (but in the walk, of which that would be a tenth), k̄ᵀ T, and P
+in `delta_nodes.py` where nodes grow. With single ones the output is wrong by 6e-3 where nothing decays, instead of
 3.5e-3, of which 1.7e-3 is the rounding of the output. U, the queries and the scores that meet v are single, and so is P
 where queries pass it, and all that the backward multiplies by.
 
