@@ -45,6 +45,55 @@ def test_one_call_without_a_gpu():
     assert len(calls) == 2
 
 
+LAUNCHED_AGAIN = """
+import itertools
+import torch
+from triton.compiler.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+import compile_kernels
+from loglinear.ops.triton.delta_read import _descend_kernel as kernel
+
+driver.set_active(compile_kernels.NoDriver())
+launched, asked = [], []
+
+
+class Compiled(CompiledKernel):
+    def __init__(self):
+        self.module, self.function, self.packed_metadata, self.name, self.src = 1, 1, (), "a kernel", None
+        self._run = lambda *given: launched.append((self, *given[:3], *map(pointer, given[9:])))
+
+
+def pointer(x):
+    return x.data_ptr() if isinstance(x, torch.Tensor) else x
+
+
+def compiled(self, key, *_):
+    kernel = self.device_caches[0][0][key] = Compiled()
+    return kernel
+
+
+JITFunction._do_compile = compiled
+kernel.jitted.add_pre_run_hook(lambda *_, **__: asked.append(1))
+memory = torch.zeros(64, dtype=torch.bfloat16)
+tensors = memory, memory[1:], memory[8:], memory.float(), memory[:0]
+for x, heights, N, K, constant in list(
+    itertools.product(tensors, (memory, memory[1:], None), (1, 5, 16, 2**31), (1, 3, 16, 2**40), (1, 2))
+) * 2:
+    arguments = x, memory, memory, memory, heights, memory, memory, N, 4, K
+    options = {"num_warps": 4, "C": 64, "ROWS": 64, "KT": constant, "BK": 16, "PRECISION": "tf32", "PARTS": 2}
+    for way in (kernel, kernel.jitted):
+        way[3, 4](*arguments, **options)
+print(all(ours == theirs for ours, theirs in zip(launched[::2], launched[1::2], strict=True)))
+print(len({id(one) for one, *_ in launched}) > 50, len(asked) < 0.8 * len(launched))
+"""
+
+
+def test_a_launch_like_an_earlier_one_gets_its_kernel():
+    """The kernel, grid and arguments that Triton would have launched, for all that it looks at in arguments."""
+    assert run_script(LAUNCHED_AGAIN).split() == ["True"] * 3
+
+
 SIDE_BY_SIDE = """
 import threading
 import torch

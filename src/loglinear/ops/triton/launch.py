@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -15,8 +15,14 @@ from typing import Any, TypeVar
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 MOST_THREADS = 16  # compiling lets go of the interpreter's lock nearly all the time
+
+MOST_KINDS = 1024  # of launches of a kernel that are remembered
+NUMBERS = frozenset((int, float, bool, type(None)))  # arguments that are no tensors
+RUN = JITFunction.run  # who puts another in its place is asked every time
 
 T = TypeVar("T")
 _compiles_only: ContextVar[bool] = ContextVar("compiles_only", default=False)
@@ -24,20 +30,58 @@ _seen: set[tuple] = set()
 
 
 class Kernel:
-    """What `triton.jit` makes of a function, launched as usual: `name[programs](arguments, options)`."""
+    """What `triton.jit` makes of a function, launched as usual: `name[programs](arguments, options)`.
 
-    def __init__(self, jitted: Any):
+    Triton looks at every argument for what it compiles a kernel for, which takes the host longer than small kernels
+    run. A launch that is like an earlier one in all of that gets the kernel of that one.
+    """
+
+    def __init__(self, jitted: Any, do_not_specialize: Sequence[str] = ()):
         self.jitted = jitted
+        self._compiled: dict[tuple, tuple[Any, tuple]] = {}  # kernels, and the values of their constants in order
+        self._unspecialized = [jitted.arg_names.index(name) for name in do_not_specialize]  # whole numbers
+        # on AMD they are compiled for the sizes of tensors too
+        self._reuses = isinstance(jitted, JITFunction) and torch.version.hip is None
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         if _compiles_only.get():
             return functools.partial(self.jitted.warmup, grid=grid)
+        if self._reuses and JITFunction.run is RUN:
+            return functools.partial(self._launch, grid)
         return self.jitted[grid]
+
+    def _launch(self, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        values, kind, unaligned = [], [], [driver.active.get_current_device()]
+        for x in arguments:
+            if x.__class__ in NUMBERS:
+                kind.append(x)
+            else:
+                kind.append(x.dtype)
+                x = x.data_ptr()
+                if x % 16:
+                    unaligned.append(len(values))
+            values.append(x)
+        for at in self._unspecialized:
+            kind[at] = values[at] >> 31
+        key = (*kind, *unaligned, *options, *options.values())
+        known = self._compiled.get(key)
+        if known is not None:
+            compiled, constants = known
+            launch_again = compiled[(*grid, 1, 1)]
+            launch_again(*values, *constants)
+            return
+        launch = self.jitted[grid]
+        compiled = launch(*arguments, **options)
+        constants = self.jitted.arg_names[len(arguments) :]
+        if compiled is not None and all(name in options for name in constants):
+            if len(self._compiled) >= MOST_KINDS:
+                self._compiled.clear()
+            self._compiled[key] = compiled, tuple(options[name] for name in constants)
 
 
 def kernel(**options: Any) -> Callable[[Callable], Kernel]:
     """Makes a kernel of a function, with the options of `triton.jit`."""
-    return lambda function: Kernel(triton.jit(function, **options))
+    return lambda function: Kernel(triton.jit(function, **options), options.get("do_not_specialize", ()))
 
 
 def compiled_first(run: Callable[[], T], *what: object) -> T:
