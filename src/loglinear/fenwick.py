@@ -493,7 +493,9 @@ class Slots:
     base: torch.Tensor  # [S] slot of the first chunk of a sequence
     count: torch.Tensor  # [S] chunks of a sequence
     cap: int  # height from which on slots hold running sums
+    longest: int  # no sequence has more chunks, as far as the host knows
     ends: Ends | None = None  # where states are carried in or out
+    places: torch.Tensor | None = None  # [N] nodes that the chunks before read; None where states are carried in
     # where states are carried in; else every sequence starts at 0
     first: torch.Tensor | None = None  # [N] the first of the chunk's rows that exists
     origin: torch.Tensor | None = None  # [N] number of the sequence's first chunk, counted from there too
@@ -518,6 +520,11 @@ class Ends:
 def num_far_buckets(num_levels: int, chunk: int) -> int:
     """How many buckets of a state consist of whole chunks, or are the last one."""
     return max(0, num_levels - 2 - chunk_height(chunk)) + 1
+
+
+def chunks_of(tokens: int, chunk: int, carried: bool) -> int:
+    """Chunks of a sequence from position 0 on. `carried`: with the one that its end falls into."""
+    return tokens // chunk + 1 if carried else -(-tokens // chunk)
 
 
 def num_slots(tokens: int, sequences: int, chunk: int, num_levels: int, state: bool) -> int:
@@ -573,11 +580,12 @@ def most_variants(num_chunks: int, cap: int, sequences: int) -> int:
 
 def slots(
     cu_seqlens: torch.Tensor, num_slots: int, chunk: int, num_levels: int, positions: torch.Tensor | None = None,
-    carried: bool = False,
+    carried: bool = False, longest: int | None = None,
 ) -> Slots:  # fmt: skip
     """Slots of packed sequences, computed where `cu_seqlens` is, without reading it back.
 
-    `positions` [S]: the sequences carry a state in. `carried`: they carry one in or out.
+    `positions` [S]: the sequences carry a state in. `carried`: they carry one in or out. `longest`: no sequence has
+    more chunks, if that is known.
     """
     shift, device = chunk_height(chunk), cu_seqlens.device
     cap = num_far_buckets(num_levels, chunk) - 1
@@ -649,7 +657,10 @@ def slots(
         "parent": parent, "order": readers.argsort(descending=True, stable=True), "base": bases, "count": counts,
         "tallest": torch.where(is_chunk, height, -1).argsort(descending=True, stable=True),
     } | carried_in  # fmt: skip
-    return Slots(**{name: table.int() for name, table in tables.items()}, cap=cap, ends=ends)
+    if positions is None:
+        tables["places"] = reads.cumsum(0) - reads
+    longest = num_slots if longest is None else longest
+    return Slots(**{name: table.int() for name, table in tables.items()}, cap=cap, longest=longest, ends=ends)
 
 
 @functools.lru_cache(maxsize=64)
@@ -659,8 +670,8 @@ def uniform_slots(
     """Slots of `batch` sequences of `tokens` tokens each, from position 0 on."""
     with torch.inference_mode(False), torch.no_grad():
         bounds = torch.arange(batch + 1, device=device) * tokens
-        chunks = tokens // chunk + 1 if carried else -(-tokens // chunk)
-        return slots(bounds, batch * chunks, chunk, num_levels, carried=carried)
+        chunks = chunks_of(tokens, chunk, carried)
+        return slots(bounds, batch * chunks, chunk, num_levels, carried=carried, longest=chunks)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from loglinear import FenwickState, fenwick, log_linear_attention
+from loglinear.ops.packing import remember_bounds
 from operator_cases import (
     TOLERANCES,
     Shape,
@@ -193,6 +194,20 @@ def test_interpreted_packed():
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     inputs = make_inputs("gated_deltanet", Shape(B=1, T=sum(lengths), G=1, H=2, K=16, V=16, L=7), torch.float32)
     compare_with_tree(inputs, None, bounds)
+
+
+@needs_interpreter
+def test_interpreted_bounds_that_the_host_knows():
+    """What only longer sequences need is not launched, and the rest finds the same."""
+    found = []
+    for told in (False, True):
+        inputs = make_inputs("gated_deltanet", Shape(B=1, T=96, G=1, H=1, K=16, V=16, L=8), torch.float32).leaves()
+        bounds = torch.tensor([0, 33, 96])
+        if told:
+            remember_bounds(bounds, [0, 33, 96])
+        o, _ = log_linear_attention(**inputs.arguments(), cu_seqlens=bounds, backend="triton")
+        found.append([o, *torch.autograd.grad(o.square().sum(), list(inputs.present().values()))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @needs_interpreter

@@ -28,7 +28,7 @@ from loglinear.ops.triton.common import sums_dtype
 from loglinear.ops.triton.delta_backward import Remade, gradients
 from loglinear.ops.triton.delta_chunks import Chunks, inverse_shape, parts_of, walks
 from loglinear.ops.triton.delta_halves import make_chunks
-from loglinear.ops.triton.delta_nodes import Carried, Kept, Leaving, Nodes, leaving, make_nodes
+from loglinear.ops.triton.delta_nodes import Carried, Kept, Leaving, Nodes, has_running, leaving, make_nodes
 from loglinear.ops.triton.delta_read import descend, read, walk
 from loglinear.ops.triton.launch import compiled_first
 from loglinear.ops.triton.scalar import (
@@ -177,7 +177,8 @@ class _Call(NamedTuple):
     @property
     def kind(self) -> tuple:
         """What decides which kernels a call has, nearly: see `compiled_first`."""
-        return *self.rows, self.precision, self.state is None, self.slots.first is None
+        tree = self.slots.longest > 1, has_running(self.slots)
+        return *self.rows, self.precision, self.state is None, self.slots.first is None, *tree
 
 
 def _prepare(
@@ -199,7 +200,7 @@ def _prepare(
     chunk, num_levels = _chunk_of(v), 1 if level_scales is None else level_scales.shape[-1]
     slots = slots_of(batch, tokens, chunk, num_levels, v.device, cu_seqlens, positions, return_state, backward)
     variants = fenwick.variants(slots)
-    places = variants.cumsum(0, dtype=torch.int32) - variants
+    places = variants.cumsum(0, dtype=torch.int32) - variants if slots.places is None else slots.places
     state = None if far is None else Carried(far, near)
     return _Call(rows, state, slots, variants, places, chunk, fenwick.chunk_height(chunk), scale, precision)
 

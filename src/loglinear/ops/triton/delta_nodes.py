@@ -247,13 +247,17 @@ def running_tables(slots: Slots) -> tuple[Tensor | None, ...]:
 
 
 def most_higher(slots: Slots, height: int) -> int:
-    """There are no more nodes above this height: one for so many chunks; one more where a sequence starts anywhere."""
-    return len(slots.token) // 2 ** (height + 1) + (0 if slots.origin is None else len(slots.base))
+    """There are no more nodes above this height: one for so many chunks; one more where a sequence starts anywhere.
+    What would end with the last chunk of a sequence is read by nobody."""
+    span, count = 2 ** (height + 1), slots.token.shape[0]
+    if slots.origin is None:
+        return count // span if slots.longest > span else 0
+    return count // span + slots.base.shape[0]
 
 
 def has_running(slots: Slots) -> bool:
     """Whether there can be states that run into one of the cap height."""
-    return slots.origin is not None or len(slots.token) > 2**slots.cap
+    return slots.origin is not None or slots.longest > 2 ** (slots.cap + 1)
 
 
 def row_tiles(key_dim: int) -> dict[str, int]:

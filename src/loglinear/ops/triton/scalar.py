@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import os
 import weakref
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from loglinear import fenwick
 from loglinear.fenwick import Slots
 from loglinear.ops import autocast, stacked
-from loglinear.ops.packing import check_bounds, check_positions, plans
+from loglinear.ops.packing import check_bounds, check_positions, plans, told_bounds
 from loglinear.ops.triton import carried
 from loglinear.ops.triton.backward import gradients
 from loglinear.ops.triton.launch import compiled_first
@@ -169,7 +170,10 @@ def slots_of(
     count = count_slots(batch, tokens, chunk, num_levels, cu_seqlens, positions, return_state)
 
     def make() -> Slots:
-        return fenwick.slots(bounds, count, chunk, num_levels, positions, has_ends)
+        longest, told = None, None if cu_seqlens is None else told_bounds(cu_seqlens)
+        if told is not None and positions is None:
+            longest = fenwick.chunks_of(max(end - start for start, end in pairwise(told)), chunk, has_ends)
+        return fenwick.slots(bounds, count, chunk, num_levels, positions, has_ends, longest)
 
     if positions is not None:
         return make()
