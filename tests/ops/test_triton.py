@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from loglinear import FenwickState, fenwick, log_linear_attention
 from loglinear.ops import reference
@@ -437,10 +438,14 @@ def test_slots_of_packed_sequences_are_made_once(mixer, monkeypatch):
         torch.equal(a, b) for a, b in zip(gradients_found[0], gradients_found[2], strict=True)
     )
     with unchanging_bounds():
+        found_again = checkpoint(output, bounds, use_reentrant=False)
+    torch.autograd.grad(*found_again)
+    assert len(made) == 2
+    with unchanging_bounds():
         first = output(bounds)
         bounds[1] = 17
         second = output(bounds)
-    assert len(made) == 3
+    assert len(made) == 4
     assert_as_of_new_bounds(second)
     del first
     for hidden in ([0, 10, 36], [0, 5, 37]):  # another length in the same number of chunks, too

@@ -87,9 +87,10 @@ class _Plans:
 
     def get(self, cu_seqlens: Tensor, what: tuple, compute: Callable[[], Any], backward: bool = False) -> Any:
         """`compute()`, or what it gave before for this tensor and `what`: in the same scope, or, in a `backward`,
-        whenever the forward was."""
+        whenever the forward was (also for a forward that a backward runs again: a checkpoint)."""
         if cu_seqlens.is_inference() or capturing(cu_seqlens):
             return compute()
+        backward = backward or torch._C._current_graph_task_id() >= 0
         if cu_seqlens.is_cuda:  # another stream would not wait for what this one computes
             what = (*what, torch.cuda.current_stream(cu_seqlens.device).cuda_stream)
         plan = self._plans[cu_seqlens] if cu_seqlens in self._plans else None
