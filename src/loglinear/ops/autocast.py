@@ -21,7 +21,9 @@ def cast(*tensors: Any) -> tuple[Any, ...]:
 
 def turned_off(x: Tensor) -> AbstractContextManager:
     """A context without autocast on the device of x."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # meta tensors know none
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # meta tensors know none
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def outside(backward: Callable[..., Any]) -> Callable[..., Any]:
