@@ -107,7 +107,7 @@ def used(kernel) -> dict[str, Any]:
 
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?);")
 UNIFORM = re.compile(r"(gdesc|desc)?\[?(?:R\d+[.\w]*\+)?\bUR(\d+)")
-WRITE_UNIFORM = ("U", "R2UR", "S2UR", "CS2UR", "VOTEU", "REDUX")
+WRITE_UNIFORM = ("U", "R2UR", "S2UR", "CS2UR", "VOTEU", "REDUX", "LDCU")
 
 
 def reads_of_unwritten(code: str) -> list[str]:

@@ -123,9 +123,10 @@ def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor | None, log_decay: Tensor | None, beta: Tensor, scale: float,
     cu_seqlens: Tensor | None, positions: Tensor | None, far: Tensor | None, near: Tensor | None, return_state: bool,
     keeps: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """o; `Leaving`: the nodes that far buckets of the final state are (none of them unless `return_state`); and for the
-    backward inverse and gamma of the chunks, and `Kept` of the nodes (nothing unless it `keeps` them)."""
+    backward inverse and gamma of the chunks, and what it `keeps`: `mixed` of the chunks, and `Kept` of the nodes
+    (nothing else)."""
     if cu_seqlens is not None:
         check_bounds(cu_seqlens, v.shape[1])
     if positions is not None:
@@ -134,13 +135,14 @@ def _forward_op(
         call = _prepare(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far, near, return_state)
         run = functools.partial(_forward, call, return_state, keeps)
         o, left, chunks, kept = compiled_first(run, "delta", *call.kind, return_state, keeps)
-    return o.view(v.shape).to(v.dtype), *left, chunks.inverse, chunks.gamma, *kept
+    mixed = v.new_empty(0, dtype=chunks.inverse.dtype) if chunks.mixed is None else chunks.mixed
+    return o.view(v.shape).to(v.dtype), *left, chunks.inverse, chunks.gamma, mixed, *kept
 
 
 def _forward(call: _Call, return_state: bool, keeps: bool) -> tuple[Tensor, Leaving, Chunks, Kept]:
     queries, keys, values, scales, _, strengths = call.rows
     walking = _walks(call)
-    chunks = _chunks(call, descends=not walking)
+    chunks = _chunks(call, descends=not walking, keeps=keeps)
     nodes, kept = _nodes(call, chunks, keeps)
     if walking:
         o = walk(
@@ -210,8 +212,11 @@ def _walks(call: _Call) -> bool:
     return walks(keys, values.shape[-1])
 
 
-def _chunks(call: _Call, descends: bool, kept: tuple[Tensor, Tensor] | None = None) -> Chunks:
-    """With room for the queries on their way down if the call `descends`; the backward has `kept` inverse and gamma."""
+def _chunks(
+    call: _Call, descends: bool, keeps: bool = False, kept: tuple[Tensor, Tensor, Tensor] | None = None
+) -> Chunks:
+    """With room for the queries on their way down if the call `descends`; the backward has `kept` inverse, gamma and
+    mixed, if the forward `keeps` that."""
     queries, keys, _, scales, decays, strengths = call.rows
     slots, places, room = call.slots, call.places, 0
     if not descends:
@@ -222,7 +227,7 @@ def _chunks(call: _Call, descends: bool, kept: tuple[Tensor, Tensor] | None = No
         room = fenwick.most_variants(len(slots.token) - slots.ends.bucket.numel(), slots.cap, len(slots.base))
     return make_chunks(
         queries, keys, scales, decays, strengths, slots, places, room, call.chunk, call.height, call.scale,
-        call.precision, kept,
+        call.precision, keeps, kept,
     )  # fmt: skip
 
 
@@ -245,9 +250,10 @@ def _(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far,
         num_far = fenwick.num_far_buckets(num_levels, chunk)
         left[0] = left[0].new_empty(sequences, num_far, heads, key_dim, value_dim)
         left[1] = left[1].new_empty(sequences, num_far - 1, heads, key_dim, key_dim)
-    kept = [v.new_empty(0, dtype=dtype) for _ in range(3)]
+    kept = [v.new_empty(0, dtype=dtype) for _ in range(4)]
     if keeps:
         kept = [v.new_empty(count, heads, key_dim, width, dtype=dtype) for width in (value_dim, key_dim, key_dim)]
+        kept = [v.new_empty(inverse.shape[1:], dtype=dtype), *kept]
     return torch.empty_like(v, memory_format=torch.contiguous_format), *left, inverse, gamma, *kept
 
 
@@ -255,7 +261,7 @@ def _(q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, positions, far,
 def _backward_op(
     grad_o: Tensor, grad_added: Tensor, grad_maps: Tensor, q: Tensor, k: Tensor, v: Tensor,
     level_scales: Tensor | None, log_decay: Tensor | None, beta: Tensor, cu_seqlens: Tensor | None,
-    positions: Tensor | None, far: Tensor | None, near: Tensor | None, inverse: Tensor, gamma: Tensor,
+    positions: Tensor | None, far: Tensor | None, near: Tensor | None, inverse: Tensor, gamma: Tensor, mixed: Tensor,
     added: Tensor, maps: Tensor, rights: Tensor, scale: float, return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.cuda.device_of(v):
@@ -264,7 +270,8 @@ def _backward_op(
         )  # fmt: skip
         left = Leaving(grad_added, grad_maps) if return_state else None
         kept = None if maps.numel() == 0 else Kept(added, maps, rights)  # they were not asked for, or they were
-        run = functools.partial(_backward, call, as_rows(grad_o.to(call.rows[2].dtype)), left, (inverse, gamma), kept)
+        of_chunks = inverse, gamma, mixed
+        run = functools.partial(_backward, call, as_rows(grad_o.to(call.rows[2].dtype)), left, of_chunks, kept)
         found = compiled_first(run, "delta backward", *call.kind, return_state, kept is None)
     inputs = (q, k, v, level_scales, log_decay, beta, far, near)
     return tuple(
@@ -274,10 +281,10 @@ def _backward_op(
 
 
 def _backward(
-    call: _Call, grad_o: Tensor, left: Leaving | None, inverses: tuple[Tensor, Tensor], kept: Kept | None
+    call: _Call, grad_o: Tensor, left: Leaving | None, of_chunks: tuple[Tensor, Tensor, Tensor], kept: Kept | None
 ) -> tuple[Tensor | None, ...]:
     queries, keys, values, scales, _, strengths = call.rows
-    chunks = _chunks(call, descends=True, kept=inverses)
+    chunks = _chunks(call, descends=True, kept=of_chunks)
     if kept is None:
         _, kept = _nodes(call, chunks, keeps=True)
         assert kept is not None
@@ -293,7 +300,7 @@ def _backward(
 @_backward_op.register_fake
 def _(
     grad_o, grad_added, grad_maps, q, k, v, level_scales, log_decay, beta, cu_seqlens, positions, far, near, inverse,
-    gamma, added, maps, rights, scale, return_state,
+    gamma, mixed, added, maps, rights, scale, return_state,
 ):  # fmt: skip
     inputs = (q, k, v, level_scales, log_decay, beta, far, near)
     return tuple(

@@ -53,6 +53,8 @@ from loglinear.ops.triton.delta_backward_halves import chunk_gradients
 from loglinear.ops.triton.delta_chunks import (
     TILE,
     Chunks,
+    fetch_block,
+    fetch_tile,
     load_block,
     load_tile,
     store_block,
@@ -181,6 +183,8 @@ def _climb_kernel(grad_o, scales, seen, added, maps, pulled, dscales, tokens, fi
     exists = row_exists(row, first, rows)
     base = (tl.load(places + slot).to(tl.int64) * H + head) * C * K
     lam, dlam = scales + head.to(tl.int64) * stride_sh, dscales + (token + row).to(tl.int64) * H * L + head * L
+    if SCALED:
+        fetch_tile(lam, token, first, rows, stride_s, C, 0, 1, 1)
     grad = load_tile(grad_o + head.to(tl.int64) * stride_gh, token, first, rows, stride_g, C, 0, V, BV)
     dtype = pulled.dtype.element_ty
     total = tl.zeros((C, BK), tl.float32)
@@ -194,6 +198,14 @@ def _climb_kernel(grad_o, scales, seen, added, maps, pulled, dscales, tokens, fi
         level = tl.minimum(HEIGHT + 1 + tl.load(heights + node), L - 1)
         place = node.to(tl.int64) * H + head
         here = base + tl.minimum(number, different - 1).to(tl.int64) * H * C * K
+        nearer = add_highest_bit(rest, block)
+        if number > 0:
+            next_node = place_of_node(slot, block, origin, oldest, nearer, count - number + 1)
+            next_place = next_node.to(tl.int64) * H + head
+            fetch_block(added + next_place * K * V, 0, K, BK, 0, V, BV)
+            fetch_block(maps + next_place * K * K, 0, K, BK, 0, K, BK)
+        if SCALED:
+            fetch_block(seen + here, 0, C, C, 0, K, BK)
         state = load_block(added + place * K * V, 0, K, BK, 0, V, BV)
         # what is read after this node has passed it; nothing passes a bucket, or the farthest node
         map = load_block(maps + place * K * K, 0, tl.where(number + 1 < different, K, 0), BK, 0, K, BK)
@@ -210,7 +222,7 @@ def _climb_kernel(grad_o, scales, seen, added, maps, pulled, dscales, tokens, fi
             pull += tl.where(number + 1 < different, 0.0, total)
         total = tl.dot(total.to(dtype), tl.trans(map), pull, input_precision=PRECISION)
         store_block(pulled + here, total, 0, C, C, 0, K, BK)
-        rest = add_highest_bit(rest, block)
+        rest = nearer
     if SCALED:
         tl.store(dlam + L - 1, last, mask=exists)
 

@@ -34,6 +34,9 @@ from loglinear.ops.triton.common import (
 )
 from loglinear.ops.triton.delta_chunks import (
     Chunks,
+    fetch_block,
+    fetch_quarters,
+    fetch_tile,
     load_block,
     load_quarter,
     load_tile,
@@ -62,6 +65,10 @@ def _values_kernel(k, beta, grad_o, inverse, scores, gamma, d_added, dv, d_writt
     grad_o += head.to(tl.int64) * stride_gh
     place = slot.to(tl.int64) * H + head
     column = tile * BV
+    if tl.load(lefts + slot) > 1:
+        fetch_tile(k, token, first, rows, stride_k, 2 * E, 0, K, KT * BK)
+        fetch_block(d_added + place * K * V, 0, K, KT * BK, column, V, BV)
+        fetch_quarters(inverse, place, E)
     grad0 = load_tile(grad_o, token, first, rows, stride_g, E, column, V, BV)
     grad1 = load_tile(grad_o, token + E, later, rows - E, stride_g, E, column, V, BV)
     scores += place * 4 * E * E
@@ -98,11 +105,11 @@ def _values_kernel(k, beta, grad_o, inverse, scores, gamma, d_added, dv, d_writt
 
 
 @kernel(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
-def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma, d_mixed, d_pairs, dscales, d_scored,
-                   tokens, firsts, rows_of, reads, places, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg,
-                   stride_v, stride_vh, stride_s, stride_sh, stride_b, stride_g, stride_gh, K, V, L, E: tl.constexpr,
-                   HEIGHT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                   SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _scores_back_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma, d_mixed, d_pairs, dscales,
+                        d_scored, tokens, firsts, rows_of, reads, places, N, H, G, scale, stride_q, stride_qg, stride_k,
+                        stride_kg, stride_v, stride_vh, stride_s, stride_sh, stride_b, stride_g, stride_gh, K, V, L,
+                        E: tl.constexpr, HEIGHT: tl.constexpr, KT: tl.constexpr, VT: tl.constexpr, BK: tl.constexpr,
+                        BV: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Back through the scores of half of the rows: gradients of λ, of MT and of q kᵀ. E = 2^HEIGHT.
 
     For the first half all that is across is zero, and multiplied as well: to skip that saves little.
@@ -125,6 +132,16 @@ def _scores_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma,
     own_token, own_rows = token + start, rows - start
     earlier = rows * half  # none for the first half
     row = tl.arange(0, E)
+    if SCALED:
+        fetch_quarters(mixed, place, E)
+        fetch_tile(scales + head.to(tl.int64) * stride_sh, own_token, own_first, own_rows, stride_s, E, 0, 1, 1)
+    fetch_tile(k, token, first, rows, stride_k, 2 * E, 0, K, KT * BK)
+    fetch_tile(q, own_token, own_first, own_rows, stride_q, E, 0, K, KT * BK)
+    fetch_tile(beta + head, token, first, rows, stride_b, 2 * E, 0, 1, 1)
+    fetch_quarters(inverse, place, E)
+    if tl.load(reads + slot) > 0:
+        pull = pulled + (tl.load(places + slot).to(tl.int64) * H + head) * 2 * E * K
+        fetch_block(pull, start, 2 * E, E, 0, K, KT * BK)
     sums = gamma + (head.to(tl.int64) * N + slot) * 2 * E + row
     own_sums, other_sums = tl.load(sums + start), tl.load(sums)
     causal = row[:, None] >= row[None, :]
@@ -523,7 +540,7 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
     by_half = (2, *chunks.gamma.shape)
     d_scored = torch.zeros(by_half, **float32)
     # pipelined, this kernel is silently wrong on Hopper (Triton 3.6): d_mixed by 4e-2 with K = 192, V = 384
-    _scores_kernel[halves](
+    _scores_back_kernel[halves](
         q, k, v, lam, beta, grad_o, chunks.inverse, chunks.mixed, pulled, chunks.gamma, d_mixed, d_pairs, dscales,
         d_scored, *rows, slots.reads, places, num_slots, heads, groups, scale, *of_q[:2], *of_k[:2], *of_v[:2],
         *of_s[:2], of_b[0], *of_g[:2], key_dim, value_dim, lam.shape[-1] if scaled else 1, HEIGHT=height - 1,

@@ -22,7 +22,7 @@ Legend
     inverse [PARTS, N, H, 3, E, E] (I + A)⁻¹ in quarters (see `_quarter`); scores [N, H, C, C]
     seen [M, H, C, K] variants of the queries, of which the first of each chunk is filled by what makes it
     gamma [H, N, C] inclusive sums of the base-2 log decay
-    for the backward: mixed [N, H, 3, E, E] scores before λ
+    for the backward: mixed [N, H, 3, E, E] scores before λ, in quarters
 """
 
 from __future__ import annotations
@@ -40,6 +40,45 @@ from loglinear.ops.triton.scalar import INTERPRETED
 
 TILE = 64  # columns of keys or values that are multiplied at once
 WALKED = 128  # the most that a program may have of all columns at once
+FETCHES = tl.constexpr(torch.version.hip is None and not INTERPRETED)
+
+
+@triton.jit
+def _fetch(pointer, rows_at, exists, column, width, WIDTH: tl.constexpr):
+    """Columns `column` … of the rows that begin at `rows_at` and that exist."""
+    LINE: tl.constexpr = 1024 // pointer.dtype.element_ty.primitive_bitwidth  # 128 bytes
+    columns = column + tl.arange(0, triton.next_power_of_2(triton.cdiv(WIDTH, LINE))) * LINE
+    inside = exists[:, None] & (columns < width)[None, :]
+    at = pointer + tl.where(inside, rows_at[:, None] + columns[None, :], 0)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.uint64)], tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def fetch_tile(pointer, token, first, rows, stride, C: tl.constexpr, column, width, WIDTH: tl.constexpr):
+    """Begins to bring to the second-level cache what `load_tile` will read.
+
+    Loads of a program with many registers wait for the products before them, and few other programs work meanwhile.
+    What is asked for when the program begins is near when its turn comes.
+    """
+    if FETCHES:
+        row = tl.arange(0, triton.next_power_of_2(C))
+        _fetch(pointer, (token + row).to(tl.int64) * stride, row_exists(row, first, rows), column, width, WIDTH)
+
+
+@triton.jit
+def fetch_block(pointer, row, height, HEIGHT: tl.constexpr, column, width, WIDTH: tl.constexpr):
+    """The same of what `load_block` will read."""
+    if FETCHES:
+        rows = row + tl.arange(0, triton.next_power_of_2(HEIGHT))
+        _fetch(pointer, rows * width, rows < height, column, width, WIDTH)
+
+
+@triton.jit
+def fetch_quarters(matrix, place, E: tl.constexpr):
+    """The same of all that there is of a chunk's lower triangular matrix [2 E, 2 E]."""
+    fetch_block(matrix + place * 3 * E * E, 0, 3 * E, 4 * E, 0, E, E)
 
 
 @triton.jit
@@ -112,6 +151,15 @@ def load_quarters(matrix, place, E: tl.constexpr):
 @triton.jit
 def store_quarter(matrix, values, place, quarter, E: tl.constexpr):
     tl.store(_quarter(matrix, place, quarter, E), values.to(matrix.dtype.element_ty))
+
+
+@triton.jit
+def store_quarters(matrix, values, place, E: tl.constexpr):
+    """`values` [2 E, 2 E] to where `load_quarters` reads them."""
+    half, row = tl.arange(0, 2 * E) // E, tl.arange(0, 2 * E) % E
+    at = (half[:, None] + half[None, :]) * (E * E) + (row[:, None] * E + row[None, :])
+    values = values.to(matrix.dtype.element_ty)
+    tl.store(matrix + place * 3 * E * E + at, values, mask=half[:, None] >= half[None, :])
 
 
 @triton.jit

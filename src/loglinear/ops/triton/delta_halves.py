@@ -33,6 +33,8 @@ from loglinear.ops.triton.common import (
 from loglinear.ops.triton.delta_chunks import (
     TILE,
     Chunks,
+    fetch_quarters,
+    fetch_tile,
     in_parts,
     load_quarter,
     load_tile,
@@ -69,11 +71,11 @@ def _both_times_inverse(whole, lost, inverse, place, quarter, total, size, E: tl
 
 
 @kernel(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
-def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, tokens, firsts, rows_of, reads, places, N, H,
-                   G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_s, stride_sh, stride_b, K, L,
+def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, mixed, tokens, firsts, rows_of, reads, places, N,
+                   H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_s, stride_sh, stride_b, K, L,
                    E: tl.constexpr, HEIGHT: tl.constexpr, KT: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr,
-                   PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Scores and queries of half of the rows. E = 2^HEIGHT.
+                   KNOWN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Scores and queries of half of the rows. E = 2^HEIGHT. KNOWN: from `mixed`, which is filled in else.
 
     The other half is what the second one reads of the first; of the first half, for which it lies ahead, all of that
     is zero, and multiplied as well.
@@ -93,58 +95,61 @@ def _scores_kernel(q, k, scales, beta, inverse, scores, seen, gamma, kept, token
     token_of, rows_of_half = token + start, rows - start
     earlier = rows * half  # none for the first half
     row = tl.arange(0, E)
+    place = slot.to(tl.int64) * H + head
     sums = gamma + (head.to(tl.int64) * N + slot) * 2 * E + row
     own_sums, other_sums = tl.load(sums + start), tl.load(sums)
-    pairs, across = tl.zeros((E, E), tl.float32), tl.zeros((E, E), tl.float32)
-    for tile in range(KT):
-        queries = load_tile(q, token_of, first_of, rows_of_half, stride_q, E, tile * BK, K, BK)
-        keys = load_tile(k, token_of, first_of, rows_of_half, stride_k, E, tile * BK, K, BK)
-        others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
-        pairs = tl.dot(queries, tl.trans(keys), pairs, input_precision=PRECISION)
-        across = tl.dot(queries, tl.trans(others), across, input_precision=PRECISION)
-    pairs = tl.where(row[:, None] >= row[None, :], pairs * decays_between(own_sums, own_sums) * scale, 0.0)
-    across *= decays_between(own_sums, other_sums) * scale
-
-    place = slot.to(tl.int64) * H + head
-    size = N.to(tl.int64) * H * 3 * E * E  # of a part of X
-    strength = load_column(beta + head, token_of, first_of, rows_of_half, stride_b, E)
-    before = load_column(beta + head, token, first, earlier, stride_b, E)  # zero for the first half
     dtype = scores.dtype.element_ty
-    pairs, lost_pairs = in_parts(pairs, dtype)
-    across, lost_across = in_parts(across, dtype)
-    nothing = tl.zeros((E, E), gamma.dtype.element_ty)
-    mixed = _both_times_inverse(pairs, lost_pairs, inverse, place, 2 * half, nothing, size, E, PARTS, PRECISION)
-    mixed = mixed.to(tl.float32) * strength[None, :]
-    mixed_across = _both_times_inverse(across, lost_across, inverse, place, 0, nothing, size, E, PARTS, PRECISION)
-    # of the first half with itself again: what is multiplied by zero must be as finite as its own
-    mixed_across = _both_times_inverse(pairs, lost_pairs, inverse, place, half, mixed_across, size, E, PARTS, PRECISION)
-    mixed_across = mixed_across.to(tl.float32) * before[None, :]
+    if KNOWN:
+        own = load_quarter(mixed, place, 2 * half, E).to(tl.float32)
+        across = tl.where(half == 1, load_quarter(mixed, place, 1, E).to(tl.float32), 0.0)
+    else:
+        size = N.to(tl.int64) * H * 3 * E * E  # of a part of X
+        pairs, pairs_across = tl.zeros((E, E), tl.float32), tl.zeros((E, E), tl.float32)
+        for tile in range(KT):
+            queries = load_tile(q, token_of, first_of, rows_of_half, stride_q, E, tile * BK, K, BK)
+            keys = load_tile(k, token_of, first_of, rows_of_half, stride_k, E, tile * BK, K, BK)
+            others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
+            pairs = tl.dot(queries, tl.trans(keys), pairs, input_precision=PRECISION)
+            pairs_across = tl.dot(queries, tl.trans(others), pairs_across, input_precision=PRECISION)
+        pairs = tl.where(row[:, None] >= row[None, :], pairs * decays_between(own_sums, own_sums) * scale, 0.0)
+        pairs_across *= decays_between(own_sums, other_sums) * scale
+        strength = load_column(beta + head, token_of, first_of, rows_of_half, stride_b, E)
+        before = load_column(beta + head, token, first, earlier, stride_b, E)  # zero for the first half
+        pairs, lost_pairs = in_parts(pairs, dtype)
+        pairs_across, lost_across = in_parts(pairs_across, dtype)
+        nothing = tl.zeros((E, E), gamma.dtype.element_ty)
+        own = _both_times_inverse(pairs, lost_pairs, inverse, place, 2 * half, nothing, size, E, PARTS, PRECISION)
+        own = own.to(tl.float32) * strength[None, :]
+        across = _both_times_inverse(pairs_across, lost_across, inverse, place, 0, nothing, size, E, PARTS, PRECISION)
+        # of the first half with itself again: what is multiplied by zero must be as finite as its own
+        across = _both_times_inverse(pairs, lost_pairs, inverse, place, half, across, size, E, PARTS, PRECISION)
+        across = across.to(tl.float32) * before[None, :]
+        if mixed is not None:
+            store_quarter(mixed, own, place, 2 * half, E)
+            if half == 1:
+                store_quarter(mixed, across, place, 1, E)
     out = scores + place * 4 * E * E
     if SCALED:
         lam = scales + head.to(tl.int64) * stride_sh
         factor = level_factor(lam, token_of, first_of, rows_of_half, stride_s, L, E, HEIGHT)
-        store_block(out, mixed * factor, start, 2 * E, E, start, 2 * E, E)
+        store_block(out, own * factor, start, 2 * E, E, start, 2 * E, E)
         far = load_column(lam + tl.minimum(HEIGHT + 1, L - 1), token_of, first_of, rows_of_half, stride_s, E)
-        store_block(out, mixed_across * far[:, None], start, 2 * E, E, ahead, 2 * E, E)
+        store_block(out, across * far[:, None], start, 2 * E, E, ahead, 2 * E, E)
     else:
-        store_block(out, mixed, start, 2 * E, E, start, 2 * E, E)
-        store_block(out, mixed_across, start, 2 * E, E, ahead, 2 * E, E)
-    if kept is not None:
-        store_quarter(kept, mixed, place, 2 * half, E)
-        if half == 1:
-            store_quarter(kept, mixed_across, place, 1, E)
+        store_block(out, own, start, 2 * E, E, start, 2 * E, E)
+        store_block(out, across, start, 2 * E, E, ahead, 2 * E, E)
     if tl.load(reads + slot) == 0:
         return
     entering = decay_of(own_sums)
-    mixed, lost = in_parts(mixed * entering[None, :], dtype)
-    mixed_across, lost_across = in_parts(mixed_across * decay_of(other_sums)[None, :], dtype)
+    whole, lost = in_parts(own * entering[None, :], dtype)
+    whole_across, lost_across = in_parts(across * decay_of(other_sums)[None, :], dtype)
     seen += (tl.load(places + slot).to(tl.int64) * H + head) * 2 * E * K
     for tile in range(KT):
         keys = load_tile(k, token_of, first_of, rows_of_half, stride_k, E, tile * BK, K, BK)
         others = load_tile(k, token, first, earlier, stride_k, E, tile * BK, K, BK)
-        passed = tl.dot(mixed, keys, input_precision=PRECISION)
-        passed = tl.dot(mixed_across, others, passed, input_precision=PRECISION)
-        if PARTS == 2:
+        passed = tl.dot(whole, keys, input_precision=PRECISION)
+        passed = tl.dot(whole_across, others, passed, input_precision=PRECISION)
+        if (PARTS == 2) & (not KNOWN):
             passed = tl.dot(lost, keys, passed, input_precision=PRECISION)
             passed = tl.dot(lost_across, others, passed, input_precision=PRECISION)
         queries = load_tile(q, token_of, first_of, rows_of_half, stride_q, E, tile * BK, K, BK).to(tl.float32)
@@ -191,6 +196,12 @@ def _leaves_kernel(k, v, beta, inverse, gamma, added, maps, finals, tokens, firs
     k += (head // (H // G)).to(tl.int64) * stride_kg
     v += head.to(tl.int64) * stride_vh
     place = slot.to(tl.int64) * H + head
+    size = N.to(tl.int64) * H * 3 * E * E  # of a part of X
+    fetch_quarters(inverse, place, E)
+    if PARTS == 2:
+        fetch_quarters(inverse + size, place, E)
+    fetch_tile(beta + head, token, first, rows, stride_b, 2 * E, 0, 1, 1)
+    fetch_tile(v, token, first, rows, stride_v, 2 * E, 0, V, VT * BV)
     row = tl.arange(0, E)
     sums = gamma + (head.to(tl.int64) * N + slot) * 2 * E + row
     sums0, sums1 = tl.load(sums), tl.load(sums + E)
@@ -198,7 +209,7 @@ def _leaves_kernel(k, v, beta, inverse, gamma, added, maps, finals, tokens, firs
     dtype = added.dtype.element_ty
     keys0 = _turned_keys(k, decay_of(end - sums0), token, first, rows, stride_k, E, column, K, BK, dtype)
     keys1 = _turned_keys(k, decay_of(end - sums1), token + E, later, rows - E, stride_k, E, column, K, BK, dtype)
-    size, nothing = N.to(tl.int64) * H * 3 * E * E, tl.zeros((BK, E), gamma.dtype.element_ty)  # size: of a part of X
+    nothing = tl.zeros((BK, E), gamma.dtype.element_ty)
     left0 = _times_inverse(keys0, inverse, place, 0, nothing, size, E, PARTS, PRECISION)
     left0 = _times_inverse(keys1, inverse, place, 1, left0, size, E, PARTS, PRECISION)
     left1 = _times_inverse(keys1, inverse, place, 2, nothing, size, E, PARTS, PRECISION)
@@ -225,20 +236,26 @@ def _leaves_kernel(k, v, beta, inverse, gamma, added, maps, finals, tokens, firs
 
 
 def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor | None, num_variants: int, chunk: int,
-                height: int, scale: float, precision: str, kept: tuple[Tensor, Tensor] | None = None,
-                ) -> Chunks:  # fmt: skip
+                height: int, scale: float, precision: str, keeps: bool,
+                kept: tuple[Tensor, Tensor, Tensor] | None = None) -> Chunks:  # fmt: skip
     """Chunks of q, k [T, G, K], level scales [T, H, L] (None: 1), log_decay and beta [T, H].
 
     places [N]: for each slot the first variant of its queries, of which there are at most `num_variants`; None: queries
-    and scores are not to be made. kept: the inverse and gamma of the forward, for the backward: with what that alone
-    needs.
+    and scores are not to be made. keeps: with room for `mixed`, for the backward. kept: inverse, gamma and mixed of the
+    forward (the last of which may be empty).
     """
     num_slots, (_, groups, key_dim), heads = len(slots.token), q.shape, beta.shape[1]
-    inverse, gamma = make_inverses(k, log_decay, beta, slots, chunk, precision) if kept is None else kept
+    if kept is None:
+        inverse, gamma = make_inverses(k, log_decay, beta, slots, chunk, precision)
+        mixed = k.new_empty(num_slots, heads, 3, chunk // 2, chunk // 2) if keeps else None
+    else:
+        inverse, gamma, mixed = kept
     if places is None:
-        return Chunks(inverse, None, None, gamma, None)
+        return Chunks(inverse, None, None, gamma, mixed)
+    known = kept is not None and mixed.numel() > 0
+    if kept is not None and not known:
+        mixed = k.new_empty(num_slots, heads, 3, chunk // 2, chunk // 2)
     scores, seen = k.new_empty(num_slots, heads, chunk, chunk), k.new_empty(num_variants, heads, chunk, key_dim)
-    mixed = None if kept is None else k.new_empty(num_slots, heads, 3, chunk // 2, chunk // 2)
     scaled = scales is not None
     lam = scales if scaled else k
     block = tile_width(key_dim)
@@ -246,7 +263,7 @@ def make_chunks(q, k, scales, log_decay, beta, slots: Slots, places: Tensor | No
         q, k, lam, beta, inverse, scores, seen, gamma, mixed, slots.token, slots.first, slots.rows, slots.reads, places,
         num_slots, heads, groups, scale, *q.stride()[:2], *k.stride()[:2], *lam.stride()[:2], beta.stride(0), key_dim,
         lam.shape[-1] if scaled else 1, E=chunk // 2, HEIGHT=height - 1, KT=cdiv(key_dim, block), BK=block,
-        SCALED=scaled, PARTS=parts_of(k), PRECISION=precision, num_warps=4, num_stages=1,
+        SCALED=scaled, KNOWN=known, PARTS=parts_of(k), PRECISION=precision, num_warps=4, num_stages=1,
     )  # fmt: skip
     return Chunks(inverse, scores, seen, gamma, mixed)
 

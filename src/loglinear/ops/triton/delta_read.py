@@ -40,6 +40,7 @@ from loglinear.ops.triton.delta_chunks import (
     load_tile,
     parts_of,
     store_block,
+    store_quarters,
     store_tile,
     tile_width,
     warps_of,
@@ -160,7 +161,7 @@ def _scores_of(q, k, beta, inverse, sums, token, first, rows, place, size, scale
 
 
 @kernel(do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
-def _walk_kernel(q, k, v, scales, beta, inverse, gamma, o, added, maps, tokens, firsts, rows_of, blocks, origins,
+def _walk_kernel(q, k, v, scales, beta, inverse, gamma, mixed, o, added, maps, tokens, firsts, rows_of, blocks, origins,
                  oldests, heights, reads, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg, stride_v,
                  stride_vh, stride_s, stride_sh, stride_b, K, V, L, C: tl.constexpr, HEIGHT: tl.constexpr,
                  BK: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr,
@@ -178,12 +179,15 @@ def _walk_kernel(q, k, v, scales, beta, inverse, gamma, o, added, maps, tokens, 
     place = slot.to(tl.int64) * H + head
     lam = scales + head.to(tl.int64) * stride_sh
     group = head // (H // G)
+    size = N.to(tl.int64) * H * 3 * (C * C // 4)  # of a part of X
     sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + tl.arange(0, C))
     inside, queries = _scores_of(
         q + group.to(tl.int64) * stride_qg, k + group.to(tl.int64) * stride_kg, beta + head, inverse, sums, token,
-        first, rows, place, N.to(tl.int64) * H * 3 * (C * C // 4), scale, stride_q, stride_k, stride_b, K, C, BK,
+        first, rows, place, size, scale, stride_q, stride_k, stride_b, K, C, BK,
         PARTS, PRECISION,
     )  # fmt: skip
+    if mixed is not None:
+        store_quarters(mixed, inside, place, C // 2)
     if SCALED:
         inside *= level_factor(lam, token, first, rows, stride_s, L, C, HEIGHT)
     inside = inside.to(queries.dtype)
@@ -236,14 +240,15 @@ def descend(chunks: Chunks, nodes: Nodes | Kept, slots: Slots, variants: Tensor,
 
 def walk(q, k, v, scales, beta, chunks: Chunks, nodes: Nodes, slots: Slots, chunk: int, height: int, scale: float,
          precision: str) -> Tensor:  # fmt: skip
-    """As `descend` and `read`, and what makes scores and queries, which are not stored."""
+    """As `descend` and `read`, and what makes scores and queries, which are not stored; fills in `chunks.mixed`, if
+    there is room for it."""
     num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), q.shape, v.shape
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     scaled = scales is not None
     lam = scales if scaled else v
     _walk_kernel[programs(heads, num_slots)](
-        q, k, v, lam, beta, chunks.inverse, chunks.gamma, o, nodes.added, nodes.maps, slots.token, slots.first,
-        slots.rows, slots.block, slots.origin, slots.oldest, slots.height, slots.reads,
+        q, k, v, lam, beta, chunks.inverse, chunks.gamma, chunks.mixed, o, nodes.added, nodes.maps, slots.token,
+        slots.first, slots.rows, slots.block, slots.origin, slots.oldest, slots.height, slots.reads,
         num_slots, heads, groups, scale, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *lam.stride()[:2],
         beta.stride(0), key_dim, value_dim, lam.shape[-1] if scaled else 1, C=chunk, HEIGHT=height,
         BK=whole_width(key_dim), BV=whole_width(value_dim), PARTS=parts_of(k), SCALED=scaled,
