@@ -1,6 +1,7 @@
 """Comparisons: every run is whole rows, none runs twice, twins see the same and start equal."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -219,7 +220,7 @@ def test_time_is_heeded_as_far_as_it_is_known(done, tmp_path, monkeypatch):
     run_comparison(config, tmp_path, folder / "work", "cpu", seconds=99, on_begin=lambda run, *_: begun.append(run.key))
     assert begun == []
     # another rate of a model takes as long as the model
-    tuned = dataclasses.replace(config, learning_rates=[config.rate_of("linear"), 0.5])
+    tuned = dataclasses.replace(config, learning_rates=[*config.rates_of("linear"), 0.5])
     known = [dataclasses.replace(row, value=7.0) if row.model == "linear" else row for row in slow]
     device = known[-1].device
     seconds = {
@@ -254,6 +255,28 @@ def test_what_goes_wrong_is_rows_too(texts, tmp_path, monkeypatch):
     assert rows[-1].status == "finished" and sum(row.metric == "run" for row in rows) == 1
 
 
+def test_a_run_is_compiled_however_many_were_before(texts, tmp_path, monkeypatch):
+    """torch runs a function as it is when it has compiled it eight times, for whatever models these were."""
+    compiled, names = [], itertools.count()
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    @torch.compile(backend=backend)
+    def block(x, name):
+        return x + len(name)
+
+    def training(*_, **__):
+        for _ in range(3):
+            block(torch.ones(1), f"model {next(names)}")
+        raise RuntimeError("trained")
+
+    monkeypatch.setattr(comparison, "train", training)
+    run_comparison(config_of(tmp_path, small(texts)), tmp_path / "rows", tmp_path / "work", "cpu")
+    assert len(compiled) == next(names) == 3 * 6
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -281,13 +304,22 @@ def test_what_goes_wrong_is_rows_too(texts, tmp_path, monkeypatch):
         ({"learning_rates": [1e-2, 1e-1]}, "without 0.001, the rate of models without another"),
         (
             {"learning_rates": [1e-3, 1e-2], "chosen_rates": {"levels": 0.1}},
-            "chosen_rates.levels: got 0.1, wanted one of",
+            "chosen_rates.levels: got 0.1, wanted one or more of",
         ),
         ({"learning_rates": [1e-3, 1.0], "chosen_rates": {"levels": True}}, "chosen_rates.levels: got True"),
         ({"learning_rates": [1e-3], "chosen_rates": {"levels": None}}, "chosen_rates.levels: got None"),
+        ({"learning_rates": [1e-3], "chosen_rates": {"levels": []}}, r"chosen_rates.levels: got \[\]"),
+        (
+            {"learning_rates": [1e-3], "chosen_rates": {"levels": [1e-3, 0.1]}},
+            "chosen_rates.levels: got .*, wanted one or more of",
+        ),
+        ({"learning_rates": [1e-3], "chosen_rates": {"levels": [1e-3, 1e-3]}}, "wanted each rate once"),
         ({"learning_rates": [1e-3], "chosen_rates": {"other": 1e-3}}, "chosen_rates: got 'other'"),
         ({"learning_rates": [1e-3], "chosen_rates": ["levels"]}, "chosen_rates: got .*, wanted names of models with"),
-        ({"chosen_rates": {"levels": 1e-3}}, r"chosen_rates.levels: got 0.001, wanted one of learning_rates: \[\]"),
+        (
+            {"chosen_rates": {"levels": 1e-3}},
+            r"chosen_rates.levels: got 0.001, wanted one or more of learning_rates: \[\]",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
@@ -313,6 +345,33 @@ def test_rates_are_tried_with_the_first_seed_and_the_others_take_the_chosen_one(
     assert all((keys[model, seed] == run.key) == (run.learning_rate == 1e-3)
                for run in tuned.runs() for model, seed in [run.key[:2]])  # fmt: skip
     assert [run.training.learning_rate for run in tuned.runs()] == [rate for _, _, rate in found]
+
+
+def test_of_several_rates_the_one_with_the_lowest_mean_counts(texts, tmp_path):
+    rates = {"levels": [1e-3, 1e-2]}
+    values = small(texts, learning_rates=[1e-3, 1e-2, 1e-1], chosen_rates=rates)
+    config = config_of(tmp_path, {**values, "train": {**values["train"], "learning_rate": 1e-3}})
+    of_levels = [(run.seed, run.learning_rate) for run in config.chosen_runs() if run.model == "levels"]
+    assert of_levels == [(0, 1e-3), (0, 1e-2), (1, 1e-3), (1, 1e-2)]
+    assert len(config.runs()) == 8 + 5 and len({run.key for run in config.runs()}) == 13
+
+    def rows(losses):
+        found = []
+        for run in config.chosen_runs():
+            loss = losses.get((run.seed, run.learning_rate))
+            given = {"model": run.model, "seed": run.seed, "settings": run.key[2]}
+            if run.model == "levels" and loss is not None:
+                status = "finished" if loss else "diverged"
+                found += [ComparisonRow(**given, metric="held_out_loss", value=loss)] if loss else []
+                found.append(ComparisonRow(**given, metric="run", status=status))
+        return found
+
+    losses = {(0, 1e-3): 1.0, (1, 1e-3): 1.3, (0, 1e-2): 1.1, (1, 1e-2): 1.1}
+    assert config.best_rate("levels", rows(losses)) == 1e-2
+    assert config.best_rate("levels", rows({**losses, (1, 1e-2): 0})) == 1e-3, "a run that diverged"
+    del losses[1, 1e-2]
+    assert config.best_rate("levels", rows(losses)) == 1e-3, "a seed is missing"
+    assert config.best_rate("levels", []) == config.best_rate("linear", []) == 1e-3
 
 
 def test_documents_that_are_missing_are_found_out_before_a_training(texts, tmp_path, monkeypatch):

@@ -138,12 +138,24 @@ def test_the_page_of_a_comparison_whose_rates_were_tuned(tmp_path):
     page = written[0].read_text()
     assert len(config.runs()) == 15 and "All 15 runs are done." in page and "learning rates below" in page
     assert "| model | 0.001 | 0.003 |" in page
-    assert "| mamba2 | 0.5000* | 0.4000 |" in page and "| gated-deltanet | 0.5000* | 0.5000 |" in page
-    assert "| log-linear-mamba2 | 0.4000 | 0.4000* |" in page
-    assert "lower at another one: mamba2 (0.003)." in page and "It was chosen by these losses" in page
+    spread = statistics.stdev([0.5, 0.51])
+    assert f"| mamba2 | 0.5050 ± {spread:.4f}* | 0.4000 |" in page
+    assert f"| gated-deltanet | 0.5050 ± {spread:.4f}* | 0.5000 |" in page
+    assert f"| log-linear-mamba2 | 0.4000 | 0.4045 ± {statistics.stdev([0.4, 0.409]):.4f}* |" in page
+    assert "With seed 0 the loss is lower at another one: mamba2 (0.003)." in page
+    assert "It was chosen by these losses" in page and "lowest mean" not in page
     assert f"| mamba2 | 1,234 | 2 | 0.5050 ± {statistics.stdev([0.5, 0.51]):.4f} |" in page, "two seeds, one rate"
     header, lines = comparison_table(config, language_rows(config, better_with_levels))
     assert [line[header.index("seeds")] for line in lines] == ["2"] * 5
+    # both rates with all seeds: the better mean is chosen, and no other loss is better
+    more = more.replace("mamba2: 1e-3", "mamba2: [1e-3, 3e-3]")
+    config = write_language(tmp_path, better_with_levels, status=lower_at_another_rate, more=more)
+    page = write_page(tmp_path / "experiments", tmp_path / "benchmarks", tmp_path / "docs" / "results.md")[
+        0
+    ].read_text()
+    assert len(config.runs()) == 16 and f"| mamba2 | 0.5050 ± {spread:.4f} | 0.4000 ± 0.0000* |" in page
+    assert "| mamba2 | 1,234 | 2 | 0.4000 ± 0.0000 |" in page
+    assert "lowest mean" in page and "lower at another one" not in page
 
 
 def test_the_page_of_a_comparison_of_costs(tmp_path):

@@ -75,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     config = ComparisonConfig.from_file(options.file)
     for name in options.models or config.models:
-        time_model(ComparisonRun(config, name, config.seeds[0], config.rate_of(name)), options.kernels)
+        time_model(ComparisonRun(config, name, config.seeds[0], config.rates_of(name)[0]), options.kernels)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@ every run is rows of a CSV.
 
 The models of one seed see the same tokens in the same order under the same recipe, and start from the same weights
 where their parameters agree in name and shape (`loglinear.models.initialization`). The learning rate may be tuned: with
-the first seed every model is trained at every rate, and the file says which one all its seeds take. A run is
+the first seed every model is trained at every rate, the file says at which of them all its seeds are, and of several
+the one with the lowest loss counts. A run is
 
     train (`loglinear.train`)          on real documents, and on a share of texts with needles in them
     held-out loss, loss by position    on real documents that no model was trained on (`position_loss`)
@@ -114,8 +115,8 @@ class ComparisonConfig:
         needles: see `Needles`.
         learning_rates: that every model is trained at with the first seed, to choose from. Default: that of `train`
             alone.
-        chosen_rates: model -> the one of them that all its seeds are trained at, and that the page of results is about.
-            Default: that of `train`.
+        chosen_rates: model -> the one of them, or the list of those, that all its seeds are trained at. The page of
+            results is about the one with the lowest mean held-out loss over seeds. Default: that of `train`.
         longest: positions that the loss is measured at; default: four times `sequence_length`.
         documents: held-out documents that reach the last position, at most so many.
         level_tokens: what is read for the use of levels; default: `sequence_length`.
@@ -131,7 +132,7 @@ class ComparisonConfig:
     train: dict[str, Any]
     needles: Needles = field(default_factory=Needles)
     learning_rates: list[float] = field(default_factory=list)
-    chosen_rates: dict[str, float] = field(default_factory=dict)
+    chosen_rates: dict[str, float | list[float]] = field(default_factory=dict)
     longest: int | None = None
     documents: int = 64
     level_tokens: int | None = None
@@ -171,11 +172,14 @@ class ComparisonConfig:
             raise ValueError(f"learning_rates: got {rates}, wanted numbers above 0")
         if not isinstance(self.chosen_rates, dict):
             raise TypeError(f"chosen_rates: got {self.chosen_rates!r}, wanted names of models with a rate each")
-        for name, rate in self.chosen_rates.items():
+        for name, chosen in self.chosen_rates.items():
             if name not in self.models:
                 raise ValueError(f"chosen_rates: got {name!r}, wanted names of models: {', '.join(self.models)}")
-            if isinstance(rate, bool) or rate not in rates:
-                raise ValueError(f"chosen_rates.{name}: got {rate!r}, wanted one of learning_rates: {rates}")
+            several = chosen if isinstance(chosen, list) else [chosen]
+            if not several or any(isinstance(rate, bool) or rate not in rates for rate in several):
+                raise ValueError(f"chosen_rates.{name}: got {chosen!r}, wanted one or more of learning_rates: {rates}")
+            if len(set(several)) < len(several):
+                raise ValueError(f"chosen_rates.{name}: got {chosen!r}, wanted each rate once")
         if rates and common not in rates and set(self.models) - set(self.chosen_rates):
             raise ValueError(f"learning_rates: got {rates} without {common:g}, the rate of models without another")
 
@@ -209,17 +213,38 @@ class ComparisonConfig:
         common = {"evaluate_every": 0, "save_every": 0, "keep_checkpoints": 1, "tensorboard": False, **self.train}
         return TrainConfig.from_mapping({**common, "seed": seed})
 
-    def rate_of(self, model: str) -> float:
-        """The learning rate that was chosen for a model."""
-        return self.chosen_rates.get(model, self.training(0).learning_rate)
+    def rates_of(self, model: str) -> list[float]:
+        """The learning rates that all seeds of a model are trained at."""
+        chosen = self.chosen_rates.get(model, self.training(0).learning_rate)
+        return chosen if isinstance(chosen, list) else [chosen]
 
     def chosen_runs(self) -> "list[ComparisonRun]":
-        """Those that are compared: all seeds of each model at its rate, seed by seed, so that a comparison that is
-        stopped early has whole ones."""
-        return [ComparisonRun(self, name, seed, self.rate_of(name)) for seed in self.seeds for name in self.models]
+        """All seeds of each model at its rates, seed by seed, so that a comparison that is stopped early has whole
+        ones."""
+        return [
+            ComparisonRun(self, name, seed, rate)
+            for seed in self.seeds
+            for name in self.models
+            for rate in self.rates_of(name)
+        ]
+
+    def best_rate(self, model: str, rows: "Sequence[ComparisonRow]") -> float:
+        """Of the rates that all seeds of a model are trained at the one with the lowest mean held-out loss.
+
+        A run without a loss counts as infinitely bad, and a rate with fewer runs that have ended comes after others.
+        """
+        ended = {row.key for row in rows if row.metric == "run" and row.status != FAILED}
+        losses = {row.key: row.value for row in rows if row.metric == "held_out_loss" and row.value is not None}
+
+        def rank(rate: float) -> tuple[int, float]:
+            keys = [ComparisonRun(self, model, seed, rate).key for seed in self.seeds]
+            found = [losses.get(key, math.inf) for key in keys if key in ended]
+            return -len(found), statistics.fmean(found) if found else math.inf
+
+        return min(self.rates_of(model), key=rank)
 
     def runs(self) -> "list[ComparisonRun]":
-        """All runs: those at rates that were not chosen come last."""
+        """All runs: those at rates for the first seed alone come last."""
         chosen, first = self.chosen_runs(), self.seeds[0]
         tried = [ComparisonRun(self, name, first, rate) for rate in self.learning_rates for name in self.models]
         return chosen + [run for run in tried if run not in chosen]
@@ -508,6 +533,7 @@ def _rows_of(run: ComparisonRun, examiner: "_Examiner") -> list[ComparisonRow]:
     model, seed, settings = run.key
     steps, status, detail, found = 0, FINISHED, run.settings(), []
     training = examiner.training(run)
+    torch.compiler.reset()  # a function is compiled eight times, for what differs between runs too, and then no more
     if examiner.device.type == "cuda":  # what the run before it had is neither its memory nor its peak
         gc.collect()
         torch.cuda.empty_cache()

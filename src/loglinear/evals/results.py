@@ -350,42 +350,50 @@ def _has_ended(row: ComparisonRow) -> bool:
 
 
 def _of_chosen_rates(config: ComparisonConfig, rows: Sequence[ComparisonRow]) -> list[ComparisonRow]:
-    chosen = {run.key for run in config.chosen_runs()}
+    rates = {model: config.best_rate(model, rows) for model in config.models}
+    chosen = {run.key for run in config.chosen_runs() if run.learning_rate == rates[run.model]}
     return [row for row in rows if row.key in chosen]
 
 
 def _tuning_parts(config: ComparisonConfig, rows: Sequence[ComparisonRow]) -> list[str]:
-    """What the first seed says of learning rates, if there are several."""
+    """What is known of learning rates, if there are several."""
     if not config.learning_rates:
         return []
-    losses = {row.key: row.value for row in rows if row.metric == "held_out_loss"}
+    losses = {row.key: row.value for row in rows if row.metric == "held_out_loss" and row.value is not None}
     statuses = {row.key: row.status for row in rows if row.metric == "run"}
     rates, first = sorted(config.learning_rates), config.seeds[0]
     lines, better = [], []
     for model in config.models:
-        found, cells, chosen = {}, [], config.rate_of(model)
+        cells, chosen, firsts = [], config.best_rate(model, rows), {}
         for rate in rates:
-            key = ComparisonRun(config, model, first, rate).key
-            loss, status = losses.get(key), statuses.get(key, "missing")
-            if loss is not None:
-                found[rate] = loss
-                cells.append(f"{loss:.4f}{'*' if rate == chosen else ''}")
+            seeds = config.seeds if rate in config.rates_of(model) else [first]
+            keys = [ComparisonRun(config, model, seed, rate).key for seed in seeds]
+            found = [losses[key] for key in keys if key in losses]
+            if keys[0] in losses:
+                firsts[rate] = losses[keys[0]]
+            if found:
+                cells.append(_plus_minus(found, 4) + ("*" if rate == chosen else ""))
             else:
+                status = statuses.get(keys[0], "missing")
                 cells.append("–" if status == comparison.FINISHED else status)
         lines.append([model, *cells])
-        if chosen in found and found[best := min(found, key=found.__getitem__)] < found[chosen]:
+        others = {rate: loss for rate, loss in firsts.items() if rate not in config.rates_of(model)}
+        if chosen in firsts and others and others[best := min(others, key=others.__getitem__)] < firsts[chosen]:
             better.append(f"{model} ({best:g})")
     note = (
-        f"Held-out loss of seed {first} by learning rate, nats per token. *: the rate of the model everywhere below, "
-        "with all seeds."
+        f"Held-out loss by learning rate, nats per token: of seed {first}, and as mean ± standard deviation where all "
+        "seeds were trained. *: the rate of the model everywhere below"
     )
+    if any(len(config.rates_of(model)) > 1 for model in config.models):
+        note += ", of those with all seeds the one with the lowest mean"
+    note += "."
     if config.chosen_rates:
         note += (
-            f" It was chosen by these losses, which are of the same documents as below, for seed {first} of the same "
-            "run: where twins have rates of their own, their differences are between each at its own."
+            " It was chosen by these losses, which are of the same documents and runs as below: where twins have rates "
+            "of their own, their differences are between each at its own."
         )
     if better:
-        note += f" With this seed the loss is lower at another one: {', '.join(better)}."
+        note += f" With seed {first} the loss is lower at another one: {', '.join(better)}."
     return ["### Learning rates", markdown(["model", *(f"{rate:g}" for rate in rates)], lines), note]
 
 

@@ -383,6 +383,7 @@ def _trained(
 ) -> list[SweepRow]:
     task, steps, every = runs[0].task, runs[0].training.steps, runs[0].training.log_every
     assert steps is not None
+    torch.compiler.reset()  # a function is compiled eight times, for what differs between runs too, and then no more
     learners = [RecallRun(run.training, task, new_model(config, run.training.seed), place, dtype) for run in runs]
     progress, before = [Progress(0, math.nan, math.nan, True) for _ in runs], 0.0
     if kept is not None and kept.is_file():
