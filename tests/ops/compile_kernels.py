@@ -132,14 +132,16 @@ def reads_of_unwritten(code: str) -> list[str]:
         for place, operand in enumerate(operands):
             for kind, number in UNIFORM.findall(operand):
                 first = int(number)
-                if kind == "gdesc":  # descriptors of both sides; of the right one alone where the left is in registers
+                if kind == "gdesc" and name.startswith("UTC"):  # of Blackwell, where each side has its own
+                    reads.update((first, first + 1))
+                elif kind == "gdesc":  # descriptors of both sides; of the right one alone where the left is in registers
                     in_registers = re.match(r"R\d", operands[1]) is not None
                     reads.update(range(first + 2 * in_registers, first + 4))
                 elif kind == "desc":
                     reads.update((first, first + 1))
                 elif place == 0 and name.startswith(WRITE_UNIFORM):
                     wide = ".64" in name or ".WIDE" in name or name.startswith("CS2UR")
-                    writes.update(range(first, first + 1 + wide))
+                    writes.update(range(first, first + (4 if ".128" in name else 1 + wide)))
                 else:
                     reads.update(range(first, first + 1 + (".64" in name and name.startswith("U"))))
         if not reads <= written:
