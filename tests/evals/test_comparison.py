@@ -369,6 +369,7 @@ def test_of_several_rates_the_one_with_the_lowest_mean_counts(texts, tmp_path):
     losses = {(0, 1e-3): 1.0, (1, 1e-3): 1.3, (0, 1e-2): 1.1, (1, 1e-2): 1.1}
     assert config.best_rate("levels", rows(losses)) == 1e-2
     assert config.best_rate("levels", rows({**losses, (1, 1e-2): 0})) == 1e-3, "a run that diverged"
+    assert config.best_rate("levels", rows({**dict.fromkeys(losses, 0), (0, 1e-2): 1.1, (1, 1e-2): None})) == 1e-2
     del losses[1, 1e-2]
     assert config.best_rate("levels", rows(losses)) == 1e-3, "a seed is missing"
     assert config.best_rate("levels", []) == config.best_rate("linear", []) == 1e-3

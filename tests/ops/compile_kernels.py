@@ -134,7 +134,9 @@ def reads_of_unwritten(code: str) -> list[str]:
                 first = int(number)
                 if kind == "gdesc" and name.startswith("UTC"):  # of Blackwell, where each side has its own
                     reads.update((first, first + 1))
-                elif kind == "gdesc":  # descriptors of both sides; of the right one alone where the left is in registers
+                elif (
+                    kind == "gdesc"
+                ):  # descriptors of both sides; of the right one alone where the left is in registers
                     in_registers = re.match(r"R\d", operands[1]) is not None
                     reads.update(range(first + 2 * in_registers, first + 4))
                 elif kind == "desc":

@@ -231,15 +231,17 @@ class ComparisonConfig:
     def best_rate(self, model: str, rows: "Sequence[ComparisonRow]") -> float:
         """Of the rates that all seeds of a model are trained at the one with the lowest mean held-out loss.
 
-        A run without a loss counts as infinitely bad, and a rate with fewer runs that have ended comes after others.
+        A run without a loss counts as infinitely bad. A rate with fewer runs that have ended comes after others, unless
+        one of these has no loss.
         """
         ended = {row.key for row in rows if row.metric == "run" and row.status != FAILED}
         losses = {row.key: row.value for row in rows if row.metric == "held_out_loss" and row.value is not None}
 
-        def rank(rate: float) -> tuple[int, float]:
+        def rank(rate: float) -> tuple[bool, int, float]:
             keys = [ComparisonRun(self, model, seed, rate).key for seed in self.seeds]
             found = [losses.get(key, math.inf) for key in keys if key in ended]
-            return -len(found), statistics.fmean(found) if found else math.inf
+            mean = statistics.fmean(found) if found else math.inf
+            return math.isinf(mean), -len(found), mean
 
         return min(self.rates_of(model), key=rank)
 

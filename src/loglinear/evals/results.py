@@ -372,7 +372,8 @@ def _tuning_parts(config: ComparisonConfig, rows: Sequence[ComparisonRow]) -> li
             if keys[0] in losses:
                 firsts[rate] = losses[keys[0]]
             if found:
-                cells.append(_plus_minus(found, 4) + ("*" if rate == chosen else ""))
+                some = f" ({len(found)} of {len(keys)})" if len(found) < len(keys) else ""
+                cells.append(_plus_minus(found, 4) + ("*" if rate == chosen else "") + some)
             else:
                 status = statuses.get(keys[0], "missing")
                 cells.append("–" if status == comparison.FINISHED else status)
@@ -382,7 +383,8 @@ def _tuning_parts(config: ComparisonConfig, rows: Sequence[ComparisonRow]) -> li
             better.append(f"{model} ({best:g})")
     note = (
         f"Held-out loss by learning rate, nats per token: of seed {first}, and as mean ± standard deviation where all "
-        "seeds were trained. *: the rate of the model everywhere below"
+        "seeds were trained (of how many of them, where some are missing or not finite). *: the rate of the model "
+        "everywhere below"
     )
     if any(len(config.rates_of(model)) > 1 for model in config.models):
         note += ", of those with all seeds the one with the lowest mean"

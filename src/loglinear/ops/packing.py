@@ -58,7 +58,7 @@ def remember_bounds(cu_seqlens: Tensor, bounds: Sequence[int]) -> None:
     """Tells the host the values of a `cu_seqlens` on a device, so that it does not wait for them to come back.
 
     They are believed until torch sees that the tensor is written to: for who sends them there and lets nobody change
-    them behind torch's back.
+    them behind torch's back. What is computed depends on them: nothing is launched for sequences longer than these.
     """
     _known.add(cu_seqlens, bounds)
 
@@ -90,7 +90,7 @@ class _Plans:
         whenever the forward was (also for a forward that a backward runs again: a checkpoint)."""
         if cu_seqlens.is_inference() or capturing(cu_seqlens):
             return compute()
-        backward = backward or torch._C._current_graph_task_id() >= 0
+        backward = backward or (self.scope is None and torch._C._current_graph_task_id() >= 0)
         if cu_seqlens.is_cuda:  # another stream would not wait for what this one computes
             what = (*what, torch.cuda.current_stream(cu_seqlens.device).cuda_stream)
         plan = self._plans[cu_seqlens] if cu_seqlens in self._plans else None

@@ -2,9 +2,9 @@
 
 Forward: `delta_inverse.py` and `delta_halves.py` (chunks: see `delta_chunks.py`), `delta_nodes.py`, `delta_read.py`.
 Backward: `delta_backward.py`, and `delta_backward_halves.py` for the chunks. Where gradients are wanted, the inverses
-of chunks and the nodes are kept for it, and all else is made again: with 16 bits 384 bytes a token and head of
-inverses, and (K V + 2 K²) / 64 of nodes, with K = V = 128 as much as q, k and v have. States that are carried in and
-out: `delta_carried.py` for the chunks at both ends, the kernels for what is whole.
+of chunks, their scores before λ and the nodes are kept for it, and all else is made again: with 16 bits 384 bytes a
+token and head of inverses, 192 of scores, and (K V + 2 K²) / 64 of nodes, with K = V = 128 as much as q, k and v have.
+States that are carried in and out: `delta_carried.py` for the chunks at both ends, the kernels for what is whole.
 
 Legend
     B batch, T tokens, G groups, H heads, K key width, V value width, L levels, S sequences (B, or the packed ones)

@@ -22,7 +22,7 @@ MOST_THREADS = 16  # compiling lets go of the interpreter's lock nearly all the 
 
 MOST_KINDS = 1024  # of launches of a kernel that are remembered
 NUMBERS = frozenset((int, float, bool, type(None)))  # arguments that are no tensors
-RUN = JITFunction.run  # who puts another in its place is asked every time
+RUN = JITFunction.run  # who puts another in its place later is asked every time
 
 T = TypeVar("T")
 _compiles_only: ContextVar[bool] = ContextVar("compiles_only", default=False)
@@ -51,19 +51,21 @@ class Kernel:
         return self.jitted[grid]
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        values, kind, unaligned = [], [], [driver.active.get_current_device()]
+        values, kind, odd = [], [], [driver.active.get_current_device()]
         for x in arguments:
             if x.__class__ in NUMBERS:
-                kind.append(x)
+                kind.append((x, float) if x.__class__ is float else x)
             else:
                 kind.append(x.dtype)
+                if not x.is_cuda:  # which Triton refuses
+                    odd.append(~len(values))
                 x = x.data_ptr()
                 if x % 16:
-                    unaligned.append(len(values))
+                    odd.append(len(values))
             values.append(x)
         for at in self._unspecialized:
             kind[at] = values[at] >> 31
-        key = (*kind, *unaligned, *options, *options.values())
+        key = (*kind, *odd, *options, *options.values())
         known = self._compiled.get(key)
         if known is not None:
             compiled, constants = known
