@@ -200,8 +200,9 @@ def test_interpreted_packed():
 def test_interpreted_bounds_that_the_host_knows():
     """What only longer sequences need is not launched, and the rest finds the same."""
     found = []
+    made = make_inputs("gated_deltanet", Shape(B=1, T=96, G=1, H=1, K=16, V=16, L=8), torch.float32)
     for told in (False, True):
-        inputs = make_inputs("gated_deltanet", Shape(B=1, T=96, G=1, H=1, K=16, V=16, L=8), torch.float32).leaves()
+        inputs = made.leaves()
         bounds = torch.tensor([0, 33, 96])
         if told:
             remember_bounds(bounds, [0, 33, 96])

@@ -138,9 +138,9 @@ def _read_kernel(v, scales, o, scores, seen, added, tokens, firsts, rows_of, blo
 
 
 @triton.jit
-def _scores_of(q, k, beta, inverse, sums, token, first, rows, place, size, scale, stride_q, stride_k, stride_b, K,
+def _scores_of(q, k, beta, inverse, kept, sums, token, first, rows, place, size, scale, stride_q, stride_k, stride_b, K,
               C: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Scores before λ, float32, and queries as seen from S. size: of a part of X."""
+    """Scores before λ, float32, which fill in `kept` too, and queries as seen from S. size: of a part of X."""
     row = tl.arange(0, C)
     queries = load_tile(q, token, first, rows, stride_q, C, 0, K, BK)
     keys = load_tile(k, token, first, rows, stride_k, C, 0, K, BK)
@@ -154,6 +154,8 @@ def _scores_of(q, k, beta, inverse, sums, token, first, rows, place, size, scale
         mixed = tl.dot(lost, matrix, mixed, input_precision=PRECISION)
         mixed = tl.dot(whole, load_quarters(inverse + size, place, C // 2), mixed, input_precision=PRECISION)
     mixed *= load_column(beta, token, first, rows, stride_b, C)[None, :]
+    if kept is not None:
+        store_quarters(kept, mixed, place, C // 2)
     entering = decay_of(sums)
     passed = tl.dot((mixed * entering[None, :]).to(dtype), keys, input_precision=PRECISION)
     seen = queries.to(tl.float32) * (entering * scale)[:, None] - passed
@@ -182,12 +184,9 @@ def _walk_kernel(q, k, v, scales, beta, inverse, gamma, mixed, o, added, maps, t
     size = N.to(tl.int64) * H * 3 * (C * C // 4)  # of a part of X
     sums = tl.load(gamma + (head.to(tl.int64) * N + slot) * C + tl.arange(0, C))
     inside, queries = _scores_of(
-        q + group.to(tl.int64) * stride_qg, k + group.to(tl.int64) * stride_kg, beta + head, inverse, sums, token,
-        first, rows, place, size, scale, stride_q, stride_k, stride_b, K, C, BK,
-        PARTS, PRECISION,
+        q + group.to(tl.int64) * stride_qg, k + group.to(tl.int64) * stride_kg, beta + head, inverse, mixed, sums,
+        token, first, rows, place, size, scale, stride_q, stride_k, stride_b, K, C, BK, PARTS, PRECISION,
     )  # fmt: skip
-    if mixed is not None:
-        store_quarters(mixed, inside, place, C // 2)
     if SCALED:
         inside *= level_factor(lam, token, first, rows, stride_s, L, C, HEIGHT)
     inside = inside.to(queries.dtype)

@@ -58,13 +58,13 @@ class Kernel:
             else:
                 kind.append(x.dtype)
                 if not x.is_cuda:  # which Triton refuses
-                    odd.append(~len(values))
+                    odd.append(-1 - len(values))
                 x = x.data_ptr()
                 if x % 16:
                     odd.append(len(values))
             values.append(x)
         for at in self._unspecialized:
-            kind[at] = values[at] >> 31
+            kind[at] = values[at] // 2**31
         key = (*kind, *odd, *options, *options.values())
         known = self._compiled.get(key)
         if known is not None:
