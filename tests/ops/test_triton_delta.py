@@ -197,16 +197,19 @@ def test_interpreted_packed():
 
 
 @needs_interpreter
-def test_interpreted_bounds_that_the_host_knows():
-    """What only longer sequences need is not launched, and the rest finds the same."""
+@pytest.mark.parametrize("num_levels", [8, 10])  # with states that run from chunk to chunk, and without
+@pytest.mark.parametrize("bounds", [[0, 33, 96], [0, 33, 129], [0, 160, 160, 170]], ids=str)  # 2, 3 and 5 chunks
+def test_interpreted_bounds_that_the_host_knows(bounds, num_levels):
+    """What only longer sequences need is not launched, and the rest finds the same, and what is right."""
     found = []
-    made = make_inputs("gated_deltanet", Shape(B=1, T=96, G=1, H=1, K=16, V=16, L=8), torch.float32)
+    shape = Shape(B=1, T=bounds[-1], G=1, H=1, K=16, V=16, L=num_levels)
+    made = make_inputs("gated_deltanet", shape, torch.float32)
     for told in (False, True):
-        inputs = made.leaves()
-        bounds = torch.tensor([0, 33, 96])
+        inputs, cu_seqlens = made.leaves(), torch.tensor(bounds)
         if told:
-            remember_bounds(bounds, [0, 33, 96])
-        o, _ = log_linear_attention(**inputs.arguments(), cu_seqlens=bounds, backend="triton")
+            remember_bounds(cu_seqlens, bounds)
+            compare_with_tree(made, None, cu_seqlens)
+        o, _ = log_linear_attention(**inputs.arguments(), cu_seqlens=cu_seqlens, backend="triton")
         found.append([o, *torch.autograd.grad(o.square().sum(), list(inputs.present().values()))])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
