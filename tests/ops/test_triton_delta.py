@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from gluon_on_cpu import on_cpu
 from loglinear import FenwickState, fenwick, log_linear_attention
 from loglinear.ops.packing import remember_bounds
 from operator_cases import (
@@ -24,7 +25,15 @@ from operator_cases import (
 )
 
 pytest.importorskip("triton")
-from loglinear.ops.triton import delta, scalar
+from loglinear.ops.triton import (
+    delta,
+    delta_backward,
+    delta_backward_halves,
+    delta_halves,
+    delta_nodes,
+    delta_read,
+    scalar,
+)
 
 needs_interpreter = pytest.mark.skipif(not scalar.INTERPRETED, reason="kernels are not interpreted here")
 
@@ -130,6 +139,47 @@ def test_interpreted_bfloat16_state(bfloat16):
     shape = Shape(B=2, T=75, G=1, H=1, K=32, V=32, L=9)
     inputs = make_inputs("gated_deltanet", shape, torch.bfloat16, decay=0.05)
     compare_with_tree(inputs, random_state(shape, [183, 96], torch.float32), returns_state=True)
+
+
+@pytest.fixture
+def hopper(bfloat16, monkeypatch):
+    """The kernels for Hopper, in the place of those that they replace there, on a processor; which of them ran."""
+    ran = set()
+
+    def hopper_kernel(name):
+        ran.add(name)
+        return getattr(on_cpu(f"delta_hopper_{name}"), f"_{name}_hopper_kernel")
+
+    monkeypatch.setattr(delta, "LONG_CHUNK", 128)
+    for module in (delta_halves, delta_nodes, delta_read, delta_backward, delta_backward_halves):
+        monkeypatch.setattr(module, "takes_hopper", lambda *_: True)
+        monkeypatch.setattr(module, "hopper_kernel", hopper_kernel)
+    return ran
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("shape", "position"),
+    [
+        (Shape(B=1, T=1000, G=1, H=1, K=128, V=128, L=12), None),
+        (Shape(B=1, T=300, G=1, H=2, K=128, V=128, L=None), None),
+        (Shape(B=1, T=500, G=1, H=1, K=128, V=128, L=9), 3 * 128 + 41),
+        (Shape(B=1, T=90, G=1, H=1, K=128, V=128, L=3), None),
+    ],
+)
+def test_interpreted_on_hopper(shape, position, hopper):
+    inputs = make_inputs("gated_deltanet", shape, torch.bfloat16).map(poisoned)
+    state = None if position is None else random_state(shape, [position], torch.float32)
+    compare_with_tree(inputs, state, returns_state=state is not None)
+    assert hopper >= {"walk", "climb", "gather", "scores_back", "solved", "keys"}
+
+
+@needs_interpreter
+def test_interpreted_packed_on_hopper(hopper):
+    shape = Shape(B=1, T=470, G=1, H=1, K=128, V=128, L=12)
+    bounds = torch.tensor([0, 5, 5, 320, 470])
+    compare_with_tree(make_inputs("gated_deltanet", shape, torch.bfloat16), cu_seqlens=bounds)
+    assert hopper
 
 
 @needs_interpreter

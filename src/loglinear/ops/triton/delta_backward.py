@@ -55,9 +55,11 @@ from loglinear.ops.triton.delta_chunks import (
     Chunks,
     fetch_block,
     fetch_tile,
+    hopper_kernel,
     load_block,
     load_tile,
     store_block,
+    takes_hopper,
     tile_width,
     walks,
     warps_of,
@@ -431,7 +433,13 @@ def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: 
     pulled = torch.empty_like(chunks.seen)
     read = (slots.token, slots.first, slots.rows, *reading_tables(slots, variants), places, num_slots, heads)
     shape = (*of_g, *of_s, key_dim, value_dim, num_levels)
-    if walks(k, value_dim):
+    on_hopper = takes_hopper(chunk, q, k, v, grad_o)
+    if on_hopper:
+        hopper_kernel("climb")[programs(heads, num_slots)](
+            grad_o, lam, chunks.seen, nodes.added, nodes.maps, pulled, dscales, *read, *of_g, *of_s, num_levels,
+            HEIGHT=height, SCALED=scaled, num_warps=8,
+        )  # fmt: skip
+    elif walks(k, value_dim):
         _climb_kernel[programs(heads, num_slots)](
             grad_o, lam, chunks.seen, nodes.added, nodes.maps, pulled, dscales, *read, *shape, C=chunk, HEIGHT=height,
             BK=whole_width(key_dim), BV=whole_width(value_dim), SCALED=scaled, PRECISION=precision,
@@ -452,11 +460,20 @@ def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: 
     readers = readers_with_rows(slots)
     new = torch.empty_like if slots.origin is None else torch.zeros_like
     d_added, d_maps = new(nodes.added), torch.empty_like(nodes.maps)
-    _gather_kernel[programs(heads * (keys["KT"] + values["VT"]) * tiled["RT"], num_slots)](
-        grad_o, lam, chunks.seen, pulled, d_added, d_maps, slots.token, slots.first, slots.rows, slots.height,
-        slots.left, variants, places, slots.reader, readers, slots.order, num_slots, heads, *of_g, *of_s, key_dim,
-        value_dim, num_levels, HEIGHT=height, C=chunk, SCALED=scaled, **keys, **values, **tiled,
+    of_readers = (
+        slots.token, slots.first, slots.rows, slots.height, slots.left, variants, places, slots.reader, readers,
+        slots.order, num_slots, heads, *of_g, *of_s,
     )  # fmt: skip
+    if on_hopper:
+        hopper_kernel("gather")[programs(heads, num_slots)](
+            grad_o, lam, chunks.seen, pulled, d_added, d_maps, *of_readers, num_levels, HEIGHT=height, SCALED=scaled,
+            num_warps=8,
+        )  # fmt: skip
+    else:
+        _gather_kernel[programs(heads * (keys["KT"] + values["VT"]) * tiled["RT"], num_slots)](
+            grad_o, lam, chunks.seen, pulled, d_added, d_maps, *of_readers, key_dim, value_dim, num_levels,
+            HEIGHT=height, C=chunk, SCALED=scaled, **keys, **values, **tiled,
+        )  # fmt: skip
     chunks = chunks._replace(seen=None)
     if grad_left is not None:
         _add_from_ends(d_added, d_maps, grad_left, slots)

@@ -37,12 +37,14 @@ from loglinear.ops.triton.delta_chunks import (
     fetch_block,
     fetch_quarters,
     fetch_tile,
+    hopper_kernel,
     load_block,
     load_quarter,
     load_tile,
     store_block,
     store_quarter,
     store_tile,
+    takes_hopper,
     tile_width,
 )
 from loglinear.ops.triton.launch import kernel
@@ -517,6 +519,10 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
                     precision: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q and k by head [T, H, K], of v, log_decay and beta, from those of nodes and queries; adds to
     `dscales`."""
+    if takes_hopper(chunk, q, k, v, grad_o):
+        return _chunk_gradients_on_hopper(
+            q, k, v, scales, beta, grad_o, chunks, pulled, d_added, d_maps, dscales, slots, places, height, scale
+        )
     num_slots, (tokens, groups, key_dim), (_, heads, value_dim) = len(slots.token), q.shape, v.shape
     block_k, block_v = tile_width(key_dim), tile_width(value_dim)
     key_tiles, value_tiles = cdiv(key_dim, block_k), cdiv(value_dim, block_v)
@@ -567,6 +573,41 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
         q, k, v, beta, chunks.inverse, pulled, chunks.gamma, d_added, d_maps, d_erase, chunks.mixed, d_pairs, d_overlap,
         dq, dk, d_sums, d_end, *rows, slots.left, slots.reads, places, num_slots, heads, groups, scale, *of_q[:2],
         *of_k[:2], *of_v[:2], of_b[0], key_dim, value_dim, **values, **staged,
+    )  # fmt: skip
+    parts = d_scored, d_strength, d_mass, d_sums, d_end
+    return dq, dk, dv, *_of_decays(chunks, d_maps, slots, tokens, *parts)
+
+
+def _chunk_gradients_on_hopper(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tensor, d_added: Tensor,
+                               d_maps: Tensor, dscales: Tensor, slots: Slots, places: Tensor, height: int,
+                               scale: float):  # fmt: skip
+    """The same by kernels that have all rows of a chunk."""
+    num_slots, (tokens, groups, key_dim), heads = len(slots.token), q.shape, v.shape[1]
+    chunk, scaled = chunks.gamma.shape[-1], scales is not None
+    lam = scales if scaled else v
+    sums = {"size": (1, *chunks.gamma.shape), "dtype": torch.float32, "device": v.device}
+    of_q, of_k, of_v, of_g, of_s, of_b = (x.stride() for x in (q, k, v, grad_o, lam, beta))
+    rows, each = (slots.token, slots.first, slots.rows), programs(heads, num_slots)
+    d_mixed, d_pairs, d_overlap = (v.new_empty(num_slots, heads, 3, chunk // 2, chunk // 2) for _ in range(3))
+    d_scored, d_strength, d_mass, d_sums, d_end = (torch.empty(**sums) for _ in range(5))
+    hopper_kernel("scores_back")[each](
+        q, k, v, lam, beta, grad_o, chunks.inverse, chunks.mixed, pulled, chunks.gamma, d_mixed, d_pairs, dscales,
+        d_scored, *rows, slots.reads, places, num_slots, heads, groups, scale, *of_q[:2], *of_k[:2], *of_v[:2],
+        *of_s[:2], of_b[0], *of_g[:2], lam.shape[-1] if scaled else 1, HEIGHT=height - 1, SCALED=scaled, num_warps=8,
+    )  # fmt: skip
+    dv, d_erase = torch.empty(v.shape, dtype=v.dtype, device=v.device), v.new_empty(num_slots, heads, chunk, key_dim)
+    hopper_kernel("solved")[each](
+        q, k, v, beta, grad_o, chunks.inverse, chunks.scores, chunks.gamma, d_added, d_maps, d_mixed, dv, d_erase,
+        d_overlap, d_strength, d_mass, *rows, slots.left, num_slots, heads, groups, scale, *of_q[:2], *of_k[:2],
+        *of_v[:2], of_b[0], *of_g[:2], num_warps=8,
+    )  # fmt: skip
+    del d_mixed
+    wide = {"dtype": v.dtype if groups == heads else torch.float32, "device": v.device}  # sums over a group's heads
+    dq, dk = (torch.empty(tokens, heads, key_dim, **wide) for _ in range(2))
+    hopper_kernel("keys")[each](
+        q, k, v, beta, chunks.inverse, pulled, chunks.gamma, d_added, d_maps, d_erase, chunks.mixed, d_pairs, d_overlap,
+        dq, dk, d_sums, d_end, *rows, slots.left, slots.reads, places, num_slots, heads, groups, scale, *of_q[:2],
+        *of_k[:2], *of_v[:2], of_b[0], num_warps=8,
     )  # fmt: skip
     parts = d_scored, d_strength, d_mass, d_sums, d_end
     return dq, dk, dv, *_of_decays(chunks, d_maps, slots, tokens, *parts)

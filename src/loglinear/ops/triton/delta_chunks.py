@@ -27,6 +27,8 @@ Legend
 
 from __future__ import annotations
 
+import functools
+import importlib
 from typing import NamedTuple
 
 import torch
@@ -36,10 +38,13 @@ from torch import Tensor
 from triton.runtime import driver
 
 from loglinear.ops.triton.common import next_power_of_2, row_exists, sums_dtype
+from loglinear.ops.triton.launch import Kernel
 from loglinear.ops.triton.scalar import INTERPRETED
 
 TILE = 64  # columns of keys or values that are multiplied at once
 WALKED = 128  # the most that a program may have of all columns at once
+HOPPER_CHUNK = HOPPER_WIDTH = 128  # rows of chunks and columns of keys and values for which Hopper has its own kernels
+GLUON = triton.__version__.startswith("3.6.")
 FETCHES = tl.constexpr(torch.version.hip is None and not INTERPRETED)
 
 
@@ -211,6 +216,28 @@ def warps_of(chunk: int) -> int:
 
 def parts_of(k: Tensor) -> int:
     return 2 if k.dtype == torch.bfloat16 else 1
+
+
+def takes_hopper(chunk: int, *rows: Tensor) -> bool:
+    """Whether this is a GPU for the kernels of `delta_hopper_*.py`, and they take chunks of these rows [T, heads, 128].
+
+    Copies of 16 bytes want rows that begin at multiples of 16 numbers. Gluon changes from one Triton to the next.
+    """
+    if not GLUON or INTERPRETED or chunk != HOPPER_CHUNK or driver.active.get_current_target().arch != 90:
+        return False
+    return all(
+        x.dtype == torch.bfloat16
+        and x.shape[-1] == HOPPER_WIDTH
+        and x.data_ptr() % 16 == 0
+        and all(stride % 16 == 0 for stride in x.stride()[:2])
+        for x in rows
+    )
+
+
+@functools.cache
+def hopper_kernel(name: str) -> Kernel:
+    """That of `delta_hopper_<name>.py`, which nothing else imports: Gluon may be missing, or another one."""
+    return getattr(importlib.import_module(f"loglinear.ops.triton.delta_hopper_{name}"), f"_{name}_hopper_kernel")
 
 
 def inverse_shape(k: Tensor, num_slots: int, heads: int, chunk: int) -> tuple[int, ...]:

@@ -35,6 +35,7 @@ from loglinear.ops.triton.delta_chunks import (
     Chunks,
     fetch_quarters,
     fetch_tile,
+    hopper_kernel,
     in_parts,
     load_quarter,
     load_tile,
@@ -44,6 +45,7 @@ from loglinear.ops.triton.delta_chunks import (
     store_block,
     store_parts,
     store_quarter,
+    takes_hopper,
     tile_width,
 )
 from loglinear.ops.triton.delta_inverse import make_inverses
@@ -272,6 +274,13 @@ def make_leaves(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, added: Tenso
                 slots: Slots, chunk: int, precision: str) -> None:  # fmt: skip
     """Fills in U and P of the chunks; also P of those that stay leaves in `finals`, if that is given."""
     num_slots, (_, groups, key_dim), (_, heads, value_dim) = len(slots.token), k.shape, v.shape
+    if takes_hopper(chunk, k, v):
+        hopper_kernel("leaves")[programs(heads, num_slots)](
+            k, v, beta, chunks.inverse, chunks.gamma, added, maps, finals, slots.token, slots.first, slots.rows,
+            slots.left, slots.height, num_slots, heads, groups, *k.stride()[:2], *v.stride()[:2], beta.stride(0),
+            num_warps=8, maxnreg=128,
+        )  # fmt: skip
+        return
     block, wide = tile_width(key_dim, most_rows(k)), tile_width(value_dim, 2 * TILE)
     key_tiles = cdiv(key_dim, block)
     _leaves_kernel[programs(heads * key_tiles, num_slots)](

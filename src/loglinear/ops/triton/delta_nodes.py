@@ -25,7 +25,16 @@ from torch import Tensor
 
 from loglinear.fenwick import Ends, Slots
 from loglinear.ops.triton.common import block_end, cdiv, left_sibling, next_power_of_2, program_place, programs
-from loglinear.ops.triton.delta_chunks import Chunks, load_block, parts_of, store_block, store_parts, tile_width
+from loglinear.ops.triton.delta_chunks import (
+    Chunks,
+    hopper_kernel,
+    load_block,
+    parts_of,
+    store_block,
+    store_parts,
+    takes_hopper,
+    tile_width,
+)
 from loglinear.ops.triton.delta_halves import make_leaves
 from loglinear.ops.triton.launch import kernel
 
@@ -177,14 +186,20 @@ def make_nodes(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, slots: Slots,
     make_leaves(k, v, beta, chunks, *nodes, finals, slots, chunk, precision)
     if state is not None:
         _store_state(nodes, finals, state, slots)
-    merge = row_tiles(key_dim)
+    merge, on_hopper = row_tiles(key_dim), takes_hopper(chunk, k, v)
     for height in range(slots.cap):
         highest = most_higher(slots, height)
-        if highest:
+        if not highest:
+            continue
+        arguments = (
+            *nodes, finals, rights, slots.tallest, slots.height, *sibling_tables(slots), num_slots, heads, height,
+        )  # fmt: skip
+        if on_hopper:
+            hopper_kernel("merge")[programs(heads, highest)](*arguments, num_warps=8)
+        else:
             _merge_kernel[programs(heads * columns * merge["RT"], highest)](
-                *nodes, finals, rights, slots.tallest, slots.height, *sibling_tables(slots), num_slots, heads, height,
-                key_dim, value_dim, **merge, **keys, **values,
-            )  # fmt: skip
+                *arguments, key_dim, value_dim, **merge, **keys, **values
+            )
     if has_running(slots):
         # one program after the other has each head's columns: narrow tiles make more of them
         _running_kernel[(len(slots.base), heads, cdiv(value_dim, block_v))](

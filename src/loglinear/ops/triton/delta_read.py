@@ -34,6 +34,7 @@ from loglinear.ops.triton.common import (
 from loglinear.ops.triton.delta_chunks import (
     Chunks,
     has_room_for_keys,
+    hopper_kernel,
     in_parts,
     load_block,
     load_quarters,
@@ -42,6 +43,7 @@ from loglinear.ops.triton.delta_chunks import (
     store_block,
     store_quarters,
     store_tile,
+    takes_hopper,
     tile_width,
     warps_of,
     whole_width,
@@ -245,11 +247,20 @@ def walk(q, k, v, scales, beta, chunks: Chunks, nodes: Nodes, slots: Slots, chun
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     scaled = scales is not None
     lam = scales if scaled else v
-    _walk_kernel[programs(heads, num_slots)](
+    arguments = (
         q, k, v, lam, beta, chunks.inverse, chunks.gamma, chunks.mixed, o, nodes.added, nodes.maps, slots.token,
         slots.first, slots.rows, slots.block, slots.origin, slots.oldest, slots.height, slots.reads,
         num_slots, heads, groups, scale, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *lam.stride()[:2],
-        beta.stride(0), key_dim, value_dim, lam.shape[-1] if scaled else 1, C=chunk, HEIGHT=height,
+        beta.stride(0),
+    )  # fmt: skip
+    num_levels = lam.shape[-1] if scaled else 1
+    if takes_hopper(chunk, q, k, v):
+        hopper_kernel("walk")[programs(heads, num_slots)](
+            *arguments, num_levels, HEIGHT=height, SCALED=scaled, num_warps=8
+        )
+        return o
+    _walk_kernel[programs(heads, num_slots)](
+        *arguments, key_dim, value_dim, num_levels, C=chunk, HEIGHT=height,
         BK=whole_width(key_dim), BV=whole_width(value_dim), PARTS=parts_of(k), SCALED=scaled,
         PRECISION=precision, num_warps=warps_of(chunk), num_stages=3,
     )  # fmt: skip

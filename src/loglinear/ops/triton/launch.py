@@ -81,9 +81,9 @@ class Kernel:
             self._compiled[key] = compiled, tuple(options[name] for name in constants)
 
 
-def kernel(**options: Any) -> Callable[[Callable], Kernel]:
-    """Makes a kernel of a function, with the options of `triton.jit`."""
-    return lambda function: Kernel(triton.jit(function, **options), options.get("do_not_specialize", ()))
+def kernel(jit: Callable = triton.jit, **options: Any) -> Callable[[Callable], Kernel]:
+    """Makes a kernel of a function, with the options of `triton.jit`, or of another `jit`."""
+    return lambda function: Kernel(jit(function, **options), options.get("do_not_specialize", ()))
 
 
 def compiled_first(run: Callable[[], T], *what: object) -> T:

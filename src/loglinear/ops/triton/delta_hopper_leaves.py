@@ -1,0 +1,265 @@
+"""`_leaves_kernel` of `delta_halves.py` for Hopper: keys and values of 128 columns, in bfloat16.
+
+One program has all rows of U and P, and asks for each matrix once, as soon as it begins. Two share a multiprocessor if
+they are launched with `maxnreg=128`: one loads or stores while the other multiplies. That leaves no room for what P is
+made of in float32 while U is made: there is k̄ᵀ T in its two parts alone, the first in registers and the second in
+shared memory, and P comes from their sum, which is off by 2^-18 of it at most. Both are made by 64 columns at a time.
+
+Legend as in `delta_halves.py`. What the tiles of shared memory are, one after the other, [128, 64] each but
+for k, and `lost` what the first part has lost:
+    0 first columns of X; lost of the first of k̄ᵀ T; first columns of P; lost of the last of P
+    1 lost of the first columns of X; lost of the last of k̄ᵀ T; lost of the first of P
+    2 last columns of X, and lost of them; first columns of U; lost of the last of k̄ᵀ T e^γ
+    3 first columns of v; last columns of U; last columns of P
+    4 last columns of v; lost of the first of k̄ᵀ T e^γ
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from loglinear.ops.triton.common import decay_of, row_exists
+from loglinear.ops.triton.delta_hopper import (
+    ASSEMBLES,
+    EACH,
+    HALF,
+    HALF_SUM,
+    LEFT_HALF,
+    MOVED_HALF,
+    SHARED,
+    SIZE,
+    arrived,
+    copy_rows,
+    in_parts,
+    load_column,
+    new_tile,
+)
+from loglinear.ops.triton.launch import kernel
+
+
+@gluon.jit
+def _new_half():
+    return gl.allocate_shared_memory(gl.bfloat16, [SIZE, HALF], SHARED)
+
+
+@gluon.jit
+def _copy_columns(tile, pointer, token, first, rows, stride):
+    """Begins to bring 64 columns of the rows of a chunk to shared memory: zero where there is no row."""
+    row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED_HALF))
+    column = gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))
+    at = pointer + token.to(gl.int64) * stride + (row[:, None] * stride + column[None, :])
+    async_copy.async_copy_global_to_shared(tile, at, mask=row_exists(row, first, rows)[:, None])
+
+
+@gluon.jit
+def _copy_quarters(tile, pointer, apart):
+    """The same of two contiguous [64, 64], one below the other: the second begins so many numbers after the first."""
+    row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED_HALF))
+    column = gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))
+    at = pointer + ((row // HALF).to(gl.int64) * apart + row % HALF * HALF)[:, None]
+    async_copy.async_copy_global_to_shared(tile, at + column[None, :])
+
+
+@gluon.jit
+def _by_column(numbers):
+    """One number for each of 64 columns of a product."""
+    return gl.convert_layout(numbers, gl.SliceLayout(0, HALF_SUM))[None, :]
+
+
+@gluon.jit
+def _turned_keys(keys, decay):
+    """Half of the rows of k, turned, each row times its `decay`: a left operand [128, 64]."""
+    turned = _as_sum(keys.permute([1, 0]).load(LEFT_HALF)).to(gl.float32)
+    return _as_left((turned * _by_column(decay)).to(gl.bfloat16))
+
+
+@gluon.jit
+def _parts_times(whole, lost, factor):
+    """The same of the sum of two parts, times a float32 factor.
+
+    Not by the instructions with which `in_parts` took `whole` apart, whose results would be kept till here.
+    """
+    if ASSEMBLES:
+        return gl.inline_asm_elementwise(
+            """{
+            .reg .b32 low, high, rest;
+            prmt.b32 low, $2, 0, 0x1044;
+            shl.b32 rest, $3, 16;
+            add.rn.f32 low, low, rest;
+            mul.rn.f32 low, low, $4;
+            prmt.b32 high, $2, 0, 0x3244;
+            and.b32 rest, $3, 0xffff0000;
+            add.rn.f32 high, high, rest;
+            mul.rn.f32 high, high, $5;
+            cvt.rn.bf16x2.f32 $0, high, low;
+            shl.b32 rest, $0, 16;
+            sub.rn.f32 low, low, rest;
+            and.b32 rest, $0, 0xffff0000;
+            sub.rn.f32 high, high, rest;
+            cvt.rn.bf16x2.f32 $1, high, low;
+            }""",
+            "=r,=r,r,r,r,r", [whole, lost, factor], (gl.bfloat16, gl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return in_parts((whole.to(gl.float32) + lost.to(gl.float32)) * factor)
+
+
+@gluon.jit
+def _as_left(values):
+    """Values where threads have their products, as a left operand: the same registers."""
+    return gl.convert_layout(values, LEFT_HALF)
+
+
+@gluon.jit
+def _as_sum(values):
+    """And back."""
+    return gl.convert_layout(values, HALF_SUM)
+
+
+@gluon.jit
+def _times_rows(whole0, whole1, lost0, lost1, columns):
+    """Begins to multiply what is in parts for each half of the rows of a chunk by 64 columns of them."""
+    right0, right1 = columns.slice(0, HALF), columns.slice(HALF, HALF)
+    made = gl.zeros([SIZE, HALF], gl.float32, HALF_SUM)
+    made = warpgroup_mma(whole0, right0, made, use_acc=False, is_async=True)
+    made = warpgroup_mma(whole1, right1, made, is_async=True)
+    made = warpgroup_mma(lost0, right0, made, is_async=True)
+    return warpgroup_mma(lost1, right1, made, is_async=True)
+
+
+@gluon.jit
+def _offsets(half: gl.constexpr):
+    """Of half of the columns of a contiguous [128, 128]."""
+    row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED_HALF))
+    column = gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))
+    return row[:, None] * SIZE + (column[None, :] + half * HALF)
+
+
+@gluon.jit
+def _store_half(tile, pointer, half: gl.constexpr):
+    """What waits in shared memory, to half of the columns of a contiguous [128, 128]."""
+    gl.store(pointer + _offsets(half), tile.load(MOVED_HALF))
+
+
+@gluon.jit
+def _map_in_parts(taken, passing, half: gl.constexpr):
+    """Half of the columns of P, from what is taken off its diagonal."""
+    row = gl.arange(0, SIZE, gl.SliceLayout(1, HALF_SUM))
+    column = gl.arange(0, HALF, gl.SliceLayout(0, HALF_SUM)) + half * HALF
+    return in_parts(gl.where(row[:, None] == column[None, :], passing, 0.0) - taken)
+
+
+@gluon.jit
+def _store_map(tile, lost_tile, maps, finals, stays, half: gl.constexpr):
+    """Half of the columns of P, in two parts; the first also to `finals`, if it `stays`."""
+    values = tile.load(MOVED_HALF)
+    gl.store(maps + _offsets(half), values)
+    if finals is not None:
+        if stays:
+            gl.store(finals + _offsets(half), values)
+    _store_half(lost_tile, maps + SIZE * SIZE, half)
+
+
+@kernel(gluon.jit, do_not_specialize=["N", "stride_b"])
+def _leaves_hopper_kernel(k, v, beta, inverse, gamma, added, maps, finals, tokens, firsts, rows_of, lefts, heights, N,
+                          H, G, stride_k, stride_kg, stride_v, stride_vh, stride_b):  # fmt: skip
+    """U and P of one chunk: k̄ᵀ T times v, and times k e^γ."""
+    head, slot = gl.program_id(0), gl.program_id(1) + gl.program_id(2) * gl.num_programs(1)
+    exists = slot < N
+    left = gl.load(lefts + slot, mask=exists, other=0)
+    rows = gl.load(rows_of + slot, mask=exists, other=0)
+    token = gl.load(tokens + slot, mask=exists, other=0)
+    if left <= 1:
+        return  # nobody reads the last chunk of a sequence
+    first = None if firsts is None else gl.load(firsts + slot)
+    later = None if first is None else first - HALF
+    stays = None if finals is None else gl.load(heights + slot) == 0
+    place = slot.to(gl.int64) * H + head
+    group = (head // (H // G)).to(gl.int64)
+
+    keys = new_tile()
+    tile0, tile1, tile2, tile3, tile4 = _new_half(), _new_half(), _new_half(), _new_half(), _new_half()
+    copy_rows(keys, k + group * stride_kg, token, first, rows, stride_k)
+    async_copy.commit_group()
+    inverse += place * (3 * HALF * HALF)
+    size = N.to(gl.int64) * H * (3 * HALF * HALF)
+    _copy_quarters(tile0, inverse, HALF * HALF)
+    _copy_quarters(tile1, inverse + size, HALF * HALF)
+    _copy_quarters(tile2, inverse + 2 * HALF * HALF, size)
+    async_copy.commit_group()
+    v += head.to(gl.int64) * stride_vh
+    _copy_columns(tile3, v, token, first, rows, stride_v)
+    _copy_columns(tile4, v + HALF, token, first, rows, stride_v)
+    async_copy.commit_group()
+
+    row = gl.arange(0, HALF, EACH)
+    sums = gamma + (head.to(gl.int64) * N + slot) * SIZE
+    sums0, sums1, end = gl.load(sums + row), gl.load(sums + HALF + row), gl.load(sums + (SIZE - 1))
+    beta0 = load_column(beta + head, row, token, first, rows, stride_b)
+    beta1 = load_column(beta + head, row, token + HALF, later, rows - HALF, stride_b)
+    decay0, decay1, passing = decay_of(end - sums0), decay_of(end - sums1), decay_of(end)
+    arrived(2)
+    keys0 = _turned_keys(keys.slice(0, HALF), decay0)
+    keys1 = _turned_keys(keys.slice(HALF, HALF), decay1)
+    arrived(1)
+    nothing = gl.zeros([SIZE, HALF], gl.float32, HALF_SUM)
+    left0 = warpgroup_mma(keys0, tile0.slice(0, HALF), nothing, use_acc=False, is_async=True)
+    left1 = warpgroup_mma(keys1, tile2.slice(0, HALF), nothing, use_acc=False, is_async=True)
+    left0 = warpgroup_mma(keys0, tile1.slice(0, HALF), left0, is_async=True)
+    left1 = warpgroup_mma(keys1, tile2.slice(HALF, HALF), left1, is_async=True)
+    left0 = warpgroup_mma(keys1, tile0.slice(HALF, HALF), left0, is_async=True)
+    left0 = warpgroup_mma(keys1, tile1.slice(HALF, HALF), left0, is_async=True)
+    left0, left1 = warpgroup_mma_wait(0, deps=[left0, left1])
+    gl.thread_barrier()
+    whole, rest = in_parts(left0 * _by_column(beta0))
+    whole0 = _as_left(whole)
+    tile0.store(rest)
+    whole, rest = in_parts(left1 * _by_column(beta1))
+    whole1 = _as_left(whole)
+    tile1.store(rest)
+    arrived(0)
+    made = _times_rows(whole0, whole1, tile0, tile1, tile3)
+    made = warpgroup_mma_wait(0, deps=[made])
+    tile2.store(made.to(gl.bfloat16))
+    made = _times_rows(whole0, whole1, tile0, tile1, tile4)
+    gl.thread_barrier()
+    added += place * (SIZE * SIZE)
+    _store_half(tile2, added, 0)
+    made = warpgroup_mma_wait(0, deps=[made])
+    gl.thread_barrier()
+    tile3.store(made.to(gl.bfloat16))
+
+    whole, rest = _parts_times(_as_sum(whole0), _as_sum(tile0.load(LEFT_HALF)), _by_column(decay_of(sums0)))
+    whole0 = _as_left(whole)
+    tile4.store(rest)
+    whole, rest = _parts_times(_as_sum(whole1), _as_sum(tile1.load(LEFT_HALF)), _by_column(decay_of(sums1)))
+    whole1 = _as_left(whole)
+    tile2.store(rest)
+    fence_async_shared()
+    gl.thread_barrier()
+    made = _times_rows(whole0, whole1, tile4, tile2, keys.slice(0, HALF, dim=1))
+    _store_half(tile3, added, 1)
+    made = warpgroup_mma_wait(0, deps=[made])
+    maps += place * (2 * SIZE * SIZE)
+    if finals is not None:
+        finals += place * (SIZE * SIZE)
+    whole, rest = _map_in_parts(made, passing, 0)
+    tile0.store(whole)
+    tile1.store(rest)
+    made = _times_rows(whole0, whole1, tile4, tile2, keys.slice(HALF, HALF, dim=1))
+    gl.thread_barrier()
+    _store_map(tile0, tile1, maps, finals, stays, 0)
+    made = warpgroup_mma_wait(0, deps=[made])
+    gl.thread_barrier()
+    whole, rest = _map_in_parts(made, passing, 1)
+    tile3.store(whole)
+    tile0.store(rest)
+    gl.thread_barrier()
+    _store_map(tile3, tile0, maps, finals, stays, 1)

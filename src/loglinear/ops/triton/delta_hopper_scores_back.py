@@ -1,0 +1,241 @@
+"""Back through the scores of a chunk, for Hopper: see `delta_hopper.py` for why, `delta_backward.py` for what.
+
+In `delta_backward_halves.py` a program has half of the rows, and what lies across is loaded for both. Here one has them
+all, and asks as it begins for all that it needs, in the order in which it needs it: every input has its own place in
+shared memory. What is lower triangular is made as two halves of its columns, [C, E] each. The first has what the first
+half of the rows has with itself, and below it what the second half has with the first: two quarters, one after the
+other in memory. Of the second only the lower half is not zero: what the second half has with itself.
+
+Legend as in `delta_backward_halves.py`, and
+    d_scored [1, H, N, C], the whole of it
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
+
+from loglinear.ops.triton.common import decay_at_most_one, decay_of, row_exists
+from loglinear.ops.triton.delta_hopper import (
+    BLOCK,
+    BLOCK_HEIGHT,
+    BLOCKS,
+    EACH,
+    HALF,
+    HALF_SUM,
+    LEFT_HALF,
+    LINE,
+    MOVED_HALF,
+    SHARED,
+    SIZE,
+    WARPS,
+    WHOLE_SUM,
+    arrived,
+    copy_quarter,
+    copy_rows,
+    level_factor,
+    load_column,
+    load_level,
+    new_tile,
+    same_block,
+)
+from loglinear.ops.triton.launch import kernel
+
+ROWS = gl.constexpr(gl.SliceLayout(1, HALF_SUM))
+COLUMNS = gl.constexpr(gl.SliceLayout(0, HALF_SUM))
+SUMMED = gl.constexpr(gl.BlockedLayout([8, 4], [1, 32], [WARPS, 1], [1, 0]))  # [64, 128], eight rows a thread
+
+
+@gluon.jit
+def _store_level_sums(dlam, pairs, beyond, exists, L, HEIGHT: gl.constexpr):
+    """Gradients of λ, from each row's pairs with its own half [128, 64] and the sum of those with the other."""
+    pairs = gl.convert_layout(gl.reshape(pairs, [SIZE, BLOCK, BLOCK]), BLOCKS, assert_trivial=True)
+    inside = gl.sum(gl.where(same_block(BLOCK_HEIGHT)[:, :, None], pairs, 0.0), 1)
+    of_blocks = gl.sum(pairs, 2)
+    within, last = gl.zeros([SIZE], gl.float32, ROWS), gl.zeros([SIZE], gl.float32, ROWS)
+    for level in gl.static_range(HEIGHT + 1):
+        if level < BLOCK_HEIGHT:
+            upto = gl.sum(gl.where(same_block(level), inside, 0.0), 1)
+        else:
+            upto = gl.sum(gl.where(same_block(level), of_blocks, 0.0), 1)
+        upto = gl.convert_layout(upto, ROWS, assert_trivial=True)
+        gl.store(dlam + level, upto - within, mask=exists & (level < L - 1))
+        last += gl.where(level < L - 1, 0.0, upto - within)
+        within = upto
+    if HEIGHT + 1 < L - 1:
+        gl.store(dlam + HEIGHT + 1, beyond, mask=exists)
+    else:
+        last += beyond
+        dlam += L - 1
+        gl.store(dlam, last + gl.load(dlam, mask=exists, other=0.0), mask=exists)
+
+
+@gluon.jit
+def _halves_of(matrix):
+    """Where the first half of the columns of a lower triangular matrix is, and which rows there are of the second, a
+    quarter further on."""
+    row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED_HALF))
+    column = gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))
+    return matrix + (row[:, None] * HALF + column[None, :]), (row >= HALF)[:, None]
+
+
+@gluon.jit
+def _copy_halves(first, second, matrix):
+    """Begins to bring a lower triangular matrix to shared memory."""
+    at, below = _halves_of(matrix)
+    async_copy.async_copy_global_to_shared(first, at)
+    async_copy.async_copy_global_to_shared(second, at + HALF * HALF, mask=below)
+
+
+@gluon.jit
+def _store_halves(first, second, matrix):
+    """Stores what shared memory has of one."""
+    at, below = _halves_of(matrix)
+    gl.store(at, first.load(MOVED_HALF))
+    gl.store(at + HALF * HALF, second.load(MOVED_HALF), mask=below)
+
+
+@gluon.jit
+def _in_halves(product):
+    """[128, 128] as two halves of its columns."""
+    first, second = gl.split(gl.permute(gl.reshape(product, [SIZE, 2, HALF]), [0, 2, 1]))
+    first = gl.convert_layout(first, HALF_SUM, assert_trivial=True)
+    return first, gl.convert_layout(second, HALF_SUM, assert_trivial=True)
+
+
+@gluon.jit
+def _sum_of_rows(first, second):
+    """[128] of two halves of the columns, [128, 64]. Each thread gets eight rows of four columns first: to sum as
+    they lie takes three shuffles for every column."""
+    both = gl.reshape(gl.join(first, second), [SIZE // (2 * BLOCK), 2, BLOCK, HALF, 2])
+    both = gl.permute(gl.reshape(gl.sum(both, 1), [HALF, HALF, 2]), [0, 2, 1])
+    return gl.sum(gl.convert_layout(gl.reshape(both, [HALF, SIZE]), SUMMED), 0)
+
+
+@gluon.jit
+def _times_turned(left, right):
+    """Begins the product `left` `right`ᵀ, [128, 128]."""
+    nothing = gl.zeros([SIZE, SIZE], gl.float32, WHOLE_SUM)
+    return warpgroup_mma(left, right.permute([1, 0]), nothing, use_acc=False, is_async=True)
+
+
+@kernel(gluon.jit, do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
+def _scores_back_hopper_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma, d_mixed, d_pairs, dscales,
+                               d_scored, tokens, firsts, rows_of, reads, places, N, H, G, scale, stride_q, stride_qg,
+                               stride_k, stride_kg, stride_v, stride_vh, stride_s, stride_sh, stride_b, stride_g,
+                               stride_gh, L, HEIGHT: gl.constexpr, SCALED: gl.constexpr):  # fmt: skip
+    """Back through the scores of a chunk: gradients of λ, of MT and of q kᵀ. Half a chunk is 2^HEIGHT rows."""
+    head, slot = gl.program_id(0), gl.program_id(1) + gl.program_id(2) * gl.num_programs(1)
+    # side by side, for nothing else can begin before
+    rows = gl.load(rows_of + slot, mask=slot < N, other=0)
+    token = gl.load(tokens + slot, mask=slot < N, other=0)
+    first = None if firsts is None else gl.load(firsts + slot, mask=slot < N, other=0)
+    read, pulled_place = gl.load(reads + slot, mask=slot < N, other=0), gl.load(places + slot, mask=slot < N, other=0)
+    if rows == 0:
+        return
+    place = slot.to(gl.int64) * H + head
+    quarters = place * (3 * HALF * HALF)
+    group = (head // (H // G)).to(gl.int64)
+    dtype: gl.constexpr = gl.bfloat16
+
+    grads_tile, values_tile, keys_tile, pulled_tile, queries_tile = (
+        new_tile(), new_tile(), new_tile(), new_tile(), new_tile()
+    )  # fmt: skip
+    scores0 = gl.allocate_shared_memory(dtype, [SIZE, HALF], SHARED)
+    scores1 = gl.allocate_shared_memory(dtype, [SIZE, HALF], SHARED)
+    solved0 = gl.allocate_shared_memory(dtype, [SIZE, HALF], SHARED)
+    solved1 = gl.allocate_shared_memory(dtype, [HALF, HALF], SHARED)
+    sums_line = gl.allocate_shared_memory(gl.float32, [SIZE], LINE)
+    decays_line = gl.allocate_shared_memory(gl.float32, [SIZE], LINE)
+    beta_line = gl.allocate_shared_memory(gl.float32, [SIZE], LINE)
+    copy_rows(grads_tile, grad_o + head.to(gl.int64) * stride_gh, token, first, rows, stride_g)
+    copy_rows(values_tile, v + head.to(gl.int64) * stride_vh, token, first, rows, stride_v)
+    async_copy.commit_group()
+    if SCALED:
+        _copy_halves(scores0, scores1, mixed + quarters)
+    async_copy.commit_group()
+    # where nothing is read nothing is pulled: zero
+    pulled_from = (pulled_place.to(gl.int64) * H + head) * SIZE
+    copy_rows(pulled_tile, pulled, pulled_from, None, gl.where(read > 0, SIZE, 0), SIZE)
+    copy_rows(keys_tile, k + group * stride_kg, token, first, rows, stride_k)
+    async_copy.commit_group()
+    copy_rows(queries_tile, q + group * stride_qg, token, first, rows, stride_q)
+    async_copy.commit_group()
+    at, _ = _halves_of(inverse + quarters)
+    async_copy.async_copy_global_to_shared(solved0, at)
+    copy_quarter(solved1, inverse + quarters + 2 * HALF * HALF)
+    async_copy.commit_group()
+
+    row = gl.arange(0, SIZE, EACH)
+    sums = gl.load(gamma + (head.to(gl.int64) * N + slot) * SIZE + row)
+    strength = load_column(beta + head, row, token, first, rows, stride_b)
+    row, column = gl.arange(0, SIZE, ROWS), gl.arange(0, HALF, COLUMNS)
+    lower = row >= HALF
+    if SCALED:
+        lam = scales + head.to(gl.int64) * stride_sh
+        factor = level_factor(lam, token, first, rows, stride_s, L, HEIGHT)
+        far = load_level(lam, row, token, first, rows, stride_s, HEIGHT + 1, L)
+    sums_line.store(sums)
+    decays_line.store(decay_of(sums))
+    beta_line.store(strength)
+
+    arrived(4)
+    grad = _times_turned(grads_tile, values_tile)
+    grad = warpgroup_mma_wait(0, deps=[grad])
+    grad0, grad1 = _in_halves(grad)
+    if SCALED:
+        arrived(3)
+        pairs0 = scores0.load(HALF_SUM).to(gl.float32) * grad0
+        pairs1 = scores1.load(HALF_SUM).to(gl.float32) * grad1
+        beyond = gl.where(lower, gl.sum(pairs0, 1), 0.0)
+        pairs = gl.where(lower[:, None], pairs1, pairs0)
+        pairs = gl.where(row[:, None] % HALF >= column[None, :], pairs, 0.0)
+        grad0 *= gl.where(lower[:, None], far[:, None], factor)
+        grad1 *= factor
+    arrived(2)
+    met = _times_turned(pulled_tile, keys_tile)
+    if SCALED:
+        dlam = dscales + (token + row).to(gl.int64) * H * L + head * L
+        _store_level_sums(dlam, pairs, beyond, row_exists(row, first, rows), L, HEIGHT)
+    met = warpgroup_mma_wait(0, deps=[met])
+    met0, met1 = _in_halves(met)
+    grad0 -= met0 * decays_line.slice(0, HALF).load(COLUMNS)[None, :]
+    grad1 -= met1 * decays_line.slice(HALF, HALF).load(COLUMNS)[None, :]
+    arrived(1)
+    product = _times_turned(queries_tile, keys_tile)
+    grad0 = gl.where(row[:, None] >= column[None, :], grad0, 0.0)
+    grad1 = gl.where(row[:, None] >= column[None, :] + HALF, grad1, 0.0)
+    kept0 = values_tile._reinterpret(dtype, [SIZE, HALF], SHARED)
+    kept1 = grads_tile._reinterpret(dtype, [SIZE, HALF], SHARED)
+    kept0.store(grad0.to(dtype))
+    kept1.store(grad1.to(dtype))
+
+    # d(MT) Tᵀ = d(MT) diag(β) Xᵀ
+    left0 = (grad0 * beta_line.slice(0, HALF).load(COLUMNS)[None, :]).to(dtype)
+    left1 = (grad1 * beta_line.slice(HALF, HALF).load(COLUMNS)[None, :]).to(dtype)
+    left0, left1 = gl.convert_layout(left0, LEFT_HALF), gl.convert_layout(left1, LEFT_HALF)
+    arrived(0)
+    nothing = gl.zeros([SIZE, HALF], gl.float32, HALF_SUM)
+    solved00, solved10 = solved0.slice(0, HALF).permute([1, 0]), solved0.slice(HALF, HALF).permute([1, 0])
+    pairs0 = warpgroup_mma(left0, solved00, nothing, use_acc=False, is_async=True)
+    pairs1 = warpgroup_mma(left0, solved10, nothing, use_acc=False, is_async=True)
+    pairs1 = warpgroup_mma(left1, solved1.permute([1, 0]), pairs1, is_async=True)
+    _store_halves(kept0, kept1, d_mixed + quarters)
+    product, pairs0, left0 = warpgroup_mma_wait(2, deps=[product, pairs0, left0])
+    product0, product1 = _in_halves(product)
+    sums = sums_line.load(ROWS)[:, None]
+    pairs0 *= decay_at_most_one(sums - sums_line.slice(0, HALF).load(COLUMNS)[None, :]) * scale
+    pairs0 = gl.where(row[:, None] >= column[None, :], pairs0, 0.0)
+    mass0 = product0 * pairs0
+    pairs1, _, _ = warpgroup_mma_wait(0, deps=[pairs1, left0, left1])
+    pairs1 *= decay_at_most_one(sums - sums_line.slice(HALF, HALF).load(COLUMNS)[None, :]) * scale
+    pairs1 = gl.where(row[:, None] >= column[None, :] + HALF, pairs1, 0.0)
+    mass1 = product1 * pairs1
+    kept0 = pulled_tile._reinterpret(dtype, [SIZE, HALF], SHARED)
+    kept0.store(pairs0.to(dtype))
+    scores1.store(pairs1.to(dtype))
+    mass = gl.sum(mass0 + mass1, 1) - gl.convert_layout(_sum_of_rows(mass0, mass1), ROWS)
+    gl.store(d_scored + (head.to(gl.int64) * N + slot) * SIZE + row, mass)
+    gl.thread_barrier()
+    _store_halves(kept0, scores1, d_pairs + quarters)

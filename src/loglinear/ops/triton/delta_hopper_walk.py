@@ -1,0 +1,212 @@
+"""`_walk_kernel` of `delta_read.py` for Hopper: keys and values of 128 columns, in bfloat16.
+
+There is room for one program on a multiprocessor, which would wait for each of its loads alone. Here it asks for all of
+them as soon as there is shared memory for what comes: no register is held for a load that is under way, and a node is
+there when its turn comes. Products take their left operand from registers and their right one from shared memory.
+
+Shared memory is a ring of three pairs of tiles, [128, 128] each. A node takes a pair, U and P. Before the first nodes
+come the second pair is q and k, and the third v and (I + A)⁻¹.
+
+Legend as in `delta_read.py`
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
+
+from loglinear.ops.triton.common import (
+    decay_at_most_one,
+    decay_of,
+    drop_lowest_bit,
+    place_of_node,
+)
+from loglinear.ops.triton.delta_hopper import (
+    HALF,
+    HALF_SUM,
+    LEFT,
+    LEFT_HALF,
+    MOVED_HALF,
+    SHARED,
+    SIZE,
+    WHOLE_SUM,
+    arrived,
+    copy_quarter,
+    copy_rows,
+    copy_tile,
+    in_parts,
+    level_factor,
+    load_column,
+    load_level,
+    store_rows,
+)
+from loglinear.ops.triton.launch import kernel
+
+PAIRS = gl.constexpr(3)  # of tiles in shared memory
+
+
+@gluon.jit
+def _copy_node(states, passes, number, count, slot, block, origin, oldest, rest, heights, added, maps, N, H, head):
+    """Begins to bring U and P of a node to its pair of tiles, if there is one of this number."""
+    if number < count:
+        node = place_of_node(slot, block, origin, oldest, rest, count - number)
+        here = node.to(gl.int64) * H + head
+        pair = number % PAIRS
+        copy_tile(states.index(pair), added + here * (SIZE * SIZE))
+        if number < count - 1:
+            half = (gl.load(heights + node) % 2).to(gl.int64) * N * H
+            copy_tile(passes.index(pair), maps + (half + here) * (2 * SIZE * SIZE))  # the first of two parts
+    async_copy.commit_group()
+
+
+@kernel(gluon.jit, do_not_specialize=["N", "L", "stride_s", "stride_sh", "stride_b"])
+def _walk_hopper_kernel(q, k, v, scales, beta, inverse, gamma, mixed, o, added, maps, tokens, firsts, rows_of, blocks,
+                        origins, oldests, heights, reads, N, H, G, scale, stride_q, stride_qg, stride_k, stride_kg,
+                        stride_v, stride_vh, stride_s, stride_sh, stride_b, L, HEIGHT: gl.constexpr,
+                        SCALED: gl.constexpr):  # fmt: skip
+    """What the rows of one chunk read: its queries meet one node after the other, the nearest first. Buckets that are
+    carried in pass them as they are, for P = I."""
+    head, slot = gl.program_id(0), gl.program_id(1) + gl.program_id(2) * gl.num_programs(1)
+    # side by side, for nothing else can begin before
+    exists = slot < N
+    rows, token = gl.load(rows_of + slot, mask=exists, other=0), gl.load(tokens + slot, mask=exists, other=0)
+    block, count = gl.load(blocks + slot, mask=exists, other=0), gl.load(reads + slot, mask=exists, other=0)
+    first = None if firsts is None else gl.load(firsts + slot, mask=exists, other=0)
+    origin = None if origins is None else gl.load(origins + slot, mask=exists, other=0)
+    oldest = None if oldests is None else gl.load(oldests + slot, mask=exists, other=0)
+    if rows == 0:
+        return
+    place = slot.to(gl.int64) * H + head
+    group = (head // (H // G)).to(gl.int64)
+    dtype: gl.constexpr = gl.bfloat16
+
+    states = gl.allocate_shared_memory(dtype, [PAIRS, SIZE, SIZE], SHARED)
+    passes = gl.allocate_shared_memory(dtype, [PAIRS, SIZE, SIZE], SHARED)
+    more = gl.allocate_shared_memory(dtype, [2, HALF, HALF], SHARED)
+    queries_tile, keys_tile, values_tile, inverse_tile = (
+        states.index(1),
+        passes.index(1),
+        states.index(2),
+        passes.index(2),
+    )
+    quarters = inverse_tile._reinterpret(dtype, [4, HALF, HALF], SHARED)
+    copy_rows(queries_tile, q + group * stride_qg, token, first, rows, stride_q)
+    copy_rows(keys_tile, k + group * stride_kg, token, first, rows, stride_k)
+    async_copy.commit_group()
+    parts = inverse + place * (3 * HALF * HALF)
+    lost_parts = parts + N.to(gl.int64) * H * (3 * HALF * HALF)
+    for quarter in gl.static_range(3):
+        copy_quarter(quarters.index(quarter), parts + quarter * HALF * HALF)
+    copy_quarter(quarters.index(3), lost_parts)
+    copy_quarter(more.index(0), lost_parts + HALF * HALF)
+    copy_quarter(more.index(1), lost_parts + 2 * HALF * HALF)
+    async_copy.commit_group()
+    copy_rows(values_tile, v + head.to(gl.int64) * stride_vh, token, first, rows, stride_v)
+    async_copy.commit_group()
+    _copy_node(states, passes, 0, count, slot, block, origin, oldest, block, heights, added, maps, N, H, head)
+
+    row = gl.arange(0, SIZE, gl.SliceLayout(1, HALF_SUM))
+    column = gl.arange(0, HALF, gl.SliceLayout(0, HALF_SUM))
+    lower = row >= HALF
+    sums_at = gamma + (head.to(gl.int64) * N + slot) * SIZE
+    sums = gl.load(sums_at + row)
+    sums0, sums1 = gl.load(sums_at + column), gl.load(sums_at + HALF + column)
+    later = None if first is None else first - HALF
+    beta0 = load_column(beta + head, column, token, first, rows, stride_b)
+    beta1 = load_column(beta + head, column, token + HALF, later, rows - HALF, stride_b)
+    nothing = gl.zeros([SIZE, HALF], gl.float32, HALF_SUM)
+
+    arrived(3)
+    keys0, keys1 = keys_tile.slice(0, HALF), keys_tile.slice(HALF, HALF)
+    pairs0 = warpgroup_mma(queries_tile, keys0.permute([1, 0]), nothing, use_acc=False, is_async=True)
+    pairs1 = warpgroup_mma(queries_tile, keys1.permute([1, 0]), nothing, use_acc=False, is_async=True)
+    pairs0, pairs1 = warpgroup_mma_wait(0, deps=[pairs0, pairs1])
+    decays0 = decay_at_most_one(sums[:, None] - sums0[None, :])
+    decays1 = decay_at_most_one(sums[:, None] - sums1[None, :])
+    pairs0 = gl.where(row[:, None] >= column[None, :], pairs0 * decays0 * scale, 0.0)
+    pairs1 = gl.where(row[:, None] >= column[None, :] + HALF, pairs1 * decays1 * scale, 0.0)
+    whole0, lost0 = in_parts(pairs0)
+    whole1, lost1 = in_parts(pairs1)
+    whole0, whole1 = gl.convert_layout(whole0, LEFT_HALF), gl.convert_layout(whole1, LEFT_HALF)
+    lost0, lost1 = gl.convert_layout(lost0, LEFT_HALF), gl.convert_layout(lost1, LEFT_HALF)
+
+    arrived(2)
+    mixed0 = warpgroup_mma(whole0, quarters.index(0), nothing, use_acc=False, is_async=True)
+    mixed1 = warpgroup_mma(whole1, quarters.index(2), nothing, use_acc=False, is_async=True)
+    mixed0 = warpgroup_mma(lost0, quarters.index(0), mixed0, is_async=True)
+    mixed1 = warpgroup_mma(lost1, quarters.index(2), mixed1, is_async=True)
+    mixed0 = warpgroup_mma(whole1, quarters.index(1), mixed0, is_async=True)
+    mixed1 = warpgroup_mma(whole1, more.index(1), mixed1, is_async=True)
+    mixed0 = warpgroup_mma(lost1, quarters.index(1), mixed0, is_async=True)
+    mixed0 = warpgroup_mma(whole0, quarters.index(3), mixed0, is_async=True)
+    mixed0 = warpgroup_mma(whole1, more.index(0), mixed0, is_async=True)
+    mixed0, mixed1, _, _, _, _ = warpgroup_mma_wait(0, deps=[mixed0, mixed1, whole0, lost0, whole1, lost1])
+    mixed0 *= beta0[None, :]
+    mixed1 *= beta1[None, :]
+    passing0 = gl.convert_layout((mixed0 * decay_of(sums0)[None, :]).to(dtype), LEFT_HALF)
+    passing1 = gl.convert_layout((mixed1 * decay_of(sums1)[None, :]).to(dtype), LEFT_HALF)
+    passed = gl.zeros([SIZE, SIZE], gl.float32, WHOLE_SUM)
+    passed = warpgroup_mma(passing0, keys0, passed, use_acc=False, is_async=True)
+    passed = warpgroup_mma(passing1, keys1, passed, is_async=True)
+    if mixed is not None:
+        at = mixed + place * (3 * HALF * HALF)
+        row_of = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED_HALF))
+        offsets = row_of[:, None] * HALF + gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))[None, :]
+        kept = inverse_tile._reinterpret(dtype, [2, SIZE, HALF], SHARED)
+        gl.thread_barrier()
+        kept.index(0).store(mixed0.to(dtype))
+        kept.index(1).store(mixed1.to(dtype))
+        gl.thread_barrier()
+        gl.store(at + offsets, kept.index(0).load(MOVED_HALF))
+        gl.store(at + HALF * HALF + offsets, kept.index(1).load(MOVED_HALF), mask=(row_of >= HALF)[:, None])
+    lam = scales + head.to(gl.int64) * stride_sh
+    if SCALED:
+        factor = level_factor(lam, token, first, rows, stride_s, L, HEIGHT - 1)
+        far = load_level(lam, row, token, first, rows, stride_s, HEIGHT, L)
+        mixed0 *= gl.where(lower[:, None], far[:, None], factor)
+        mixed1 *= factor
+    inside0 = gl.convert_layout(mixed0.to(dtype), LEFT_HALF)
+    inside1 = gl.convert_layout(mixed1.to(dtype), LEFT_HALF)
+    passed, _, _ = warpgroup_mma_wait(0, deps=[passed, passing0, passing1])
+    row = gl.arange(0, SIZE, gl.SliceLayout(1, WHOLE_SUM))
+    entering = decay_of(gl.load(sums_at + row)) * scale
+    queries = queries_tile.load(WHOLE_SUM).to(gl.float32) * entering[:, None] - passed
+    queries = gl.convert_layout(queries.to(dtype), LEFT)
+    arrived(1)
+    out = gl.zeros([SIZE, SIZE], gl.float32, WHOLE_SUM)
+    out = warpgroup_mma(inside0, values_tile.slice(0, HALF), out, use_acc=False, is_async=True)
+    out = warpgroup_mma(inside1, values_tile.slice(HALF, HALF), out, is_async=True)
+    # q and k are read
+    rest = drop_lowest_bit(block)
+    _copy_node(states, passes, 1, count, slot, block, origin, oldest, rest, heights, added, maps, N, H, head)
+    rest = drop_lowest_bit(rest)
+    out, _, _ = warpgroup_mma_wait(0, deps=[out, inside0, inside1])
+    gl.thread_barrier()
+    _copy_node(states, passes, 2, count, slot, block, origin, oldest, rest, heights, added, maps, N, H, head)
+    rest = drop_lowest_bit(rest)
+
+    here = block
+    for number in range(count):
+        pair = number % PAIRS
+        if SCALED:
+            height = gl.load(heights + place_of_node(slot, block, origin, oldest, here, count - number))
+            level = load_level(lam, row, token, first, rows, stride_s, HEIGHT + 1 + height, L)
+        here = drop_lowest_bit(here)
+        arrived(2)
+        empty = gl.zeros([SIZE, SIZE], gl.float32, WHOLE_SUM)
+        read = warpgroup_mma(queries, states.index(pair), empty, use_acc=False)
+        if SCALED:
+            read *= level[:, None]
+        out += read
+        if number < count - 1:
+            passed = warpgroup_mma(queries, passes.index(pair), empty, use_acc=False)
+            queries = gl.convert_layout(passed.to(dtype), LEFT)
+        gl.thread_barrier()
+        _copy_node(
+            states, passes, number + 3, count, slot, block, origin, oldest, rest, heights, added, maps, N, H, head
+        )
+        rest = drop_lowest_bit(rest)
+    async_copy.wait_group(0)
+    gl.thread_barrier()
+    store_rows(states.index(0), out.to(dtype), o + head * SIZE, token, first, rows, H * SIZE)
