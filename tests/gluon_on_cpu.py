@@ -7,17 +7,26 @@
 A value is a tensor of torch, a program is the kernel's function, called with one. Layouts mean nothing; a product is a
 float32 product of what has been rounded. What makes such kernels wrong on a GPU alone is asked for where it can be:
 
-- a copy to shared memory arrives when it is waited for, and is NaN until then, as all shared memory is at first;
-- a product that is under way must find its operands in shared memory unchanged until it is waited for;
-- what is stored in shared memory is seen after a barrier, by products after a fence and a barrier;
+- a copy to shared memory arrives when it is waited for: until then nothing is read or written there;
+- a product is used, and its operands in shared memory are changed, only after it is waited for;
+- what is stored in shared memory is seen and overwritten after a barrier, and seen by products after a fence and a
+  barrier. So is what a copy brings, of which Triton itself lets products take without a fence;
 - what is read from shared memory is overwritten only after a barrier, which a product has been waited for before;
-- nothing is read or written beyond a tensor.
+- nothing is read or written before the first or after the last number of a tensor;
+- there is no more shared memory than a program can have, and nothing is under way as a program ends.
 
-Any of these raises AssertionError. One thing is not seen: what the compiler makes of it.
+What is not so raises AssertionError. Shared memory is NaN at first. Not seen are
+
+- layouts: whether a value has the one that is asked for, and what an operation can take;
+- inline assembly, in whose place kernels do the same in other words here;
+- who comes first to global memory: programs run one after the other (`backwards`, the last of them first), and a copy
+  reads when it is asked for;
+- what the compiler makes of it.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import sys
@@ -45,18 +54,20 @@ def scalar(value: Any) -> Any:
 
 
 class Pointer:
-    """One, or a tensor of them, into a tensor."""
+    """One, or a tensor of them, into a tensor, which has some of a memory."""
 
-    def __init__(self, memory: Tensor, at: Tensor):
-        self.memory, self.at = memory, at
+    def __init__(self, memory: Tensor, at: Tensor, has: range):
+        self.memory, self.at, self.has = memory, at, has
 
     @classmethod
     def to(cls, tensor: Tensor) -> Pointer:
         whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-        return cls(whole, torch.tensor(tensor.storage_offset(), dtype=torch.int64))
+        first = tensor.storage_offset()
+        after = first + 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return cls(whole, torch.tensor(first), range(first, after if tensor.numel() else first))
 
     def __add__(self, offset: Any) -> Pointer:
-        return Pointer(self.memory, self.at + torch.as_tensor(offset).to(torch.int64))
+        return Pointer(self.memory, self.at + torch.as_tensor(offset).to(torch.int64), self.has)
 
     @property
     def dtype(self) -> types.SimpleNamespace:
@@ -71,7 +82,7 @@ def _mask_of(pointer: Pointer, mask: Tensor | None) -> Tensor:
     mask = (
         torch.ones_like(pointer.at, dtype=torch.bool) if mask is None else torch.as_tensor(mask).expand_as(pointer.at)
     )
-    inside = (pointer.at >= 0) & (pointer.at < pointer.memory.numel())
+    inside = (pointer.at >= pointer.has.start) & (pointer.at < pointer.has.stop)
     assert bool((inside | ~mask).all()), "beyond a tensor"
     return mask
 
@@ -97,7 +108,7 @@ class Program:
         self.place, self.grid = place, grid
         self.memories: list[dict[str, Tensor]] = []  # allocations of shared memory
         self.groups: list[list[tuple[Shared, Tensor]]] = [[]]  # copies, the last of them not yet committed
-        self.products: list[list[tuple[Shared, Tensor]]] = []  # under way: operands in shared memory, as they were
+        self.products: list[tuple[list[Shared], Sum, Any]] = []  # under way: operands, result, and what it is added to
 
 
 running: Program | None = None
@@ -108,9 +119,10 @@ def program() -> Program:
     return running
 
 
-# Of each number in shared memory. UNSEEN: since it was written there was no barrier; UNFENCED: no fence and then a
-# barrier (FENCED: no barrier yet); READ: since it was read there was no barrier; and how many products read it.
-MARKS = ("unseen", "unfenced", "read", "multiplied")
+# Of each number in shared memory. ARRIVING: a copy to it is under way; UNSEEN: since it was written there was no
+# barrier; UNFENCED: no fence and then a barrier (FENCED: no barrier yet); READ: since it was read there was no barrier;
+# and how many products that are under way read it.
+MARKS = ("arriving", "unseen", "unfenced", "read", "multiplied")
 UNFENCED, FENCED = 1, 2
 
 
@@ -141,27 +153,54 @@ class Shared:
         assert dtype == self.dtype and math.prod(shape) <= self.parts["value"].numel()
         return self._each(lambda part: part.view(-1)[: math.prod(shape)].view(shape))
 
-    def write(self, value: Tensor) -> None:
+    def _refuse(self, marks: dict[str, str]) -> None:
+        for mark, objection in marks.items():
+            assert not self.parts[mark].any(), objection
+
+    def _about_to_write(self) -> None:
+        self._refuse({
+            "arriving": "written before a copy to it has arrived", "multiplied": "changed while a product is under way",
+            "read": "overwritten while it may be read", "unseen": "overwritten before a barrier",
+        })  # fmt: skip
+
+    def _about_to_read(self) -> None:
+        self._refuse({"arriving": "read before it has arrived", "unseen": "read before a barrier"})
+        self.parts["read"].fill_(1)
+
+    def _write(self, value: Tensor) -> None:
         assert value.dtype == self.dtype and value.shape == self.shape, (value.dtype, value.shape, self.shape)
-        assert not self.parts["read"].any() and not self.parts["multiplied"].any(), "overwritten while it may be read"
         self.parts["value"].copy_(value)
         self.parts["unseen"].fill_(1)
         self.parts["unfenced"].fill_(UNFENCED)
 
-    store = write
+    def store(self, value: Tensor) -> None:
+        self._about_to_write()
+        self._write(value)
+
+    def expect(self) -> None:
+        """A copy to it begins."""
+        self._about_to_write()
+        self.parts["arriving"].fill_(1)
+
+    def receive(self, value: Tensor) -> None:
+        """And has come."""
+        self.parts["arriving"].zero_()
+        self._write(value)
 
     def load(self, layout: Any) -> Tensor:
-        assert not self.parts["unseen"].any(), "loaded before a barrier"
-        self.parts["read"].fill_(1)
+        self._about_to_read()
         return self.parts["value"].clone()
 
-    def multiplied(self, by: int) -> Tensor:
-        if by > 0:
-            assert not self.parts["unseen"].any(), "multiplied before a barrier"
-            assert not self.parts["unfenced"].any(), "multiplied without a fence and a barrier"
-            self.parts["read"].fill_(1)
-        self.parts["multiplied"].add_(by)
-        return self.parts["value"].clone()
+    def multiply(self) -> Tensor:
+        """A product that takes it begins."""
+        self._about_to_read()
+        self._refuse({"unfenced": "multiplied without a fence and a barrier"})
+        self.parts["multiplied"].add_(1)
+        return self.parts["value"]
+
+    def multiplied(self) -> None:
+        """And is done."""
+        self.parts["multiplied"].sub_(1)
 
 
 def allocate_shared_memory(dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
@@ -189,7 +228,7 @@ def fence_async_shared() -> None:
 
 def async_copy_global_to_shared(smem: Shared, pointer: Pointer, mask: Tensor | None = None, **_: Any) -> None:
     assert smem.shape == pointer.shape, (smem.shape, pointer.shape)
-    smem.write(torch.full(smem.shape, math.nan, dtype=smem.dtype))
+    smem.expect()
     program().groups[-1].append((smem, load(pointer, mask, other=0.0)))
 
 
@@ -202,7 +241,7 @@ def wait_group(outstanding: int = 0) -> None:
     count = max(0, len(committed) - outstanding)
     for group in committed[:count]:
         for tile, value in group:
-            tile.write(value)
+            tile.receive(value)
     program().groups = [*committed[count:], current]
 
 
@@ -212,32 +251,36 @@ class Sum:
     def __init__(self, value: Tensor):
         self.value = value
 
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError("a product is used before it is waited for")
+
+    __getattr__ = __getitem__ = __neg__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __torch_function__ = classmethod(_refuse)
+
 
 def warpgroup_mma(a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool = False) -> Any:
-    operands = [x for x in (a, b) if isinstance(x, Shared)]
     assert isinstance(b, Shared)
-    under_way = [(x, x.multiplied(1)) for x in operands]
-    left, right = (x.parts["value"] if isinstance(x, Shared) else x for x in (a, b))
+    left, right = (x.multiply() if isinstance(x, Shared) else x for x in (a, b))
     assert left.dtype == right.dtype == torch.bfloat16, (left.dtype, right.dtype)
     total = acc.value if isinstance(acc, Sum) else acc
     assert total.dtype == torch.float32 and total.shape == (left.shape[0], right.shape[1]), total.shape
-    found = left.float() @ right.float()
-    if use_acc:
-        found = found + total
-    program().products.append(under_way)
-    if is_async:
-        return Sum(found)
-    warpgroup_mma_wait(0, deps=[found])
-    return found
+    product = left.float() @ right.float()
+    found = Sum(product + total if use_acc else product)
+    program().products.append(([x for x in (a, b) if isinstance(x, Shared)], found, acc))
+    return found if is_async else warpgroup_mma_wait(0, deps=[found])
 
 
-def warpgroup_mma_wait(outstanding: int = 0, deps: Any = None) -> Any:
+def warpgroup_mma_wait(outstanding: int, deps: Any) -> Any:
     products = program().products
     count = max(0, len(products) - outstanding)
-    for under_way in products[:count]:
-        for tile, value in under_way:
-            assert torch.equal(tile.multiplied(-1).view(torch.int16), value.view(torch.int16)), "changed under way"
+    for operands, _, _ in products[:count]:
+        for tile in operands:
+            tile.multiplied()
     program().products = products[count:]
+    for dep in deps:
+        # what a product under way is added to is in the same registers as its result
+        under_way = any(dep is x for _, *sums in products[count:] for x in sums)
+        assert not (isinstance(dep, Sum) and under_way), "a product is used before it is waited for"
     found = tuple(x.value if isinstance(x, Sum) else x for x in deps)
     return found[0] if len(found) == 1 else found
 
@@ -284,8 +327,8 @@ def _language() -> dict[str, Any]:
 class Launched:
     """A kernel: `name[programs](arguments, options)` runs all of its programs, one after the other."""
 
-    def __init__(self, function):
-        self.function = function
+    def __init__(self, function, backwards: bool = False):
+        self.function, self.backwards = function, backwards
 
     def __getitem__(self, grid: tuple[int, ...]):
         return lambda *arguments, **options: self._run((*grid, 1, 1)[:3], arguments, options)
@@ -294,11 +337,14 @@ class Launched:
         global running
         options = {name: value for name, value in options.items() if name not in ("num_warps", "maxnreg")}
         given = [Pointer.to(x) if isinstance(x, Tensor) else scalar(x) for x in arguments]
-        for place in ((x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])):
-            running = Program(place, grid)
-            self.function(*given, **options)
-            assert not running.products and not any(running.groups), "ends while something is under way"
-        running = None
+        places = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
+        try:
+            for place in reversed(places) if self.backwards else places:
+                running = Program(place, grid)
+                self.function(*given, **options)
+                assert not running.products and not any(running.groups), "ends while something is under way"
+        finally:
+            running = None
 
 
 def _module(name: str, **content: Any) -> ModuleType:
@@ -308,7 +354,7 @@ def _module(name: str, **content: Any) -> ModuleType:
 
 
 @contextmanager
-def _in_place_of_gluon():
+def _in_place_of_gluon(backwards: bool):
     """Modules that are imported now get this file's functions for those of Gluon, and common ones that call them."""
     language = _module("gl", **_language())
     common = _module("common", tl=language, triton=triton)
@@ -321,7 +367,7 @@ def _in_place_of_gluon():
     products = {"warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait}
     hopper = _module("hopper", async_copy=copies, fence_async_shared=fence_async_shared, **products)
     gluon = _module("gluon", jit=lambda function: function, language=language)
-    launch = _module("launch", kernel=lambda jit, **options: Launched)
+    launch = _module("launch", kernel=lambda jit, **options: functools.partial(Launched, backwards=backwards))
     modules = {
         "triton.experimental.gluon": gluon, "triton.experimental.gluon.language": language,
         "triton.experimental.gluon.language.nvidia": _module("nvidia", hopper=hopper),
@@ -336,11 +382,15 @@ def _in_place_of_gluon():
         yield
 
 
-def on_cpu(name: str) -> ModuleType:
-    """The module of `loglinear.ops.triton` of this name (`delta_hopper…`), with kernels that run on a processor."""
+def on_cpu(name: str, backwards: bool = False) -> ModuleType:
+    """The module of `loglinear.ops.triton` of this name (`delta_hopper…`), with kernels that run on a processor.
+
+    Args:
+        backwards: the last program of a kernel runs first.
+    """
     parent = importlib.import_module(PACKAGE)
     before = dict(vars(parent))
-    with _in_place_of_gluon():
+    with _in_place_of_gluon(backwards):
         made = importlib.import_module(f"{PACKAGE}.{name}")
     for added in set(vars(parent)) - set(before):
         delattr(parent, added)

@@ -20,7 +20,9 @@ CASES = {
     "scalar with a state": (["scalar", *MAMBA2, "--state"], 300),
     "delta": (["delta"], 300),
     "delta, float16, computed as float32": (["delta", "--dtype", "float16"], 2500),
-    "delta, all columns in a program": (["delta", "--heads", "2", "--key", "128", "--value", "128"], 400),
+    "delta, all columns in a program": (["delta", "--heads", "2", "--key", "96", "--value", "128"], 400),
+    "delta, on Hopper": (["delta", "--heads", "2", "--key", "128", "--value", "128"], 100),
+    "delta, on Hopper, with a state": (["delta", "--heads", "1", "--key", "128", "--value", "128", "--state"], 100),
     "delta, narrow": (["delta", "--heads", "2", "--key", "16", "--value", "32"], 300),
     "delta, narrow, with a state": (["delta", "--heads", "2", "--key", "64", "--value", "64", "--state"], 300),
 }

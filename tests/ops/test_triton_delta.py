@@ -29,6 +29,7 @@ from loglinear.ops.triton import (
     delta,
     delta_backward,
     delta_backward_halves,
+    delta_chunks,
     delta_halves,
     delta_nodes,
     delta_read,
@@ -171,7 +172,7 @@ def test_interpreted_on_hopper(shape, position, hopper):
     inputs = make_inputs("gated_deltanet", shape, torch.bfloat16).map(poisoned)
     state = None if position is None else random_state(shape, [position], torch.float32)
     compare_with_tree(inputs, state, returns_state=state is not None)
-    assert hopper >= {"walk", "climb", "gather", "scores_back", "solved", "keys"}
+    assert hopper >= {"leaves", "walk", "climb", "gather", "scores_back", "solved", "keys"}
 
 
 @needs_interpreter
@@ -179,7 +180,7 @@ def test_interpreted_packed_on_hopper(hopper):
     shape = Shape(B=1, T=470, G=1, H=1, K=128, V=128, L=12)
     bounds = torch.tensor([0, 5, 5, 320, 470])
     compare_with_tree(make_inputs("gated_deltanet", shape, torch.bfloat16), cu_seqlens=bounds)
-    assert hopper
+    assert hopper == {"leaves", "merge", "walk", "climb", "gather", "scores_back", "solved", "keys"}
 
 
 @needs_interpreter
@@ -495,6 +496,8 @@ ON_GPU = [
     Shape(B=1, T=20_001, G=2, H=2, K=128, V=128, L=16),
     Shape(B=1, T=20_001, G=1, H=1, K=192, V=384, L=16),
     Shape(B=1, T=333, G=2, H=2, K=192, V=384, L=10),  # ends in the second half of a chunk
+    Shape(B=3, T=777, G=1, H=2, K=128, V=128, L=None),
+    Shape(B=2, T=900, G=1, H=1, K=128, V=128, L=11),
 ]
 
 
@@ -535,7 +538,7 @@ def test_a_million_tokens_on_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("widths", [(128, 64), (192, 384)])
+@pytest.mark.parametrize("widths", [(128, 64), (192, 384), (128, 128)])
 @pytest.mark.parametrize("decay", [1e-6, 100 / 32])
 def test_extreme_decays_on_gpu(decay, widths, dtype):
     shape = Shape(B=1, T=3000, G=2, H=2, K=widths[0], V=widths[1], L=13)
@@ -544,7 +547,7 @@ def test_extreme_decays_on_gpu(decay, widths, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("widths", [(128, 64), (192, 384)])
+@pytest.mark.parametrize("widths", [(128, 64), (192, 384), (128, 128)])
 def test_single_strong_decays_on_gpu(widths, dtype):
     """Tokens that forget nearly everything among others that forget nothing."""
     shape = Shape(B=1, T=3000, G=2, H=2, K=widths[0], V=widths[1], L=13)
@@ -576,7 +579,7 @@ def test_reflections_in_bfloat16_on_gpu(widths):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("widths", [(128, 64), (192, 384)])
+@pytest.mark.parametrize("widths", [(128, 64), (192, 384), (128, 128)])
 def test_long_keys_on_gpu(widths):
     """Keys of norm 1.5, with which a token may turn a direction round and make it three and a half times as long."""
     shape = Shape(B=1, T=300, G=2, H=2, K=widths[0], V=widths[1], L=10)
@@ -589,15 +592,16 @@ def test_long_keys_on_gpu(widths):
 
 
 @pytest.mark.gpu
-def test_packed_among_nan_on_gpu():
+@pytest.mark.parametrize("widths", [(192, 64), (128, 128)])
+def test_packed_among_nan_on_gpu(widths):
     lengths = [0, 700, 1, 64, 0, 63, 129, 2048, 5]
     bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0)
-    shape = Shape(B=1, T=sum(lengths), G=1, H=2, K=192, V=64, L=9)
+    shape = Shape(B=1, T=sum(lengths), G=1, H=2, K=widths[0], V=widths[1], L=9)
     on_device(make_inputs("gated_deltanet", shape, torch.bfloat16, "cuda").map(poisoned), bounds)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("widths", [(128, 64), (192, 384)])  # chunks walk down the tree, and it descends to them
+@pytest.mark.parametrize("widths", [(128, 64), (192, 384), (128, 128)])  # the last: kernels for Hopper, where it is one
 def test_same_bits_compiled_and_in_a_graph(widths):
     """Output and all gradients."""
     shape = Shape(B=2, T=1000, G=1, H=4, K=widths[0], V=widths[1], L=11)
@@ -623,10 +627,51 @@ def test_same_bits_compiled_and_in_a_graph(widths):
     assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))
 
 
+def hopper_has_kernels():
+    return torch.cuda.get_device_capability() == (9, 0) and delta_chunks.GLUON
+
+
+@pytest.mark.gpu
+def test_what_kernels_for_hopper_take():
+    if not hopper_has_kernels():
+        pytest.skip("no kernels for this GPU, or this Triton")
+    rows = torch.zeros(101, 3, 128, dtype=torch.bfloat16, device="cuda")
+    takes = delta_chunks.takes_hopper
+    assert takes(128, rows) and takes(128, rows[1:, :2], rows.expand(101, 3, 128))
+    assert not takes(64, rows)
+    assert not takes(128, rows, rows.float())
+    assert not takes(128, rows[..., :64])
+    assert not takes(128, rows.flatten()[1 : 1 + 100 * 384].view(100, 3, 128))
+    assert not takes(128, torch.zeros(100, 392, dtype=torch.bfloat16, device="cuda")[:, :384].unflatten(1, (3, 128)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("past_end", [0, 8])  # rows that the kernels for Hopper take, and that they do not
+def test_slices_of_a_projection_on_gpu(past_end):
+    """q, k and v side by side in memory give the same bits as apart; with other kernels the same nearly."""
+    torch.manual_seed(0)
+    width = 128 * (2 + 2 + 4)
+    wide = (0.08 * torch.randn(2, 900, width + past_end, device="cuda")).bfloat16().requires_grad_()
+    apart = make_inputs("gated_deltanet", Shape(B=2, T=900, G=2, H=4, K=128, V=128, L=11), torch.bfloat16, "cuda")
+
+    def run(q, k, v):
+        o, _ = log_linear_attention(q, k, v, apart.level_scales, log_decay=apart.log_decay,
+                                    beta=apart.beta, backend="triton")  # fmt: skip
+        return o.detach(), torch.autograd.grad(o, wide, torch.ones_like(o))[0]
+
+    def parts(x):
+        return (part.unflatten(-1, (-1, 128)) for part in x[..., :width].split([256, 256, 512], -1))
+
+    sliced, copied = run(*parts(wide)), run(*(x.contiguous() for x in parts(wide)))
+    for a, b in zip(sliced, copied, strict=True):
+        assert_close(a, b, 5e-3 if past_end else 0.0, "slices")
+
+
 STATES = [
     Shape(B=4, T=1, G=1, H=2, K=128, V=64, L=9),
     Shape(B=4, T=1500, G=2, H=2, K=192, V=384, L=12),
     Shape(B=4, T=1600, G=2, H=4, K=64, V=128, L=17),
+    Shape(B=4, T=1600, G=2, H=4, K=128, V=128, L=17),
     Shape(B=4, T=700, G=1, H=3, K=128, V=64, L=4),
     Shape(B=4, T=300, G=1, H=2, K=96, V=48, L=None),
     Shape(B=4, T=500, G=2, H=2, K=256, V=512, L=14),
@@ -702,10 +747,11 @@ def test_state_in_on_gpu(dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("num_levels", [1, 13, 32])
-def test_packed_state_among_nan_on_gpu(num_levels, dtype):
+@pytest.mark.parametrize("widths", [(192, 64), (128, 128)])
+def test_packed_state_among_nan_on_gpu(widths, num_levels, dtype):
     lengths = [0, 700, 1, 64, 0, 63, 129, 2048, 5, 128]
     bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0)
-    shape = Shape(B=1, T=sum(lengths), G=1, H=2, K=192, V=64, L=num_levels)
+    shape = Shape(B=1, T=sum(lengths), G=1, H=2, K=widths[0], V=widths[1], L=num_levels)
     positions = [7, 63, 64, 1, 128, 4097, 0, 16_384, 16_383, 2**41 + 64]
     inputs = make_inputs("gated_deltanet", shape, dtype, "cuda", decay=0.05).map(poisoned)
     on_device(inputs, bounds, random_state(shape, positions, torch.float32, "cuda"), returns_state=True)

@@ -51,6 +51,7 @@ from loglinear.ops.triton.common import (
 )
 from loglinear.ops.triton.delta_backward_halves import chunk_gradients
 from loglinear.ops.triton.delta_chunks import (
+    HOPPER_WARPS,
     TILE,
     Chunks,
     fetch_block,
@@ -437,7 +438,7 @@ def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: 
     if on_hopper:
         hopper_kernel("climb")[programs(heads, num_slots)](
             grad_o, lam, chunks.seen, nodes.added, nodes.maps, pulled, dscales, *read, *of_g, *of_s, num_levels,
-            HEIGHT=height, SCALED=scaled, num_warps=8,
+            HEIGHT=height, SCALED=scaled, num_warps=HOPPER_WARPS,
         )  # fmt: skip
     elif walks(k, value_dim):
         _climb_kernel[programs(heads, num_slots)](
@@ -467,7 +468,7 @@ def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: 
     if on_hopper:
         hopper_kernel("gather")[programs(heads, num_slots)](
             grad_o, lam, chunks.seen, pulled, d_added, d_maps, *of_readers, num_levels, HEIGHT=height, SCALED=scaled,
-            num_warps=8,
+            num_warps=HOPPER_WARPS,
         )  # fmt: skip
     else:
         _gather_kernel[programs(heads * (keys["KT"] + values["VT"]) * tiled["RT"], num_slots)](

@@ -33,6 +33,7 @@ from loglinear.ops.triton.common import (
     row_exists,
 )
 from loglinear.ops.triton.delta_chunks import (
+    HOPPER_WARPS,
     Chunks,
     fetch_block,
     fetch_quarters,
@@ -593,13 +594,14 @@ def _chunk_gradients_on_hopper(q, k, v, scales, beta, grad_o, chunks: Chunks, pu
     hopper_kernel("scores_back")[each](
         q, k, v, lam, beta, grad_o, chunks.inverse, chunks.mixed, pulled, chunks.gamma, d_mixed, d_pairs, dscales,
         d_scored, *rows, slots.reads, places, num_slots, heads, groups, scale, *of_q[:2], *of_k[:2], *of_v[:2],
-        *of_s[:2], of_b[0], *of_g[:2], lam.shape[-1] if scaled else 1, HEIGHT=height - 1, SCALED=scaled, num_warps=8,
+        *of_s[:2], of_b[0], *of_g[:2], lam.shape[-1] if scaled else 1, HEIGHT=height - 1, SCALED=scaled,
+        num_warps=HOPPER_WARPS,
     )  # fmt: skip
     dv, d_erase = torch.empty(v.shape, dtype=v.dtype, device=v.device), v.new_empty(num_slots, heads, chunk, key_dim)
     hopper_kernel("solved")[each](
         q, k, v, beta, grad_o, chunks.inverse, chunks.scores, chunks.gamma, d_added, d_maps, d_mixed, dv, d_erase,
         d_overlap, d_strength, d_mass, *rows, slots.left, num_slots, heads, groups, scale, *of_q[:2], *of_k[:2],
-        *of_v[:2], of_b[0], *of_g[:2], num_warps=8,
+        *of_v[:2], of_b[0], *of_g[:2], num_warps=HOPPER_WARPS,
     )  # fmt: skip
     del d_mixed
     wide = {"dtype": v.dtype if groups == heads else torch.float32, "device": v.device}  # sums over a group's heads
@@ -607,7 +609,7 @@ def _chunk_gradients_on_hopper(q, k, v, scales, beta, grad_o, chunks: Chunks, pu
     hopper_kernel("keys")[each](
         q, k, v, beta, chunks.inverse, pulled, chunks.gamma, d_added, d_maps, d_erase, chunks.mixed, d_pairs, d_overlap,
         dq, dk, d_sums, d_end, *rows, slots.left, slots.reads, places, num_slots, heads, groups, scale, *of_q[:2],
-        *of_k[:2], *of_v[:2], of_b[0], num_warps=8,
+        *of_k[:2], *of_v[:2], of_b[0], num_warps=HOPPER_WARPS,
     )  # fmt: skip
     parts = d_scored, d_strength, d_mass, d_sums, d_end
     return dq, dk, dv, *_of_decays(chunks, d_maps, slots, tokens, *parts)

@@ -44,6 +44,7 @@ from loglinear.ops.triton.scalar import INTERPRETED
 TILE = 64  # columns of keys or values that are multiplied at once
 WALKED = 128  # the most that a program may have of all columns at once
 HOPPER_CHUNK = HOPPER_WIDTH = 128  # rows of chunks and columns of keys and values for which Hopper has its own kernels
+HOPPER_WARPS = 8  # of a program of them
 GLUON = triton.__version__.startswith("3.6.")
 FETCHES = tl.constexpr(torch.version.hip is None and not INTERPRETED)
 
@@ -221,17 +222,19 @@ def parts_of(k: Tensor) -> int:
 def takes_hopper(chunk: int, *rows: Tensor) -> bool:
     """Whether this is a GPU for the kernels of `delta_hopper_*.py`, and they take chunks of these rows [T, heads, 128].
 
-    Copies of 16 bytes want rows that begin at multiples of 16 numbers. Gluon changes from one Triton to the next.
+    Copies are of 16 bytes, which Triton compiles where rows begin at multiples of 16 numbers. Gluon changes from one
+    Triton to the next.
     """
-    if not GLUON or INTERPRETED or chunk != HOPPER_CHUNK or driver.active.get_current_target().arch != 90:
+    if not GLUON or INTERPRETED or chunk != HOPPER_CHUNK:
         return False
-    return all(
+    are_taken = (
         x.dtype == torch.bfloat16
         and x.shape[-1] == HOPPER_WIDTH
         and x.data_ptr() % 16 == 0
         and all(stride % 16 == 0 for stride in x.stride()[:2])
         for x in rows
     )
+    return all(are_taken) and driver.active.get_current_target().arch == 90
 
 
 @functools.cache

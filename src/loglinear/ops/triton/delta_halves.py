@@ -31,6 +31,7 @@ from loglinear.ops.triton.common import (
     row_exists,
 )
 from loglinear.ops.triton.delta_chunks import (
+    HOPPER_WARPS,
     TILE,
     Chunks,
     fetch_quarters,
@@ -278,7 +279,7 @@ def make_leaves(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, added: Tenso
         hopper_kernel("leaves")[programs(heads, num_slots)](
             k, v, beta, chunks.inverse, chunks.gamma, added, maps, finals, slots.token, slots.first, slots.rows,
             slots.left, slots.height, num_slots, heads, groups, *k.stride()[:2], *v.stride()[:2], beta.stride(0),
-            num_warps=8, maxnreg=128,
+            num_warps=HOPPER_WARPS, maxnreg=128,
         )  # fmt: skip
         return
     block, wide = tile_width(key_dim, most_rows(k)), tile_width(value_dim, 2 * TILE)

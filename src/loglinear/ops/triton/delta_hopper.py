@@ -1,11 +1,16 @@
-"""What the kernels for Hopper share: see `delta_hopper_walk.py` for why there are any.
+"""Why there are kernels for Hopper by themselves, and what they share.
 
-They are for bfloat16, chunks of 128 rows, and keys and values of 128 columns, written in Gluon, which is Triton with
-layouts and copies under way in the hands of who writes it. A kernel of them takes what the kernel of Triton takes in
-whose place it runs, and says what that one says, to the roundings of sums that are added up in another order.
+A program that has all rows of a chunk has a multiprocessor to itself, and a load that goes through registers keeps it
+waiting (docs/log.md, 27 and 28 November 2026). The kernels of `delta_hopper_*.py` ask for everything as soon as there
+is shared memory for it: no register is held by what is under way, and a matrix is there when its turn comes. They are
+written in Gluon, which is Triton with layouts, shared memory and copies in the hands of who writes it, for bfloat16,
+chunks of 128 rows, and keys and values of 128 columns; `takes_hopper` in `delta_chunks.py` says where they run. Each
+takes what the kernel of Triton takes in whose place it runs, and gives the same, but for sums that are added up in
+another order, and for NaN, which spreads a little further within a chunk.
 
-A product takes its right operand from shared memory, and its left one from registers or shared memory. Copies to shared
-memory come in groups: `commit_group` ends one, `arrived` waits for all but the last few.
+A product takes its right operand from shared memory, and its left one from registers or shared memory. Copies to
+shared memory come in groups: `commit_group` ends one, `arrived` waits for all but the last few. What is stored in
+shared memory and multiplied next takes `fence_async_shared` and a barrier between.
 """
 
 from __future__ import annotations
@@ -15,8 +20,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared
 
 from loglinear.ops.triton.common import in_same_block, row_exists
+from loglinear.ops.triton.delta_chunks import HOPPER_WARPS
 
-WARPS = 8
+WARPS = HOPPER_WARPS
 ASSEMBLES = gl.constexpr(hasattr(gl, "inline_asm_elementwise"))  # not in the emulator of the tests
 SIZE = gl.constexpr(128)  # rows of a chunk, columns of keys and of values
 HALF = gl.constexpr(64)
@@ -41,6 +47,7 @@ BLOCKS = gl.constexpr(
 )
 OF_BLOCKS = gl.constexpr(gl.SliceLayout(2, BLOCKS))  # [128, 8], a number for each block
 IN_BLOCK = gl.constexpr(gl.SliceLayout(1, BLOCKS))  # [128, 8], of the columns of one block
+SUMMED = gl.constexpr(gl.BlockedLayout([8, 4], [1, 32], [WARPS, 1], [1, 0]))  # [64, 128], eight rows a thread
 MOVED = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0]))  # of a tile, 16 bytes a thread
 MOVED_HALF = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0]))  # of 64 columns
 
@@ -69,9 +76,9 @@ def offsets():
 
 
 @gluon.jit
-def copy_tile(tile, pointer):
-    """Begins to bring a contiguous [128, 128] to shared memory."""
-    async_copy.async_copy_global_to_shared(tile, pointer + offsets())
+def copy_tile(tile, pointer, exists=None):
+    """Begins to bring a contiguous [128, 128] to shared memory; zeros if it does not exist."""
+    async_copy.async_copy_global_to_shared(tile, pointer + offsets(), mask=exists)
 
 
 @gluon.jit

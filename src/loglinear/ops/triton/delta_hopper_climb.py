@@ -1,7 +1,4 @@
-"""`_climb_kernel` of `delta_backward.py` for Hopper: keys and values of 128 columns, in bfloat16.
-
-As in `delta_hopper_walk.py`, one program has a multiprocessor to itself, and what it reads is under way long before its
-turn comes.
+"""`_climb_kernel` of `delta_backward.py` for Hopper.
 
 Shared memory holds two reads of U, P and queries, tiles [128, 128], and one tile more. While the products of a read are
 under way, the next read arrives in place of the one before, whose result goes out. The last tile brings the gradient of
@@ -16,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
 
-from loglinear.ops.triton.common import add_highest_bit, drop_lowest_bit, place_of_node, row_exists
+from loglinear.ops.triton.common import add_highest_bit, drop_lowest_bit, place_of_node, program_place, row_exists
 from loglinear.ops.triton.delta_hopper import (
     LEFT,
     SHARED,
@@ -26,7 +23,6 @@ from loglinear.ops.triton.delta_hopper import (
     copy_rows,
     copy_tile,
     load_level,
-    offsets,
     store_tile,
 )
 from loglinear.ops.triton.launch import kernel
@@ -40,8 +36,7 @@ def _copy_read(states, passes, queries, step, number, different, node, place, ad
     """Begins to bring what a read takes. P of a node that nothing passes is zero."""
     at = (node.to(gl.int64) * H + head) * (SIZE * SIZE)
     copy_tile(states.index(step % READS), added + at)
-    tile = passes.index(step % READS)
-    async_copy.async_copy_global_to_shared(tile, maps + at + offsets(), mask=number + 1 < different)
+    copy_tile(passes.index(step % READS), maps + at, number + 1 < different)
     if SCALED:
         read = place + gl.minimum(number, different - 1).to(gl.int64) * H
         copy_tile(queries.index(step % READS), seen + read * (SIZE * SIZE))
@@ -53,7 +48,7 @@ def _climb_hopper_kernel(grad_o, scales, seen, added, maps, pulled, dscales, tok
                          HEIGHT: gl.constexpr, SCALED: gl.constexpr):  # fmt: skip
     """What each read of a chunk gets from the output, from the farthest node to the nearest: gradients of its queries,
     with what comes through the node that they pass next, and of λ."""
-    head, slot = gl.program_id(0), gl.program_id(1) + gl.program_id(2) * gl.num_programs(1)
+    head, slot = program_place()
     rows = gl.load(rows_of + slot, mask=slot < N, other=0)
     if rows == 0:
         return

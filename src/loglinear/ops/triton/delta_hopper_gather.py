@@ -1,4 +1,4 @@
-"""`_gather_kernel` of `delta_backward.py` for Hopper: keys and values of 128 columns, in bfloat16.
+"""`_gather_kernel` of `delta_backward.py` for Hopper.
 
 One program has all of the gradients of a node's U and P, in registers, so that what a reader has for them is asked for
 once. Shared memory holds two readers, three tiles [128, 128] each: the queries that meet the node, the gradient of the
@@ -16,6 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
 
+from loglinear.ops.triton.common import program_place
 from loglinear.ops.triton.delta_hopper import (
     EACH,
     LEFT,
@@ -41,10 +42,9 @@ def _load_if(table, exists, chunk):
 
 
 @gluon.jit
-def _copy_reader(queries, grads, after, number, token, first, rows, read, passed, grad_o, seen, pulled, H, head,
+def _copy_reader(queries, grads, after, buffer, token, first, rows, read, passed, grad_o, seen, pulled, H, head,
                  stride_g):  # fmt: skip
     """Begins to bring what a reader has for the node. Nothing is after a node that no queries pass: zero."""
-    buffer = number % READERS
     at = (read.to(gl.int64) * H + head) * (SIZE * SIZE)
     copy_tile(queries.index(buffer), seen + at)
     copy_rows(grads.index(buffer), grad_o, token, first, rows, stride_g)
@@ -57,7 +57,7 @@ def _gather_hopper_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens,
                           variants, places, reader, readers, order, N, H, stride_g, stride_gh, stride_s, stride_sh, L,
                           HEIGHT: gl.constexpr, SCALED: gl.constexpr):  # fmt: skip
     """The gradients of a node's U and P, from the chunks that read it."""
-    head, number = gl.program_id(0), gl.program_id(1) + gl.program_id(2) * gl.num_programs(1)
+    head, number = program_place()
     slot = _load_if(order, number < N, number)
     chunk, span = gl.load(reader + slot), _load_if(readers, number < N, slot)
     height = gl.load(heights + slot)
@@ -120,7 +120,7 @@ def _gather_hopper_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens,
             total, change = warpgroup_mma_wait(0, deps=[total, change])
         gl.thread_barrier()
         if exists:
-            _copy_reader(queries, grads, after, step, token, first, rows, read, passed, grad_o, seen, pulled,
+            _copy_reader(queries, grads, after, buffer, token, first, rows, read, passed, grad_o, seen, pulled,
                          H, head, stride_g)  # fmt: skip
         async_copy.commit_group()
     async_copy.wait_group(0)

@@ -1,4 +1,4 @@
-"""`_keys_kernel` of `delta_backward_halves.py` for Hopper: keys and values of 128 columns, in bfloat16.
+"""`_keys_kernel` of `delta_backward_halves.py` for Hopper.
 
 One program has all rows and columns of a chunk, and asks for each matrix once. There is room for seven of the eleven
 that it multiplies: the others are asked for as soon as the products with what they replace are done, so that copies are
@@ -6,7 +6,7 @@ under way until the last product. Products by a lower triangular matrix take all
 The gradient of k kᵀ and its transpose are added up before they multiply k, which is exact: the diagonal is zero.
 
 Legend as in `delta_backward_halves.py`. What the tiles of shared memory are, one after the other:
-    0 v; v dUᵀ - k̂ dPᵀ; dq as it is stored
+    0 v; diag(β) (v dUᵀ - k̂ dPᵀ); dq as it is stored
     1 dU; MT; dk as it is stored
     2 k
     3 dP; the gradient of q kᵀ
@@ -21,7 +21,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
 
-from loglinear.ops.triton.common import decay_of, row_exists
+from loglinear.ops.triton.common import decay_of, program_place, row_exists
 from loglinear.ops.triton.delta_hopper import (
     LEFT,
     SIZE,
@@ -60,7 +60,7 @@ def _keys_hopper_kernel(q, k, v, beta, inverse, pulled, gamma, d_added, d_maps, 
                         dk, d_sums, d_end, tokens, firsts, rows_of, lefts, reads, places, N, H, G, scale, stride_q,
                         stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_b):  # fmt: skip
     """Gradients of q and k by head, [T, H, K] each, and what gamma and its end get: d_sums, d_end [1, H, N, C]."""
-    head, slot = gl.program_id(0), gl.program_id(1) + gl.program_id(2) * gl.num_programs(1)
+    head, slot = program_place()
     exists = slot < N
     rows = gl.load(rows_of + slot, mask=exists, other=0)
     token = gl.load(tokens + slot, mask=exists, other=0)

@@ -1,4 +1,4 @@
-"""`_leaves_kernel` of `delta_halves.py` for Hopper: keys and values of 128 columns, in bfloat16.
+"""`_leaves_kernel` of `delta_halves.py` for Hopper.
 
 One program has all rows of U and P, and asks for each matrix once, as soon as it begins. Two share a multiprocessor if
 they are launched with `maxnreg=128`: one loads or stores while the other multiplies. That leaves no room for what P is
@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from loglinear.ops.triton.common import decay_of, row_exists
+from loglinear.ops.triton.common import decay_of, program_place, row_exists
 from loglinear.ops.triton.delta_hopper import (
     ASSEMBLES,
     EACH,
@@ -171,12 +171,12 @@ def _store_map(tile, lost_tile, maps, finals, stays, half: gl.constexpr):
 def _leaves_hopper_kernel(k, v, beta, inverse, gamma, added, maps, finals, tokens, firsts, rows_of, lefts, heights, N,
                           H, G, stride_k, stride_kg, stride_v, stride_vh, stride_b):  # fmt: skip
     """U and P of one chunk: k̄ᵀ T times v, and times k e^γ."""
-    head, slot = gl.program_id(0), gl.program_id(1) + gl.program_id(2) * gl.num_programs(1)
+    head, slot = program_place()
     exists = slot < N
-    left = gl.load(lefts + slot, mask=exists, other=0)
+    writes = gl.load(lefts + slot, mask=exists, other=0) > 1
     rows = gl.load(rows_of + slot, mask=exists, other=0)
     token = gl.load(tokens + slot, mask=exists, other=0)
-    if left <= 1:
+    if not writes:
         return  # nobody reads the last chunk of a sequence
     first = None if firsts is None else gl.load(firsts + slot)
     later = None if first is None else first - HALF

@@ -1,4 +1,4 @@
-"""`_merge_kernel` of `delta_nodes.py` for Hopper: keys and values of 128 columns, in bfloat16.
+"""`_merge_kernel` of `delta_nodes.py` for Hopper.
 
 One program has all of a node, U and P, and asks for each matrix once: the two parts of P and of the left sibling's P,
 U, and the left sibling's U. All of them are under way at once, in the order in which products take them. U goes out
@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
 
-from loglinear.ops.triton.common import left_sibling
+from loglinear.ops.triton.common import left_sibling, program_place
 from loglinear.ops.triton.delta_hopper import SIZE, WHOLE_SUM, arrived, copy_tile, new_tile, store_tile
 from loglinear.ops.triton.launch import kernel
 
@@ -24,7 +24,7 @@ MAP = gl.constexpr(2 * SIZE * SIZE)  # P, in two parts
 @kernel(gluon.jit, do_not_specialize=["N", "height"])
 def _merge_hopper_kernel(added, maps, finals, rights, tallest, heights, blocks, origins, oldests, reads, N, H, height):
     """U and P of the nodes of `height` + 1, from those of `height`."""
-    head, number = gl.program_id(0), gl.program_id(1) + gl.program_id(2) * gl.num_programs(1)
+    head, number = program_place()
     slot = gl.load(tallest + number, mask=number < N, other=-1)
     if slot < 0:
         return

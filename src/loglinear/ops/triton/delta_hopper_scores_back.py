@@ -1,4 +1,4 @@
-"""Back through the scores of a chunk, for Hopper: see `delta_hopper.py` for why, `delta_backward.py` for what.
+"""`_scores_back_kernel` of `delta_backward_halves.py` for Hopper: back through the scores of a chunk.
 
 In `delta_backward_halves.py` a program has half of the rows, and what lies across is loaded for both. Here one has them
 all, and asks as it begins for all that it needs, in the order in which it needs it: every input has its own place in
@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
 
-from loglinear.ops.triton.common import decay_at_most_one, decay_of, row_exists
+from loglinear.ops.triton.common import decay_at_most_one, decay_of, program_place, row_exists
 from loglinear.ops.triton.delta_hopper import (
     BLOCK,
     BLOCK_HEIGHT,
@@ -29,11 +29,12 @@ from loglinear.ops.triton.delta_hopper import (
     MOVED_HALF,
     SHARED,
     SIZE,
-    WARPS,
+    SUMMED,
     WHOLE_SUM,
     arrived,
     copy_quarter,
     copy_rows,
+    copy_tile,
     level_factor,
     load_column,
     load_level,
@@ -44,7 +45,6 @@ from loglinear.ops.triton.launch import kernel
 
 ROWS = gl.constexpr(gl.SliceLayout(1, HALF_SUM))
 COLUMNS = gl.constexpr(gl.SliceLayout(0, HALF_SUM))
-SUMMED = gl.constexpr(gl.BlockedLayout([8, 4], [1, 32], [WARPS, 1], [1, 0]))  # [64, 128], eight rows a thread
 
 
 @gluon.jit
@@ -126,7 +126,7 @@ def _scores_back_hopper_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pu
                                stride_k, stride_kg, stride_v, stride_vh, stride_s, stride_sh, stride_b, stride_g,
                                stride_gh, L, HEIGHT: gl.constexpr, SCALED: gl.constexpr):  # fmt: skip
     """Back through the scores of a chunk: gradients of λ, of MT and of q kᵀ. Half a chunk is 2^HEIGHT rows."""
-    head, slot = gl.program_id(0), gl.program_id(1) + gl.program_id(2) * gl.num_programs(1)
+    head, slot = program_place()
     # side by side, for nothing else can begin before
     rows = gl.load(rows_of + slot, mask=slot < N, other=0)
     token = gl.load(tokens + slot, mask=slot < N, other=0)
@@ -156,8 +156,7 @@ def _scores_back_hopper_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pu
         _copy_halves(scores0, scores1, mixed + quarters)
     async_copy.commit_group()
     # where nothing is read nothing is pulled: zero
-    pulled_from = (pulled_place.to(gl.int64) * H + head) * SIZE
-    copy_rows(pulled_tile, pulled, pulled_from, None, gl.where(read > 0, SIZE, 0), SIZE)
+    copy_tile(pulled_tile, pulled + (pulled_place.to(gl.int64) * H + head) * (SIZE * SIZE), read > 0)
     copy_rows(keys_tile, k + group * stride_kg, token, first, rows, stride_k)
     async_copy.commit_group()
     copy_rows(queries_tile, q + group * stride_qg, token, first, rows, stride_q)

@@ -1,5 +1,4 @@
-"""`_values_kernel`, `_solved_kernel` and `_overlap_kernel` of `delta_backward_halves.py` for Hopper, in one: keys and
-values of 128 columns, in bfloat16.
+"""`_values_kernel`, `_solved_kernel` and `_overlap_kernel` of `delta_backward_halves.py`, in one, for Hopper.
 
 One program has all rows and columns of a chunk, and asks for each matrix once. The gradients of Y, W and T stay in
 shared memory. There is room for seven of the nine matrices that come from memory: S and dO, which are multiplied last,
@@ -28,7 +27,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
 
-from loglinear.ops.triton.common import decay_at_most_one, decay_of
+from loglinear.ops.triton.common import decay_at_most_one, decay_of, program_place
 from loglinear.ops.triton.delta_hopper import (
     EACH,
     HALF,
@@ -36,11 +35,13 @@ from loglinear.ops.triton.delta_hopper import (
     LINE,
     MOVED,
     SIZE,
+    SUMMED,
     WARPS,
     WHOLE_SUM,
     arrived,
     copy_quarters,
     copy_rows,
+    copy_tile,
     load_column,
     new_tile,
     offsets,
@@ -52,7 +53,6 @@ from loglinear.ops.triton.launch import kernel
 ROWS = gl.constexpr(gl.SliceLayout(1, WHOLE_SUM))
 COLUMNS = gl.constexpr(gl.SliceLayout(0, WHOLE_SUM))
 BY_COLUMNS = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [1, WARPS], [1, 0]))  # a warp has all rows of 16 columns
-SUMMED = gl.constexpr(gl.BlockedLayout([8, 4], [1, 32], [WARPS, 1], [1, 0]))  # [64, 128], eight rows a thread
 
 
 @gluon.jit
@@ -61,17 +61,11 @@ def _new_line():
 
 
 @gluon.jit
-def _copy_if(tile, pointer, exists):
-    """Begins to bring a contiguous [128, 128] to shared memory, or zeros if it does not exist."""
-    async_copy.async_copy_global_to_shared(tile, pointer + offsets(), mask=exists)
-
-
-@gluon.jit
 def _copy_lower(tile, pointer):
     """The same of one with zeros in its upper right quarter."""
     row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED))
     column = gl.arange(0, SIZE, gl.SliceLayout(0, MOVED))
-    _copy_if(tile, pointer, (row // HALF)[:, None] >= (column // HALF)[None, :])
+    copy_tile(tile, pointer, (row // HALF)[:, None] >= (column // HALF)[None, :])
 
 
 @gluon.jit
@@ -88,7 +82,7 @@ def _solved_hopper_kernel(q, k, v, beta, grad_o, inverse, scores, gamma, d_added
                           stride_qg, stride_k, stride_kg, stride_v, stride_vh, stride_b, stride_g,
                           stride_gh):  # fmt: skip
     """Gradients of v, of W and of k kᵀ, and what β and gamma get from the inverse: d_strength, d_mass [1, H, N, C]."""
-    head, slot = gl.program_id(0), gl.program_id(1) + gl.program_id(2) * gl.num_programs(1)
+    head, slot = program_place()
     exists = slot < N
     rows = gl.load(rows_of + slot, mask=exists, other=0)
     token = gl.load(tokens + slot, mask=exists, other=0)
@@ -107,9 +101,9 @@ def _solved_hopper_kernel(q, k, v, beta, grad_o, inverse, scores, gamma, d_added
     queries, maps, states, values, mix = tile1, tile2, tile3, tile4, tile5
     of_overlap, erase, attention, written, grads, given = tile1, tile2, tile2, tile3, tile4, tile5
     copy_rows(keys, k + group * stride_kg, token, first, rows, stride_k)
-    _copy_if(maps, d_maps + whole, writes)
+    copy_tile(maps, d_maps + whole, writes)
     async_copy.commit_group()
-    _copy_if(states, d_added + whole, writes)
+    copy_tile(states, d_added + whole, writes)
     async_copy.commit_group()
     copy_rows(queries, q + group * stride_qg, token, first, rows, stride_q)
     async_copy.commit_group()

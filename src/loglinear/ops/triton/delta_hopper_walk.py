@@ -1,11 +1,8 @@
-"""`_walk_kernel` of `delta_read.py` for Hopper: keys and values of 128 columns, in bfloat16.
-
-There is room for one program on a multiprocessor, which would wait for each of its loads alone. Here it asks for all of
-them as soon as there is shared memory for what comes: no register is held for a load that is under way, and a node is
-there when its turn comes. Products take their left operand from registers and their right one from shared memory.
+"""`_walk_kernel` of `delta_read.py` for Hopper.
 
 Shared memory is a ring of three pairs of tiles, [128, 128] each. A node takes a pair, U and P. Before the first nodes
-come the second pair is q and k, and the third v and (I + A)⁻¹.
+come the second pair is q and k, and the third v and four quarters of the two parts of (I + A)⁻¹, of which two more have
+a place of their own; where those four were, the scores before λ wait to be stored.
 
 Legend as in `delta_read.py`
 """
@@ -21,6 +18,7 @@ from loglinear.ops.triton.common import (
     decay_of,
     drop_lowest_bit,
     place_of_node,
+    program_place,
 )
 from loglinear.ops.triton.delta_hopper import (
     HALF,
@@ -67,7 +65,7 @@ def _walk_hopper_kernel(q, k, v, scales, beta, inverse, gamma, mixed, o, added, 
                         SCALED: gl.constexpr):  # fmt: skip
     """What the rows of one chunk read: its queries meet one node after the other, the nearest first. Buckets that are
     carried in pass them as they are, for P = I."""
-    head, slot = gl.program_id(0), gl.program_id(1) + gl.program_id(2) * gl.num_programs(1)
+    head, slot = program_place()
     # side by side, for nothing else can begin before
     exists = slot < N
     rows, token = gl.load(rows_of + slot, mask=exists, other=0), gl.load(tokens + slot, mask=exists, other=0)
@@ -152,14 +150,14 @@ def _walk_hopper_kernel(q, k, v, scales, beta, inverse, gamma, mixed, o, added, 
     if mixed is not None:
         at = mixed + place * (3 * HALF * HALF)
         row_of = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED_HALF))
-        offsets = row_of[:, None] * HALF + gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))[None, :]
+        numbers = row_of[:, None] * HALF + gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))[None, :]
         kept = inverse_tile._reinterpret(dtype, [2, SIZE, HALF], SHARED)
         gl.thread_barrier()
         kept.index(0).store(mixed0.to(dtype))
         kept.index(1).store(mixed1.to(dtype))
         gl.thread_barrier()
-        gl.store(at + offsets, kept.index(0).load(MOVED_HALF))
-        gl.store(at + HALF * HALF + offsets, kept.index(1).load(MOVED_HALF), mask=(row_of >= HALF)[:, None])
+        gl.store(at + numbers, kept.index(0).load(MOVED_HALF))
+        gl.store(at + HALF * HALF + numbers, kept.index(1).load(MOVED_HALF), mask=(row_of >= HALF)[:, None])
     lam = scales + head.to(gl.int64) * stride_sh
     if SCALED:
         factor = level_factor(lam, token, first, rows, stride_s, L, HEIGHT - 1)

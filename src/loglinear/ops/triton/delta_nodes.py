@@ -26,6 +26,7 @@ from torch import Tensor
 from loglinear.fenwick import Ends, Slots
 from loglinear.ops.triton.common import block_end, cdiv, left_sibling, next_power_of_2, program_place, programs
 from loglinear.ops.triton.delta_chunks import (
+    HOPPER_WARPS,
     Chunks,
     hopper_kernel,
     load_block,
@@ -195,7 +196,7 @@ def make_nodes(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, slots: Slots,
             *nodes, finals, rights, slots.tallest, slots.height, *sibling_tables(slots), num_slots, heads, height,
         )  # fmt: skip
         if on_hopper:
-            hopper_kernel("merge")[programs(heads, highest)](*arguments, num_warps=8)
+            hopper_kernel("merge")[programs(heads, highest)](*arguments, num_warps=HOPPER_WARPS)
         else:
             _merge_kernel[programs(heads * columns * merge["RT"], highest)](
                 *arguments, key_dim, value_dim, **merge, **keys, **values

@@ -32,6 +32,7 @@ from loglinear.ops.triton.common import (
     programs,
 )
 from loglinear.ops.triton.delta_chunks import (
+    HOPPER_WARPS,
     Chunks,
     has_room_for_keys,
     hopper_kernel,
@@ -256,7 +257,7 @@ def walk(q, k, v, scales, beta, chunks: Chunks, nodes: Nodes, slots: Slots, chun
     num_levels = lam.shape[-1] if scaled else 1
     if takes_hopper(chunk, q, k, v):
         hopper_kernel("walk")[programs(heads, num_slots)](
-            *arguments, num_levels, HEIGHT=height, SCALED=scaled, num_warps=8
+            *arguments, num_levels, HEIGHT=height, SCALED=scaled, num_warps=HOPPER_WARPS
         )
         return o
     _walk_kernel[programs(heads, num_slots)](
