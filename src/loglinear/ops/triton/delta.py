@@ -4,6 +4,7 @@ Forward: `delta_inverse.py` and `delta_halves.py` (chunks: see `delta_chunks.py`
 Backward: `delta_backward.py`, and `delta_backward_halves.py` for the chunks. Where gradients are wanted, the inverses
 of chunks, their scores before λ and the nodes are kept for it, and all else is made again: with 16 bits 384 bytes a
 token and head of inverses, 192 of scores, and (K V + 2 K²) / 64 of nodes, with K = V = 128 as much as q, k and v have.
+On Hopper `delta_hopper_*.py` take the place of most kernels, where they take the call: see `delta_hopper.py`.
 States that are carried in and out: `delta_carried.py` for the chunks at both ends, the kernels for what is whole.
 
 Legend
