@@ -22,6 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 from loglinear.ops.triton.common import in_same_block, row_exists
 from loglinear.ops.triton.delta_chunks import HOPPER_WARPS
 
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before Triton 3.7
+
 WARPS = HOPPER_WARPS
 ASSEMBLES = gl.constexpr(hasattr(gl, "inline_asm_elementwise"))  # not in the emulator of the tests
 SIZE = gl.constexpr(128)  # rows of a chunk, columns of keys and of values
@@ -125,7 +127,7 @@ def arrived(later: gl.constexpr):
     """Waits for what was asked for, but for the `later` groups, to be seen by products."""
     async_copy.wait_group(later)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
 
 
 @gluon.jit
@@ -145,7 +147,7 @@ def load_level(lam, row, token, first, rows, stride, level, L):
 def store_rows(tile, values, pointer, token, first, rows, stride):
     """To the rows of a chunk, through shared memory, which makes lines of what threads have."""
     tile.store(values)
-    gl.thread_barrier()
+    barrier()
     row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED))
     column = gl.arange(0, SIZE, gl.SliceLayout(0, MOVED))
     at = pointer + token.to(gl.int64) * stride + (row[:, None] * stride + column[None, :])

@@ -20,6 +20,7 @@ from loglinear.ops.triton.delta_hopper import (
     SIZE,
     WHOLE_SUM,
     arrived,
+    barrier,
     copy_rows,
     copy_tile,
     load_level,
@@ -133,7 +134,7 @@ def _climb_hopper_kernel(grad_o, scales, seen, added, maps, pulled, dscales, tok
         total = pull + passed
         result = total.to(dtype)
         passing = gl.convert_layout(result, LEFT)
-        gl.thread_barrier()
+        barrier()
         leaving.store(result)
         arrived(0)
     if count > 0:

@@ -25,6 +25,7 @@ from loglinear.ops.triton.delta_hopper import (
     SIZE,
     WHOLE_SUM,
     arrived,
+    barrier,
     copy_rows,
     copy_tile,
     load_column,
@@ -118,7 +119,7 @@ def _gather_hopper_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens,
         else:
             total = warpgroup_mma(turned, grads.index(buffer), total, is_async=True)
             total, change = warpgroup_mma_wait(0, deps=[total, change])
-        gl.thread_barrier()
+        barrier()
         if exists:
             _copy_reader(queries, grads, after, buffer, token, first, rows, read, passed, grad_o, seen, pulled,
                          H, head, stride_g)  # fmt: skip
@@ -128,7 +129,7 @@ def _gather_hopper_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens,
     if written:
         queries.index(0).store(total.to(dtype))
         grads.index(0).store(change.to(dtype))
-        gl.thread_barrier()
+        barrier()
         at = (slot.to(gl.int64) * H + head) * (SIZE * SIZE)
         store_tile(queries.index(0), d_added + at)
         store_tile(grads.index(0), d_maps + at)

@@ -27,6 +27,7 @@ from loglinear.ops.triton.delta_hopper import (
     SIZE,
     WHOLE_SUM,
     arrived,
+    barrier,
     copy_quarters,
     copy_rows,
     copy_tile,
@@ -111,7 +112,7 @@ def _keys_hopper_kernel(q, k, v, beta, inverse, pulled, gamma, d_added, d_maps, 
         grad_k = warpgroup_mma(values, states.permute([1, 0]), grad_k, is_async=True)
         grad_k = warpgroup_mma_wait(0, deps=[grad_k])
         grad_k *= strength[:, None]
-        gl.thread_barrier()
+        barrier()
     if is_read:
         copy_quarters(mix, mixed, place)
     async_copy.commit_group()
@@ -125,7 +126,7 @@ def _keys_hopper_kernel(q, k, v, beta, inverse, pulled, gamma, d_added, d_maps, 
         grad_k = warpgroup_mma(solved, owed, grad_k, use_acc=False, is_async=True)
         met = warpgroup_mma(solved.permute([1, 0]), erase, met, use_acc=False, is_async=True)
         grad_k, met = warpgroup_mma_wait(0, deps=[grad_k, met])
-        gl.thread_barrier()
+        barrier()
     copy_quarters(overlap, d_overlap, place)
     async_copy.commit_group()
     copy_rows(queries, q + group * stride_qg, token, first, rows, stride_q)

@@ -36,6 +36,7 @@ from loglinear.ops.triton.delta_hopper import (
     SHARED,
     SIZE,
     arrived,
+    barrier,
     copy_rows,
     in_parts,
     load_column,
@@ -217,7 +218,7 @@ def _leaves_hopper_kernel(k, v, beta, inverse, gamma, added, maps, finals, token
     left0 = warpgroup_mma(keys1, tile0.slice(HALF, HALF), left0, is_async=True)
     left0 = warpgroup_mma(keys1, tile1.slice(HALF, HALF), left0, is_async=True)
     left0, left1 = warpgroup_mma_wait(0, deps=[left0, left1])
-    gl.thread_barrier()
+    barrier()
     whole, rest = in_parts(left0 * _by_column(beta0))
     whole0 = _as_left(whole)
     tile0.store(rest)
@@ -229,11 +230,11 @@ def _leaves_hopper_kernel(k, v, beta, inverse, gamma, added, maps, finals, token
     made = warpgroup_mma_wait(0, deps=[made])
     tile2.store(made.to(gl.bfloat16))
     made = _times_rows(whole0, whole1, tile0, tile1, tile4)
-    gl.thread_barrier()
+    barrier()
     added += place * (SIZE * SIZE)
     _store_half(tile2, added, 0)
     made = warpgroup_mma_wait(0, deps=[made])
-    gl.thread_barrier()
+    barrier()
     tile3.store(made.to(gl.bfloat16))
 
     whole, rest = _parts_times(_as_sum(whole0), _as_sum(tile0.load(LEFT_HALF)), _by_column(decay_of(sums0)))
@@ -243,7 +244,7 @@ def _leaves_hopper_kernel(k, v, beta, inverse, gamma, added, maps, finals, token
     whole1 = _as_left(whole)
     tile2.store(rest)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     made = _times_rows(whole0, whole1, tile4, tile2, keys.slice(0, HALF, dim=1))
     _store_half(tile3, added, 1)
     made = warpgroup_mma_wait(0, deps=[made])
@@ -254,12 +255,12 @@ def _leaves_hopper_kernel(k, v, beta, inverse, gamma, added, maps, finals, token
     tile0.store(whole)
     tile1.store(rest)
     made = _times_rows(whole0, whole1, tile4, tile2, keys.slice(HALF, HALF, dim=1))
-    gl.thread_barrier()
+    barrier()
     _store_map(tile0, tile1, maps, finals, stays, 0)
     made = warpgroup_mma_wait(0, deps=[made])
-    gl.thread_barrier()
+    barrier()
     whole, rest = _map_in_parts(made, passing, 1)
     tile3.store(whole)
     tile0.store(rest)
-    gl.thread_barrier()
+    barrier()
     _store_map(tile3, tile0, maps, finals, stays, 1)

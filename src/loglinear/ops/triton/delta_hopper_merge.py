@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
 
 from loglinear.ops.triton.common import left_sibling, program_place
-from loglinear.ops.triton.delta_hopper import SIZE, WHOLE_SUM, arrived, copy_tile, new_tile, store_tile
+from loglinear.ops.triton.delta_hopper import SIZE, WHOLE_SUM, arrived, barrier, copy_tile, new_tile, store_tile
 from loglinear.ops.triton.launch import kernel
 
 MATRIX = gl.constexpr(SIZE * SIZE)
@@ -69,7 +69,7 @@ def _merge_hopper_kernel(added, maps, finals, rights, tallest, heights, blocks, 
     composed = warpgroup_mma(lost, whole_left, composed, is_async=True)
     total = warpgroup_mma_wait(2, deps=[total])
     added_tile.store(total.to(dtype))
-    gl.thread_barrier()
+    barrier()
     store_tile(added_tile, added + place * MATRIX)
 
     arrived(0)
@@ -78,7 +78,7 @@ def _merge_hopper_kernel(added, maps, finals, rights, tallest, heights, blocks, 
     first = composed.to(dtype)
     added_tile.store(first)
     added_left.store((composed - first.to(gl.float32)).to(dtype))
-    gl.thread_barrier()
+    barrier()
     store_tile(added_tile, other + place * MAP)
     store_tile(added_left, other + place * MAP + MATRIX)
     if rights is not None:

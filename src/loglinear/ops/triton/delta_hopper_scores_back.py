@@ -32,6 +32,7 @@ from loglinear.ops.triton.delta_hopper import (
     SUMMED,
     WHOLE_SUM,
     arrived,
+    barrier,
     copy_quarter,
     copy_rows,
     copy_tile,
@@ -236,5 +237,5 @@ def _scores_back_hopper_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pu
     scores1.store(pairs1.to(dtype))
     mass = gl.sum(mass0 + mass1, 1) - gl.convert_layout(_sum_of_rows(mass0, mass1), ROWS)
     gl.store(d_scored + (head.to(gl.int64) * N + slot) * SIZE + row, mass)
-    gl.thread_barrier()
+    barrier()
     _store_halves(kept0, scores1, d_pairs + quarters)

@@ -39,6 +39,7 @@ from loglinear.ops.triton.delta_hopper import (
     WARPS,
     WHOLE_SUM,
     arrived,
+    barrier,
     copy_quarters,
     copy_rows,
     copy_tile,
@@ -130,7 +131,7 @@ def _solved_hopper_kernel(q, k, v, beta, grad_o, inverse, scores, gamma, d_added
     arrived(5)
     erased = warpgroup_mma(keys, maps, nothing, use_acc=False, is_async=True)
     erased = warpgroup_mma_wait(0, deps=[erased])
-    gl.thread_barrier()
+    barrier()
     erase.store((-erased * after[:, None]).to(dtype))
     arrived(4)
     grad = warpgroup_mma(erase, keys.permute([1, 0]), nothing, use_acc=False, is_async=True)
@@ -156,7 +157,7 @@ def _solved_hopper_kernel(q, k, v, beta, grad_o, inverse, scores, gamma, d_added
     arrived(2)
     grad = warpgroup_mma(left, mix, grad, is_async=True)
     grad, left = warpgroup_mma_wait(0, deps=[grad, left])
-    gl.thread_barrier()
+    barrier()
     copy_rows(grads, grad_o + head.to(gl.int64) * stride_gh, token, first, rows, stride_g)
     async_copy.commit_group()
     given.store(grad.to(dtype))
@@ -174,7 +175,7 @@ def _solved_hopper_kernel(q, k, v, beta, grad_o, inverse, scores, gamma, d_added
     lower = gl.where(row[:, None] > column[None, :], -lower, 0.0)
     of_overlap.store((lower * strength[:, None]).to(dtype))
     raw = lower * overlap  # with β of the row: A ⊙ dA
-    gl.thread_barrier()
+    barrier()
     store_quarters(of_overlap, d_overlap, place)
     of_rows = gl.sum(raw, 1)
     of_others = _sum_of_rows(raw * strength[:, None])

@@ -30,6 +30,7 @@ from loglinear.ops.triton.delta_hopper import (
     SIZE,
     WHOLE_SUM,
     arrived,
+    barrier,
     copy_quarter,
     copy_rows,
     copy_tile,
@@ -152,10 +153,10 @@ def _walk_hopper_kernel(q, k, v, scales, beta, inverse, gamma, mixed, o, added, 
         row_of = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED_HALF))
         numbers = row_of[:, None] * HALF + gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))[None, :]
         kept = inverse_tile._reinterpret(dtype, [2, SIZE, HALF], SHARED)
-        gl.thread_barrier()
+        barrier()
         kept.index(0).store(mixed0.to(dtype))
         kept.index(1).store(mixed1.to(dtype))
-        gl.thread_barrier()
+        barrier()
         gl.store(at + numbers, kept.index(0).load(MOVED_HALF))
         gl.store(at + HALF * HALF + numbers, kept.index(1).load(MOVED_HALF), mask=(row_of >= HALF)[:, None])
     lam = scales + head.to(gl.int64) * stride_sh
@@ -180,7 +181,7 @@ def _walk_hopper_kernel(q, k, v, scales, beta, inverse, gamma, mixed, o, added, 
     _copy_node(states, passes, 1, count, slot, block, origin, oldest, rest, heights, added, maps, N, H, head)
     rest = drop_lowest_bit(rest)
     out, _, _ = warpgroup_mma_wait(0, deps=[out, inside0, inside1])
-    gl.thread_barrier()
+    barrier()
     _copy_node(states, passes, 2, count, slot, block, origin, oldest, rest, heights, added, maps, N, H, head)
     rest = drop_lowest_bit(rest)
 
@@ -200,11 +201,11 @@ def _walk_hopper_kernel(q, k, v, scales, beta, inverse, gamma, mixed, o, added, 
         if number < count - 1:
             passed = warpgroup_mma(queries, passes.index(pair), empty, use_acc=False)
             queries = gl.convert_layout(passed.to(dtype), LEFT)
-        gl.thread_barrier()
+        barrier()
         _copy_node(
             states, passes, number + 3, count, slot, block, origin, oldest, rest, heights, added, maps, N, H, head
         )
         rest = drop_lowest_bit(rest)
     async_copy.wait_group(0)
-    gl.thread_barrier()
+    barrier()
     store_rows(states.index(0), out.to(dtype), o + head * SIZE, token, first, rows, H * SIZE)
