@@ -143,13 +143,13 @@ def test_interpreted_bfloat16_state(bfloat16):
 
 
 @pytest.fixture
-def hopper(bfloat16, monkeypatch):
+def hopper(bfloat16, monkeypatch, request):
     """The kernels for Hopper, in the place of those that they replace there, on a processor; which of them ran."""
-    ran = set()
+    ran, backwards = set(), getattr(request, "param", False)  # the last programs first
 
     def hopper_kernel(name):
         ran.add(name)
-        return getattr(on_cpu(f"delta_hopper_{name}"), f"_{name}_hopper_kernel")
+        return getattr(on_cpu(f"delta_hopper_{name}", backwards), f"_{name}_hopper_kernel")
 
     monkeypatch.setattr(delta, "LONG_CHUNK", 128)
     for module in (delta_halves, delta_nodes, delta_read, delta_backward, delta_backward_halves):
@@ -166,6 +166,8 @@ def hopper(bfloat16, monkeypatch):
         (Shape(B=1, T=300, G=1, H=2, K=128, V=128, L=None), None),
         (Shape(B=1, T=500, G=1, H=1, K=128, V=128, L=9), 3 * 128 + 41),
         (Shape(B=1, T=90, G=1, H=1, K=128, V=128, L=3), None),
+        (Shape(B=1, T=150, G=1, H=1, K=128, V=128, L=14), 15 * 128 + 41),  # more nodes than the walk has room for
+        (Shape(B=1, T=80, G=1, H=1, K=128, V=128, L=14), 31 * 128 + 41),
     ],
 )
 def test_interpreted_on_hopper(shape, position, hopper):
@@ -176,6 +178,7 @@ def test_interpreted_on_hopper(shape, position, hopper):
 
 
 @needs_interpreter
+@pytest.mark.parametrize("hopper", [True], ids=["backwards"], indirect=True)
 def test_interpreted_packed_on_hopper(hopper):
     shape = Shape(B=1, T=470, G=1, H=1, K=128, V=128, L=12)
     bounds = torch.tensor([0, 5, 5, 320, 470])
