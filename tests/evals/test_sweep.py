@@ -286,7 +286,7 @@ def test_files_are_checked_by_name(tmp_path):
         SweepConfig.from_file(path)
 
 
-@pytest.mark.parametrize("name", ["mqar.yaml", "mqar-long.yaml", "mqar-small.yaml", "mqar-tiny.yaml"])
+@pytest.mark.parametrize("name", ["mqar.yaml", "mqar-edge.yaml", "mqar-long.yaml", "mqar-small.yaml", "mqar-tiny.yaml"])
 def test_committed_files_can_be_read_and_their_twins_differ_in_levels_alone(name):
     config = SweepConfig.from_file(ROOT / "experiments" / name)
     runs = config.runs()

@@ -178,6 +178,14 @@ def test_interpreted_on_hopper(shape, position, hopper):
 
 
 @needs_interpreter
+@pytest.mark.parametrize("decay", [1e-6, 100 / 32])
+def test_interpreted_decays_on_hopper(decay, hopper):
+    shape = Shape(B=1, T=400, G=1, H=1, K=128, V=128, L=11)
+    inputs = make_inputs("gated_deltanet", shape, torch.bfloat16, decay=decay)
+    compare_with_tree(with_strong_decays(inputs, [50, 127, 128, 300, 301]))
+
+
+@needs_interpreter
 @pytest.mark.parametrize("hopper", [True], ids=["backwards"], indirect=True)
 def test_interpreted_packed_on_hopper(hopper):
     shape = Shape(B=1, T=470, G=1, H=1, K=128, V=128, L=12)
