@@ -8,9 +8,23 @@ chunks of 128 rows, and keys and values of 128 columns; `takes_hopper` in `delta
 takes what the kernel of Triton takes in whose place it runs, and gives the same, but for sums that are added up in
 another order, and for NaN, which spreads a little further within a chunk.
 
-A product takes its right operand from shared memory, and its left one from registers or shared memory. Copies to
-shared memory come in groups: `commit_group` ends one, `arrived` waits for all but the last few. What is stored in
-shared memory and multiplied next takes `fence_async_shared` and a barrier between.
+For who knows Triton and not Gluon:
+    A layout says which thread has which numbers of a tensor, or where shared memory has them. `gl.convert_layout`
+    changes it: for nothing if every thread keeps its registers (`assert_trivial=True`), else through shared memory.
+    What is allocated in shared memory is named like the matrix that it holds, and gets another name with another matrix
+    (the tables at the top of the modules). `tile.permute([1, 0])`, `slice`, `index` and `_reinterpret` only look at the
+    same memory in another way; `tile.load(layout)` and `tile.store` move numbers to registers and back.
+    Copies to shared memory come in groups: `commit_group` ends one, be it empty, and `arrived(n)` waits for all but the
+    last n. So count the `commit_group`s above it, and the first copies are there.
+    `warpgroup_mma(left, right, total)` is `tl.dot`, and with `is_async` only begins. `right` is in shared memory, and
+    `left` there or in registers. `warpgroup_mma_wait(n, deps)` waits for all but the last n, and a product may be used
+    only as it returns it. Left operands are among `deps` so that nothing takes their registers before (hence `_`).
+    What is stored in shared memory and multiplied next takes `fence_async_shared` and a barrier between (`arrived` has
+    both). Another barrier stands where all threads must be done with a tile before it gets something else.
+
+Names mean the same in all of them: `is_slot` whether the program has a slot at all; `rows`, `token`, `first` of its
+chunk (see `common.row_exists`); `exists` which rows there are; `place` which [slot, head] it is; `group` that of its
+head; `per_row` where its rows begin in what is [H, N, C]; `whole` and `lost` the two parts of a float32.
 """
 
 from __future__ import annotations
@@ -28,16 +42,23 @@ WARPS = HOPPER_WARPS
 ASSEMBLES = gl.constexpr(hasattr(gl, "inline_asm_elementwise"))  # not in the emulator of the tests
 SIZE = gl.constexpr(128)  # rows of a chunk, columns of keys and of values
 HALF = gl.constexpr(64)
-WHOLE_SUM = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 128, 16]))  # of products [128, 128]
-HALF_SUM = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 64, 16]))  # and [128, 64]
-LEFT = gl.constexpr(gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 128, 16]), 2))
-LEFT_HALF = gl.constexpr(gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 64, 16]), 2))
-SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16))
-EACH = gl.constexpr(gl.BlockedLayout([1], [32], [WARPS], [0]))  # one number a thread
-LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))  # of numbers in shared memory
-# HALF_SUM with its columns in blocks of eight, [128, 8, 8]: a thread has two columns of each
+MATRIX = gl.constexpr(SIZE * SIZE)  # numbers of a [128, 128]
+QUARTER = gl.constexpr(HALF * HALF)  # of a [64, 64]
+QUARTERS = gl.constexpr(3 * QUARTER)  # of a lower triangular matrix as it is stored
+
+# where threads have a product ([3, 0]: of Hopper), its rows, its columns, and a left operand of that many columns
+WHOLE_SUM = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 128, 16]))  # [128, 128]
+ROWS = gl.constexpr(gl.SliceLayout(1, WHOLE_SUM))
+COLUMNS = gl.constexpr(gl.SliceLayout(0, WHOLE_SUM))
+LEFT = gl.constexpr(gl.DotOperandLayout(0, WHOLE_SUM, 2))
+HALF_SUM = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 64, 16]))  # [128, 64]
+ROWS_OF_HALF = gl.constexpr(gl.SliceLayout(1, HALF_SUM))
+COLUMNS_OF_HALF = gl.constexpr(gl.SliceLayout(0, HALF_SUM))
+LEFT_HALF = gl.constexpr(gl.DotOperandLayout(0, HALF_SUM, 2))
+# HALF_SUM with its columns in blocks of eight, [128, 8, 8]: a thread has two columns of each. The lists say what each
+# bit of a register's number adds to its place, then each of a lane's, then each of a warp's
 BLOCK = gl.constexpr(8)
-BLOCK_HEIGHT = gl.constexpr(3)
+BLOCK_HEIGHT = gl.constexpr(3)  # 2^3 = 8
 BLOCKS = gl.constexpr(
     gl.DistributedLinearLayout(
         [[0, 0, 1], [8, 0, 0], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
@@ -49,9 +70,16 @@ BLOCKS = gl.constexpr(
 )
 OF_BLOCKS = gl.constexpr(gl.SliceLayout(2, BLOCKS))  # [128, 8], a number for each block
 IN_BLOCK = gl.constexpr(gl.SliceLayout(1, BLOCKS))  # [128, 8], of the columns of one block
-SUMMED = gl.constexpr(gl.BlockedLayout([8, 4], [1, 32], [WARPS, 1], [1, 0]))  # [64, 128], eight rows a thread
+
+# where threads have what is not multiplied
 MOVED = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0]))  # of a tile, 16 bytes a thread
 MOVED_HALF = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0]))  # of 64 columns
+EACH = gl.constexpr(gl.BlockedLayout([1], [32], [WARPS], [0]))  # one number a thread
+SUMMED = gl.constexpr(gl.BlockedLayout([8, 4], [1, 32], [WARPS, 1], [1, 0]))  # [64, 128], eight rows a thread
+
+# of shared memory
+SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16))  # as products take it: swizzled by 128 bytes, numbers of 16 bits
+LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))  # numbers one after the other
 
 
 @gluon.jit
@@ -62,42 +90,61 @@ def new_tile():
 
 
 @gluon.jit
+def new_half():
+    """[128, 64] of shared memory."""
+    return gl.allocate_shared_memory(gl.bfloat16, [SIZE, HALF], SHARED)
+
+
+@gluon.jit
+def new_line():
+    """[128] of shared memory, float32: to have by column what threads have by row, or the other way round."""
+    return gl.allocate_shared_memory(gl.float32, [SIZE], LINE)
+
+
+@gluon.jit
+def places_of_rows(pointer, token, first, rows, stride, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
+    """Where so many columns of the rows of a chunk are, and which rows there are."""
+    row = gl.arange(0, SIZE, gl.SliceLayout(1, LAYOUT))
+    column = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
+    at = pointer + token.to(gl.int64) * stride + (row[:, None] * stride + column[None, :])
+    return at, row_exists(row, first, rows)[:, None]
+
+
+@gluon.jit
 def copy_rows(tile, pointer, token, first, rows, stride):
     """Begins to bring the rows of a chunk to shared memory: zero where there is none."""
-    row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED))
-    column = gl.arange(0, SIZE, gl.SliceLayout(0, MOVED))
-    at = pointer + token.to(gl.int64) * stride + (row[:, None] * stride + column[None, :])
-    async_copy.async_copy_global_to_shared(tile, at, mask=row_exists(row, first, rows)[:, None])
+    at, exists = places_of_rows(pointer, token, first, rows, stride, SIZE, MOVED)
+    async_copy.async_copy_global_to_shared(tile, at, mask=exists)
 
 
 @gluon.jit
 def offsets():
-    """Of a contiguous [128, 128], as it is moved."""
+    """Where the numbers of a contiguous [128, 128] are, as threads move them."""
     row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED))
     return row[:, None] * SIZE + gl.arange(0, SIZE, gl.SliceLayout(0, MOVED))[None, :]
 
 
 @gluon.jit
 def copy_tile(tile, pointer, exists=None):
-    """Begins to bring a contiguous [128, 128] to shared memory; zeros if it does not exist."""
+    """Begins to bring a contiguous [128, 128] to shared memory: zero where it does not exist."""
     async_copy.async_copy_global_to_shared(tile, pointer + offsets(), mask=exists)
 
 
 @gluon.jit
 def store_tile(tile, pointer):
-    """And back."""
+    """A tile of shared memory, to a contiguous [128, 128]."""
     gl.store(pointer + offsets(), tile.load(MOVED))
 
 
 @gluon.jit
 def _quarters(matrix, place):
-    """Where the numbers of a chunk's lower triangular matrix are, and which of [128, 128] it has."""
+    """Where the numbers of a chunk's lower triangular matrix are, and which of [128, 128] it has: three quarters."""
     row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED))
     column = gl.arange(0, SIZE, gl.SliceLayout(0, MOVED))
     below, right = row // HALF, column // HALF
     quarter = below[:, None] + right[None, :]
-    at = quarter * (HALF * HALF) + ((row % HALF * HALF)[:, None] + (column % HALF)[None, :])
-    return matrix + place * (3 * HALF * HALF) + at, below[:, None] >= right[None, :]
+    within = quarter * QUARTER + ((row % HALF * HALF)[:, None] + (column % HALF)[None, :])
+    return matrix + place * QUARTERS + within, below[:, None] >= right[None, :]
 
 
 @gluon.jit
@@ -109,7 +156,7 @@ def copy_quarters(tile, matrix, place):
 
 @gluon.jit
 def store_quarters(tile, matrix, place):
-    """And back."""
+    """A tile of shared memory, to a chunk's lower triangular matrix."""
     at, exists = _quarters(matrix, place)
     gl.store(at, tile.load(MOVED), mask=exists)
 
@@ -123,8 +170,40 @@ def copy_quarter(tile, pointer):
 
 
 @gluon.jit
+def _halves(matrix):
+    """Where the first half of the columns of a lower triangular matrix is, and which of its rows the second half has,
+    which is a quarter further on."""
+    row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED_HALF))
+    column = gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))
+    return matrix + (row[:, None] * HALF + column[None, :]), (row >= HALF)[:, None]
+
+
+@gluon.jit
+def copy_first_half(tile, matrix):
+    """Begins to bring the first half of the columns of a lower triangular matrix to shared memory, [128, 64]."""
+    at, _ = _halves(matrix)
+    async_copy.async_copy_global_to_shared(tile, at)
+
+
+@gluon.jit
+def copy_halves(tile0, tile1, matrix):
+    """And the second, whose upper half is zero."""
+    at, below = _halves(matrix)
+    async_copy.async_copy_global_to_shared(tile0, at)
+    async_copy.async_copy_global_to_shared(tile1, at + QUARTER, mask=below)
+
+
+@gluon.jit
+def store_halves(tile0, tile1, matrix):
+    """Two tiles [128, 64] of shared memory, to both halves of the columns of a lower triangular matrix."""
+    at, below = _halves(matrix)
+    gl.store(at, tile0.load(MOVED_HALF))
+    gl.store(at + QUARTER, tile1.load(MOVED_HALF), mask=below)
+
+
+@gluon.jit
 def arrived(later: gl.constexpr):
-    """Waits for what was asked for, but for the `later` groups, to be seen by products."""
+    """Waits until products can take what was asked for, but for the last groups, so many."""
     async_copy.wait_group(later)
     fence_async_shared()
     barrier()
@@ -145,13 +224,19 @@ def load_level(lam, row, token, first, rows, stride, level, L):
 
 @gluon.jit
 def store_rows(tile, values, pointer, token, first, rows, stride):
-    """To the rows of a chunk, through shared memory, which makes lines of what threads have."""
+    """To the rows of a chunk, through a tile of shared memory, from which they go out in whole lines."""
     tile.store(values)
     barrier()
-    row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED))
-    column = gl.arange(0, SIZE, gl.SliceLayout(0, MOVED))
-    at = pointer + token.to(gl.int64) * stride + (row[:, None] * stride + column[None, :])
-    gl.store(at, tile.load(MOVED), mask=row_exists(row, first, rows)[:, None])
+    at, exists = places_of_rows(pointer, token, first, rows, stride, SIZE, MOVED)
+    gl.store(at, tile.load(MOVED), mask=exists)
+
+
+@gluon.jit
+def sum_of_rows(values):
+    """[128] of [128, 128]. Each thread gets eight rows of four columns first: to sum as they lie takes three shuffles
+    for every column."""
+    pairs = gl.sum(gl.reshape(values, [SIZE // (2 * BLOCK), 2, BLOCK, SIZE]), 1)  # a thread has both, eight rows apart
+    return gl.sum(gl.convert_layout(gl.reshape(pairs, [HALF, SIZE]), SUMMED), 0)
 
 
 @gluon.jit
@@ -181,8 +266,8 @@ def in_parts(values):
 
 @gluon.jit
 def same_block(level: gl.constexpr):
-    """Which blocks of eight columns a row shares a block of 2^level rows with; if that is smaller, which columns of its
-    own eight."""
+    """[128, 8], with what a row of half a chunk shares a block of 2^level rows: which blocks of eight columns, or if
+    2^level < 8, which columns of its own eight."""
     if level < BLOCK_HEIGHT:
         row = gl.arange(0, SIZE, gl.SliceLayout(1, IN_BLOCK)) % BLOCK
         column = gl.arange(0, BLOCK, gl.SliceLayout(0, IN_BLOCK))
@@ -195,12 +280,15 @@ def same_block(level: gl.constexpr):
 
 @gluon.jit
 def level_factor(lam, token, first, rows, stride, L, HEIGHT: gl.constexpr):
-    """Level scale from source rows (columns) to target rows of the same half of a chunk: [128, 64], of both halves."""
+    """Level scale from source rows (columns) to target rows of the same half of a chunk: [128, 64], of both halves, one
+    below the other. Half a chunk is 2^HEIGHT rows. From the highest level to the lowest, each where it is nearer."""
+    # between blocks of eight columns
     row = gl.arange(0, SIZE, gl.SliceLayout(1, OF_BLOCKS))
     factor = load_level(lam, row, token, first, rows, stride, HEIGHT, L)[:, None]
     for down in gl.static_range(HEIGHT - 1 - BLOCK_HEIGHT):
         near = load_level(lam, row, token, first, rows, stride, HEIGHT - 1 - down, L)
         factor = gl.where(same_block(HEIGHT - 1 - down), near[:, None], factor)
+    # in a row's own eight
     row = gl.arange(0, SIZE, gl.SliceLayout(1, IN_BLOCK))
     inside = load_level(lam, row, token, first, rows, stride, BLOCK_HEIGHT, L)[:, None]
     for down in gl.static_range(BLOCK_HEIGHT):

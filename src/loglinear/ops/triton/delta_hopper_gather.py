@@ -5,8 +5,6 @@ once. Shared memory holds two readers, three tiles [128, 128] each: the queries 
 output, and that of the queries after the node. While the products of a reader are under way, the next one arrives; the
 one after it is asked for as soon as they are done, and where it lies is known by then.
 
-As U_j gets R_jᵀ (λ_j ⊙ dO), λ scales the columns of R_jᵀ instead, which are in registers.
-
 Legend as in `delta_backward.py`
 """
 
@@ -20,7 +18,7 @@ from loglinear.ops.triton.common import program_place
 from loglinear.ops.triton.delta_hopper import (
     EACH,
     LEFT,
-    LINE,
+    MATRIX,
     SHARED,
     SIZE,
     WHOLE_SUM,
@@ -29,16 +27,17 @@ from loglinear.ops.triton.delta_hopper import (
     copy_rows,
     copy_tile,
     load_column,
+    new_line,
     store_tile,
 )
 from loglinear.ops.triton.launch import kernel
 
-READERS = gl.constexpr(2)  # in shared memory
+READERS = gl.constexpr(2)  # that have a place in shared memory
 
 
 @gluon.jit
 def _load_if(table, exists, chunk):
-    """Of a chunk that there may not be: else zero."""
+    """What a table of slots has for a chunk that there may not be: else zero."""
     return gl.load(table + chunk, mask=exists, other=0)
 
 
@@ -46,7 +45,7 @@ def _load_if(table, exists, chunk):
 def _copy_reader(queries, grads, after, buffer, token, first, rows, read, passed, grad_o, seen, pulled, H, head,
                  stride_g):  # fmt: skip
     """Begins to bring what a reader has for the node. Nothing is after a node that no queries pass: zero."""
-    at = (read.to(gl.int64) * H + head) * (SIZE * SIZE)
+    at = (read.to(gl.int64) * H + head) * MATRIX
     copy_tile(queries.index(buffer), seen + at)
     copy_rows(grads.index(buffer), grad_o, token, first, rows, stride_g)
     next_read = (read + 1).to(gl.int64) * H + head
@@ -71,7 +70,7 @@ def _gather_hopper_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens,
     queries = gl.allocate_shared_memory(dtype, [READERS, SIZE, SIZE], SHARED)
     grads = gl.allocate_shared_memory(dtype, [READERS, SIZE, SIZE], SHARED)
     after = gl.allocate_shared_memory(dtype, [READERS, SIZE, SIZE], SHARED)
-    line = gl.allocate_shared_memory(gl.float32, [SIZE], LINE)
+    weight_line = new_line()
     each = gl.arange(0, SIZE, EACH)
     weight, next_weight = gl.zeros([SIZE], gl.float32, EACH), gl.zeros([SIZE], gl.float32, EACH)
 
@@ -100,18 +99,20 @@ def _gather_hopper_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens,
     change = gl.zeros([SIZE, SIZE], gl.float32, WHOLE_SUM)
     for step in range(span):
         buffer = step % READERS
-        exists = step + READERS < span
+        # where the one after the next lies; copied when its place is free
+        is_reader = step + READERS < span
         later = chunk + step + READERS
-        token, rows = _load_if(tokens, exists, later), _load_if(rows_of, exists, later)
-        first = None if firsts is None else _load_if(firsts, exists, later)
-        read = _load_if(places, exists, later) + _load_if(variants, exists, later) - nearest
+        token, rows = _load_if(tokens, is_reader, later), _load_if(rows_of, is_reader, later)
+        first = None if firsts is None else _load_if(firsts, is_reader, later)
+        read = _load_if(places, is_reader, later) + _load_if(variants, is_reader, later) - nearest
         if SCALED:
-            line.store(weight)
+            weight_line.store(weight)
         arrived(1)
         turned = queries.index(buffer).permute([1, 0])
         change = warpgroup_mma(turned, after.index(buffer), change, is_async=True)
         if SCALED:
-            scaled = turned.load(LEFT).to(gl.float32) * line.load(gl.SliceLayout(0, LEFT))[None, :]
+            # as U_j gets R_jᵀ (λ_j ⊙ dO), scale the columns of R_jᵀ instead, which are in registers
+            scaled = turned.load(LEFT).to(gl.float32) * weight_line.load(gl.SliceLayout(0, LEFT))[None, :]
             scaled = scaled.to(dtype)
             total = warpgroup_mma(scaled, grads.index(buffer), total, is_async=True)
             weight, next_weight = next_weight, load_column(lam, each, token, first, rows, stride_s)
@@ -120,7 +121,7 @@ def _gather_hopper_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens,
             total = warpgroup_mma(turned, grads.index(buffer), total, is_async=True)
             total, change = warpgroup_mma_wait(0, deps=[total, change])
         barrier()
-        if exists:
+        if is_reader:
             _copy_reader(queries, grads, after, buffer, token, first, rows, read, passed, grad_o, seen, pulled,
                          H, head, stride_g)  # fmt: skip
         async_copy.commit_group()
@@ -130,6 +131,6 @@ def _gather_hopper_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens,
         queries.index(0).store(total.to(dtype))
         grads.index(0).store(change.to(dtype))
         barrier()
-        at = (slot.to(gl.int64) * H + head) * (SIZE * SIZE)
+        at = (slot.to(gl.int64) * H + head) * MATRIX
         store_tile(queries.index(0), d_added + at)
         store_tile(grads.index(0), d_maps + at)

@@ -25,43 +25,43 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from loglinear.ops.triton.common import decay_of, program_place, row_exists
+from loglinear.ops.triton.common import decay_of, program_place
 from loglinear.ops.triton.delta_hopper import (
     ASSEMBLES,
+    COLUMNS_OF_HALF,
     EACH,
     HALF,
     HALF_SUM,
     LEFT_HALF,
+    MATRIX,
     MOVED_HALF,
-    SHARED,
+    QUARTER,
+    QUARTERS,
+    ROWS_OF_HALF,
     SIZE,
     arrived,
     barrier,
     copy_rows,
     in_parts,
     load_column,
+    new_half,
     new_tile,
+    places_of_rows,
 )
 from loglinear.ops.triton.launch import kernel
 
 
 @gluon.jit
-def _new_half():
-    return gl.allocate_shared_memory(gl.bfloat16, [SIZE, HALF], SHARED)
-
-
-@gluon.jit
 def _copy_columns(tile, pointer, token, first, rows, stride):
     """Begins to bring 64 columns of the rows of a chunk to shared memory: zero where there is no row."""
-    row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED_HALF))
-    column = gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))
-    at = pointer + token.to(gl.int64) * stride + (row[:, None] * stride + column[None, :])
-    async_copy.async_copy_global_to_shared(tile, at, mask=row_exists(row, first, rows)[:, None])
+    at, exists = places_of_rows(pointer, token, first, rows, stride, HALF, MOVED_HALF)
+    async_copy.async_copy_global_to_shared(tile, at, mask=exists)
 
 
 @gluon.jit
-def _copy_quarters(tile, pointer, apart):
-    """The same of two contiguous [64, 64], one below the other: the second begins so many numbers after the first."""
+def _copy_two_quarters(tile, pointer, apart):
+    """Begins to bring two contiguous [64, 64] to shared memory, one below the other: the second begins so many numbers
+    after the first."""
     row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED_HALF))
     column = gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))
     at = pointer + ((row // HALF).to(gl.int64) * apart + row % HALF * HALF)[:, None]
@@ -71,7 +71,7 @@ def _copy_quarters(tile, pointer, apart):
 @gluon.jit
 def _by_column(numbers):
     """One number for each of 64 columns of a product."""
-    return gl.convert_layout(numbers, gl.SliceLayout(0, HALF_SUM))[None, :]
+    return gl.convert_layout(numbers, COLUMNS_OF_HALF)[None, :]
 
 
 @gluon.jit
@@ -83,7 +83,7 @@ def _turned_keys(keys, decay):
 
 @gluon.jit
 def _parts_times(whole, lost, factor):
-    """The same of the sum of two parts, times a float32 factor.
+    """The sum of two parts times a float32 factor, as two parts again.
 
     Not by the instructions with which `in_parts` took `whole` apart, whose results would be kept till here.
     """
@@ -114,19 +114,20 @@ def _parts_times(whole, lost, factor):
 
 @gluon.jit
 def _as_left(values):
-    """Values where threads have their products, as a left operand: the same registers."""
+    """Values where threads have a product, as a left operand: the same registers."""
     return gl.convert_layout(values, LEFT_HALF)
 
 
 @gluon.jit
 def _as_sum(values):
-    """And back."""
+    """A left operand, as values where threads have a product: the same registers."""
     return gl.convert_layout(values, HALF_SUM)
 
 
 @gluon.jit
 def _times_rows(whole0, whole1, lost0, lost1, columns):
-    """Begins to multiply what is in parts for each half of the rows of a chunk by 64 columns of them."""
+    """Begins the product of a left operand with 64 columns of the rows of a chunk. The left operand comes in two parts,
+    and by halves of its columns, 0 and 1."""
     right0, right1 = columns.slice(0, HALF), columns.slice(HALF, HALF)
     made = gl.zeros([SIZE, HALF], gl.float32, HALF_SUM)
     made = warpgroup_mma(whole0, right0, made, use_acc=False, is_async=True)
@@ -137,7 +138,7 @@ def _times_rows(whole0, whole1, lost0, lost1, columns):
 
 @gluon.jit
 def _offsets(half: gl.constexpr):
-    """Of half of the columns of a contiguous [128, 128]."""
+    """Where the numbers of half of the columns of a contiguous [128, 128] are, as threads move them."""
     row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED_HALF))
     column = gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))
     return row[:, None] * SIZE + (column[None, :] + half * HALF)
@@ -145,15 +146,15 @@ def _offsets(half: gl.constexpr):
 
 @gluon.jit
 def _store_half(tile, pointer, half: gl.constexpr):
-    """What waits in shared memory, to half of the columns of a contiguous [128, 128]."""
+    """A tile [128, 64] of shared memory, to half of the columns of a contiguous [128, 128]."""
     gl.store(pointer + _offsets(half), tile.load(MOVED_HALF))
 
 
 @gluon.jit
 def _map_in_parts(taken, passing, half: gl.constexpr):
-    """Half of the columns of P, from what is taken off its diagonal."""
-    row = gl.arange(0, SIZE, gl.SliceLayout(1, HALF_SUM))
-    column = gl.arange(0, HALF, gl.SliceLayout(0, HALF_SUM)) + half * HALF
+    """Half of the columns of P: `passing` on the diagonal, less what is `taken`."""
+    row = gl.arange(0, SIZE, ROWS_OF_HALF)
+    column = gl.arange(0, HALF, COLUMNS_OF_HALF) + half * HALF
     return in_parts(gl.where(row[:, None] == column[None, :], passing, 0.0) - taken)
 
 
@@ -165,7 +166,7 @@ def _store_map(tile, lost_tile, maps, finals, stays, half: gl.constexpr):
     if finals is not None:
         if stays:
             gl.store(finals + _offsets(half), values)
-    _store_half(lost_tile, maps + SIZE * SIZE, half)
+    _store_half(lost_tile, maps + MATRIX, half)
 
 
 @kernel(gluon.jit, do_not_specialize=["N", "stride_b"])
@@ -173,39 +174,40 @@ def _leaves_hopper_kernel(k, v, beta, inverse, gamma, added, maps, finals, token
                           H, G, stride_k, stride_kg, stride_v, stride_vh, stride_b):  # fmt: skip
     """U and P of one chunk: k̄ᵀ T times v, and times k e^γ."""
     head, slot = program_place()
-    exists = slot < N
-    writes = gl.load(lefts + slot, mask=exists, other=0) > 1
-    rows = gl.load(rows_of + slot, mask=exists, other=0)
-    token = gl.load(tokens + slot, mask=exists, other=0)
+    is_slot = slot < N
+    writes = gl.load(lefts + slot, mask=is_slot, other=0) > 1
+    rows = gl.load(rows_of + slot, mask=is_slot, other=0)
+    token = gl.load(tokens + slot, mask=is_slot, other=0)
     if not writes:
         return  # nobody reads the last chunk of a sequence
     first = None if firsts is None else gl.load(firsts + slot)
-    later = None if first is None else first - HALF
+    later = None if first is None else first - HALF  # as if the second half were a chunk
     stays = None if finals is None else gl.load(heights + slot) == 0
     place = slot.to(gl.int64) * H + head
     group = (head // (H // G)).to(gl.int64)
 
     keys = new_tile()
-    tile0, tile1, tile2, tile3, tile4 = _new_half(), _new_half(), _new_half(), _new_half(), _new_half()
+    tile0, tile1, tile2, tile3, tile4 = new_half(), new_half(), new_half(), new_half(), new_half()
     copy_rows(keys, k + group * stride_kg, token, first, rows, stride_k)
     async_copy.commit_group()
-    inverse += place * (3 * HALF * HALF)
-    size = N.to(gl.int64) * H * (3 * HALF * HALF)
-    _copy_quarters(tile0, inverse, HALF * HALF)
-    _copy_quarters(tile1, inverse + size, HALF * HALF)
-    _copy_quarters(tile2, inverse + 2 * HALF * HALF, size)
+    inverse += place * QUARTERS
+    size = N.to(gl.int64) * H * QUARTERS  # of a part of X
+    _copy_two_quarters(tile0, inverse, QUARTER)
+    _copy_two_quarters(tile1, inverse + size, QUARTER)
+    _copy_two_quarters(tile2, inverse + 2 * QUARTER, size)
     async_copy.commit_group()
     v += head.to(gl.int64) * stride_vh
     _copy_columns(tile3, v, token, first, rows, stride_v)
     _copy_columns(tile4, v + HALF, token, first, rows, stride_v)
     async_copy.commit_group()
 
-    row = gl.arange(0, HALF, EACH)
-    sums = gamma + (head.to(gl.int64) * N + slot) * SIZE
-    sums0, sums1, end = gl.load(sums + row), gl.load(sums + HALF + row), gl.load(sums + (SIZE - 1))
-    beta0 = load_column(beta + head, row, token, first, rows, stride_b)
-    beta1 = load_column(beta + head, row, token + HALF, later, rows - HALF, stride_b)
+    each = gl.arange(0, HALF, EACH)
+    sums_at = gamma + (head.to(gl.int64) * N + slot) * SIZE
+    sums0, sums1, end = gl.load(sums_at + each), gl.load(sums_at + HALF + each), gl.load(sums_at + (SIZE - 1))
+    beta0 = load_column(beta + head, each, token, first, rows, stride_b)
+    beta1 = load_column(beta + head, each, token + HALF, later, rows - HALF, stride_b)
     decay0, decay1, passing = decay_of(end - sums0), decay_of(end - sums1), decay_of(end)
+    # k̄ᵀ T, by halves of its columns: the first lacks nothing of X, the second only what is zero
     arrived(2)
     keys0 = _turned_keys(keys.slice(0, HALF), decay0)
     keys1 = _turned_keys(keys.slice(HALF, HALF), decay1)
@@ -218,49 +220,54 @@ def _leaves_hopper_kernel(k, v, beta, inverse, gamma, added, maps, finals, token
     left0 = warpgroup_mma(keys1, tile0.slice(HALF, HALF), left0, is_async=True)
     left0 = warpgroup_mma(keys1, tile1.slice(HALF, HALF), left0, is_async=True)
     left0, left1 = warpgroup_mma_wait(0, deps=[left0, left1])
-    barrier()
-    whole, rest = in_parts(left0 * _by_column(beta0))
+    barrier()  # X is read
+    whole, lost = in_parts(left0 * _by_column(beta0))
     whole0 = _as_left(whole)
-    tile0.store(rest)
-    whole, rest = in_parts(left1 * _by_column(beta1))
+    tile0.store(lost)
+    whole, lost = in_parts(left1 * _by_column(beta1))
     whole1 = _as_left(whole)
-    tile1.store(rest)
+    tile1.store(lost)
+
+    # U
     arrived(0)
     made = _times_rows(whole0, whole1, tile0, tile1, tile3)
     made = warpgroup_mma_wait(0, deps=[made])
     tile2.store(made.to(gl.bfloat16))
     made = _times_rows(whole0, whole1, tile0, tile1, tile4)
     barrier()
-    added += place * (SIZE * SIZE)
+    added += place * MATRIX
     _store_half(tile2, added, 0)
     made = warpgroup_mma_wait(0, deps=[made])
     barrier()
     tile3.store(made.to(gl.bfloat16))
 
-    whole, rest = _parts_times(_as_sum(whole0), _as_sum(tile0.load(LEFT_HALF)), _by_column(decay_of(sums0)))
+    # k̄ᵀ T e^γ
+    whole, lost = _parts_times(_as_sum(whole0), _as_sum(tile0.load(LEFT_HALF)), _by_column(decay_of(sums0)))
     whole0 = _as_left(whole)
-    tile4.store(rest)
-    whole, rest = _parts_times(_as_sum(whole1), _as_sum(tile1.load(LEFT_HALF)), _by_column(decay_of(sums1)))
+    tile4.store(lost)
+    whole, lost = _parts_times(_as_sum(whole1), _as_sum(tile1.load(LEFT_HALF)), _by_column(decay_of(sums1)))
     whole1 = _as_left(whole)
-    tile2.store(rest)
+    tile2.store(lost)
     fence_async_shared()
     barrier()
+
+    # P = e^Γ I - k̄ᵀ T e^γ k
     made = _times_rows(whole0, whole1, tile4, tile2, keys.slice(0, HALF, dim=1))
     _store_half(tile3, added, 1)
     made = warpgroup_mma_wait(0, deps=[made])
-    maps += place * (2 * SIZE * SIZE)
+    maps += place * (2 * MATRIX)
     if finals is not None:
-        finals += place * (SIZE * SIZE)
-    whole, rest = _map_in_parts(made, passing, 0)
+        finals += place * MATRIX
+    whole, lost = _map_in_parts(made, passing, 0)
     tile0.store(whole)
-    tile1.store(rest)
+    tile1.store(lost)
     made = _times_rows(whole0, whole1, tile4, tile2, keys.slice(HALF, HALF, dim=1))
     barrier()
     _store_map(tile0, tile1, maps, finals, stays, 0)
     made = warpgroup_mma_wait(0, deps=[made])
     barrier()
-    whole, rest = _map_in_parts(made, passing, 1)
+    whole, lost = _map_in_parts(made, passing, 1)
     tile3.store(whole)
-    tile0.store(rest)
+    tile0.store(lost)
     barrier()
     _store_map(tile3, tile0, maps, finals, stays, 1)

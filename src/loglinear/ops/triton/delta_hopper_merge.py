@@ -14,11 +14,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
 
 from loglinear.ops.triton.common import left_sibling, program_place
-from loglinear.ops.triton.delta_hopper import SIZE, WHOLE_SUM, arrived, barrier, copy_tile, new_tile, store_tile
+from loglinear.ops.triton.delta_hopper import MATRIX, SIZE, WHOLE_SUM, arrived, barrier, copy_tile, new_tile, store_tile
 from loglinear.ops.triton.launch import kernel
 
-MATRIX = gl.constexpr(SIZE * SIZE)
-MAP = gl.constexpr(2 * SIZE * SIZE)  # P, in two parts
+MAP = gl.constexpr(2 * MATRIX)  # P, in two parts
 
 
 @kernel(gluon.jit, do_not_specialize=["N", "height"])
@@ -36,6 +35,7 @@ def _merge_hopper_kernel(added, maps, finals, rights, tallest, heights, blocks, 
         return
     span = gl.exp2(height.to(gl.float32)).to(gl.int32)
     place = slot.to(gl.int64) * H + head
+    # P of the nodes of `height`, and of those of `height` + 1
     half = maps + (height % 2).to(gl.int64) * N * H * MAP
     other = maps + (1 - height % 2).to(gl.int64) * N * H * MAP
     dtype: gl.constexpr = gl.bfloat16
@@ -56,6 +56,7 @@ def _merge_hopper_kernel(added, maps, finals, rights, tallest, heights, blocks, 
     copy_tile(lost_left, half + left * MAP + MATRIX)
     async_copy.commit_group()
 
+    # U + P U_left
     arrived(2)
     total = added_tile.load(WHOLE_SUM).to(gl.float32)
     total = warpgroup_mma(whole, added_left, total, is_async=True)
@@ -63,6 +64,7 @@ def _merge_hopper_kernel(added, maps, finals, rights, tallest, heights, blocks, 
     if rights is not None:  # the backward needs P of this node, the right sibling of the one on its left
         store_tile(whole, rights + left * MATRIX)
 
+    # P P_left; the product of what both have lost is too small to count
     arrived(1)
     composed = gl.zeros([SIZE, SIZE], gl.float32, WHOLE_SUM)
     composed = warpgroup_mma(whole, whole_left, composed, use_acc=False, is_async=True)
@@ -75,9 +77,9 @@ def _merge_hopper_kernel(added, maps, finals, rights, tallest, heights, blocks, 
     arrived(0)
     composed = warpgroup_mma(whole, lost_left, composed, is_async=True)
     composed = warpgroup_mma_wait(0, deps=[composed])
-    first = composed.to(dtype)
-    added_tile.store(first)
-    added_left.store((composed - first.to(gl.float32)).to(dtype))
+    rounded = composed.to(dtype)
+    added_tile.store(rounded)
+    added_left.store((composed - rounded.to(gl.float32)).to(dtype))
     barrier()
     store_tile(added_tile, other + place * MAP)
     store_tile(added_left, other + place * MAP + MATRIX)

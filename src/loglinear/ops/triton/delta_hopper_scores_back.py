@@ -21,46 +21,54 @@ from loglinear.ops.triton.delta_hopper import (
     BLOCK,
     BLOCK_HEIGHT,
     BLOCKS,
+    COLUMNS_OF_HALF,
     EACH,
     HALF,
     HALF_SUM,
     LEFT_HALF,
-    LINE,
-    MOVED_HALF,
+    MATRIX,
+    QUARTER,
+    QUARTERS,
+    ROWS_OF_HALF,
     SHARED,
     SIZE,
-    SUMMED,
     WHOLE_SUM,
     arrived,
     barrier,
+    copy_first_half,
+    copy_halves,
     copy_quarter,
     copy_rows,
     copy_tile,
     level_factor,
     load_column,
     load_level,
+    new_half,
+    new_line,
     new_tile,
     same_block,
+    store_halves,
+    sum_of_rows,
 )
 from loglinear.ops.triton.launch import kernel
-
-ROWS = gl.constexpr(gl.SliceLayout(1, HALF_SUM))
-COLUMNS = gl.constexpr(gl.SliceLayout(0, HALF_SUM))
 
 
 @gluon.jit
 def _store_level_sums(dlam, pairs, beyond, exists, L, HEIGHT: gl.constexpr):
-    """Gradients of λ, from each row's pairs with its own half [128, 64] and the sum of those with the other."""
+    """Gradients of λ, from each row's pairs with its own half [128, 64] and the sum of those with the other.
+
+    A level gets what is in blocks of its size but in no smaller one; levels beyond the last count as the last.
+    """
     pairs = gl.convert_layout(gl.reshape(pairs, [SIZE, BLOCK, BLOCK]), BLOCKS, assert_trivial=True)
     inside = gl.sum(gl.where(same_block(BLOCK_HEIGHT)[:, :, None], pairs, 0.0), 1)
     of_blocks = gl.sum(pairs, 2)
-    within, last = gl.zeros([SIZE], gl.float32, ROWS), gl.zeros([SIZE], gl.float32, ROWS)
+    within, last = gl.zeros([SIZE], gl.float32, ROWS_OF_HALF), gl.zeros([SIZE], gl.float32, ROWS_OF_HALF)
     for level in gl.static_range(HEIGHT + 1):
         if level < BLOCK_HEIGHT:
             upto = gl.sum(gl.where(same_block(level), inside, 0.0), 1)
         else:
             upto = gl.sum(gl.where(same_block(level), of_blocks, 0.0), 1)
-        upto = gl.convert_layout(upto, ROWS, assert_trivial=True)
+        upto = gl.convert_layout(upto, ROWS_OF_HALF, assert_trivial=True)
         gl.store(dlam + level, upto - within, mask=exists & (level < L - 1))
         last += gl.where(level < L - 1, 0.0, upto - within)
         within = upto
@@ -73,31 +81,6 @@ def _store_level_sums(dlam, pairs, beyond, exists, L, HEIGHT: gl.constexpr):
 
 
 @gluon.jit
-def _halves_of(matrix):
-    """Where the first half of the columns of a lower triangular matrix is, and which rows there are of the second, a
-    quarter further on."""
-    row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED_HALF))
-    column = gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))
-    return matrix + (row[:, None] * HALF + column[None, :]), (row >= HALF)[:, None]
-
-
-@gluon.jit
-def _copy_halves(first, second, matrix):
-    """Begins to bring a lower triangular matrix to shared memory."""
-    at, below = _halves_of(matrix)
-    async_copy.async_copy_global_to_shared(first, at)
-    async_copy.async_copy_global_to_shared(second, at + HALF * HALF, mask=below)
-
-
-@gluon.jit
-def _store_halves(first, second, matrix):
-    """Stores what shared memory has of one."""
-    at, below = _halves_of(matrix)
-    gl.store(at, first.load(MOVED_HALF))
-    gl.store(at + HALF * HALF, second.load(MOVED_HALF), mask=below)
-
-
-@gluon.jit
 def _in_halves(product):
     """[128, 128] as two halves of its columns."""
     first, second = gl.split(gl.permute(gl.reshape(product, [SIZE, 2, HALF]), [0, 2, 1]))
@@ -106,12 +89,9 @@ def _in_halves(product):
 
 
 @gluon.jit
-def _sum_of_rows(first, second):
-    """[128] of two halves of the columns, [128, 64]. Each thread gets eight rows of four columns first: to sum as
-    they lie takes three shuffles for every column."""
-    both = gl.reshape(gl.join(first, second), [SIZE // (2 * BLOCK), 2, BLOCK, HALF, 2])
-    both = gl.permute(gl.reshape(gl.sum(both, 1), [HALF, HALF, 2]), [0, 2, 1])
-    return gl.sum(gl.convert_layout(gl.reshape(both, [HALF, SIZE]), SUMMED), 0)
+def _of_halves(first, second):
+    """And back, in another layout of the same registers."""
+    return gl.reshape(gl.permute(gl.join(first, second), [0, 2, 1]), [SIZE, SIZE])
 
 
 @gluon.jit
@@ -129,48 +109,46 @@ def _scores_back_hopper_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pu
     """Back through the scores of a chunk: gradients of λ, of MT and of q kᵀ. Half a chunk is 2^HEIGHT rows."""
     head, slot = program_place()
     # side by side, for nothing else can begin before
-    rows = gl.load(rows_of + slot, mask=slot < N, other=0)
-    token = gl.load(tokens + slot, mask=slot < N, other=0)
-    first = None if firsts is None else gl.load(firsts + slot, mask=slot < N, other=0)
-    read, pulled_place = gl.load(reads + slot, mask=slot < N, other=0), gl.load(places + slot, mask=slot < N, other=0)
+    is_slot = slot < N
+    rows = gl.load(rows_of + slot, mask=is_slot, other=0)
+    token = gl.load(tokens + slot, mask=is_slot, other=0)
+    first = None if firsts is None else gl.load(firsts + slot, mask=is_slot, other=0)
+    is_read = gl.load(reads + slot, mask=is_slot, other=0) > 0
+    read = gl.load(places + slot, mask=is_slot, other=0)
     if rows == 0:
         return
     place = slot.to(gl.int64) * H + head
-    quarters = place * (3 * HALF * HALF)
+    quarters = place * QUARTERS
     group = (head // (H // G)).to(gl.int64)
     dtype: gl.constexpr = gl.bfloat16
 
     grads_tile, values_tile, keys_tile, pulled_tile, queries_tile = (
         new_tile(), new_tile(), new_tile(), new_tile(), new_tile()
     )  # fmt: skip
-    scores0 = gl.allocate_shared_memory(dtype, [SIZE, HALF], SHARED)
-    scores1 = gl.allocate_shared_memory(dtype, [SIZE, HALF], SHARED)
-    solved0 = gl.allocate_shared_memory(dtype, [SIZE, HALF], SHARED)
+    scores0, scores1, solved0 = new_half(), new_half(), new_half()
     solved1 = gl.allocate_shared_memory(dtype, [HALF, HALF], SHARED)
-    sums_line = gl.allocate_shared_memory(gl.float32, [SIZE], LINE)
-    decays_line = gl.allocate_shared_memory(gl.float32, [SIZE], LINE)
-    beta_line = gl.allocate_shared_memory(gl.float32, [SIZE], LINE)
+    sums_line, decays_line, beta_line = new_line(), new_line(), new_line()
     copy_rows(grads_tile, grad_o + head.to(gl.int64) * stride_gh, token, first, rows, stride_g)
     copy_rows(values_tile, v + head.to(gl.int64) * stride_vh, token, first, rows, stride_v)
     async_copy.commit_group()
     if SCALED:
-        _copy_halves(scores0, scores1, mixed + quarters)
+        copy_halves(scores0, scores1, mixed + quarters)
     async_copy.commit_group()
     # where nothing is read nothing is pulled: zero
-    copy_tile(pulled_tile, pulled + (pulled_place.to(gl.int64) * H + head) * (SIZE * SIZE), read > 0)
+    copy_tile(pulled_tile, pulled + (read.to(gl.int64) * H + head) * MATRIX, is_read)
     copy_rows(keys_tile, k + group * stride_kg, token, first, rows, stride_k)
     async_copy.commit_group()
     copy_rows(queries_tile, q + group * stride_qg, token, first, rows, stride_q)
     async_copy.commit_group()
-    at, _ = _halves_of(inverse + quarters)
-    async_copy.async_copy_global_to_shared(solved0, at)
-    copy_quarter(solved1, inverse + quarters + 2 * HALF * HALF)
+    copy_first_half(solved0, inverse + quarters)
+    copy_quarter(solved1, inverse + quarters + 2 * QUARTER)
     async_copy.commit_group()
 
-    row = gl.arange(0, SIZE, EACH)
-    sums = gl.load(gamma + (head.to(gl.int64) * N + slot) * SIZE + row)
-    strength = load_column(beta + head, row, token, first, rows, stride_b)
-    row, column = gl.arange(0, SIZE, ROWS), gl.arange(0, HALF, COLUMNS)
+    each = gl.arange(0, SIZE, EACH)
+    per_row = (head.to(gl.int64) * N + slot) * SIZE
+    sums = gl.load(gamma + per_row + each)
+    strength = load_column(beta + head, each, token, first, rows, stride_b)
+    row, column = gl.arange(0, SIZE, ROWS_OF_HALF), gl.arange(0, HALF, COLUMNS_OF_HALF)
     lower = row >= HALF
     if SCALED:
         lam = scales + head.to(gl.int64) * stride_sh
@@ -180,6 +158,7 @@ def _scores_back_hopper_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pu
     decays_line.store(decay_of(sums))
     beta_line.store(strength)
 
+    # dO vᵀ ⊙ Λ, of which MT gets all; λ gets dO vᵀ ⊙ MT
     arrived(4)
     grad = _times_turned(grads_tile, values_tile)
     grad = warpgroup_mma_wait(0, deps=[grad])
@@ -193,6 +172,7 @@ def _scores_back_hopper_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pu
         pairs = gl.where(row[:, None] % HALF >= column[None, :], pairs, 0.0)
         grad0 *= gl.where(lower[:, None], far[:, None], factor)
         grad1 *= factor
+    # d(MT) = dO vᵀ ⊙ Λ - dR k̂ᵀ
     arrived(2)
     met = _times_turned(pulled_tile, keys_tile)
     if SCALED:
@@ -200,20 +180,22 @@ def _scores_back_hopper_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pu
         _store_level_sums(dlam, pairs, beyond, row_exists(row, first, rows), L, HEIGHT)
     met = warpgroup_mma_wait(0, deps=[met])
     met0, met1 = _in_halves(met)
-    grad0 -= met0 * decays_line.slice(0, HALF).load(COLUMNS)[None, :]
-    grad1 -= met1 * decays_line.slice(HALF, HALF).load(COLUMNS)[None, :]
+    grad0 -= met0 * decays_line.slice(0, HALF).load(COLUMNS_OF_HALF)[None, :]
+    grad1 -= met1 * decays_line.slice(HALF, HALF).load(COLUMNS_OF_HALF)[None, :]
+    # q kᵀ is needed last
     arrived(1)
     product = _times_turned(queries_tile, keys_tile)
     grad0 = gl.where(row[:, None] >= column[None, :], grad0, 0.0)
     grad1 = gl.where(row[:, None] >= column[None, :] + HALF, grad1, 0.0)
+    # d(MT) waits in tiles that are read, to go out
     kept0 = values_tile._reinterpret(dtype, [SIZE, HALF], SHARED)
     kept1 = grads_tile._reinterpret(dtype, [SIZE, HALF], SHARED)
     kept0.store(grad0.to(dtype))
     kept1.store(grad1.to(dtype))
 
-    # d(MT) Tᵀ = d(MT) diag(β) Xᵀ
-    left0 = (grad0 * beta_line.slice(0, HALF).load(COLUMNS)[None, :]).to(dtype)
-    left1 = (grad1 * beta_line.slice(HALF, HALF).load(COLUMNS)[None, :]).to(dtype)
+    # dM = d(MT) Tᵀ = d(MT) diag(β) Xᵀ
+    left0 = (grad0 * beta_line.slice(0, HALF).load(COLUMNS_OF_HALF)[None, :]).to(dtype)
+    left1 = (grad1 * beta_line.slice(HALF, HALF).load(COLUMNS_OF_HALF)[None, :]).to(dtype)
     left0, left1 = gl.convert_layout(left0, LEFT_HALF), gl.convert_layout(left1, LEFT_HALF)
     arrived(0)
     nothing = gl.zeros([SIZE, HALF], gl.float32, HALF_SUM)
@@ -221,21 +203,23 @@ def _scores_back_hopper_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pu
     pairs0 = warpgroup_mma(left0, solved00, nothing, use_acc=False, is_async=True)
     pairs1 = warpgroup_mma(left0, solved10, nothing, use_acc=False, is_async=True)
     pairs1 = warpgroup_mma(left1, solved1.permute([1, 0]), pairs1, is_async=True)
-    _store_halves(kept0, kept1, d_mixed + quarters)
+    store_halves(kept0, kept1, d_mixed + quarters)
+
+    # the gradient of q kᵀ is dM times decays; and gamma gets that times q kᵀ, of rows less of columns
     product, pairs0, left0 = warpgroup_mma_wait(2, deps=[product, pairs0, left0])
     product0, product1 = _in_halves(product)
-    sums = sums_line.load(ROWS)[:, None]
-    pairs0 *= decay_at_most_one(sums - sums_line.slice(0, HALF).load(COLUMNS)[None, :]) * scale
+    sums = sums_line.load(ROWS_OF_HALF)[:, None]
+    pairs0 *= decay_at_most_one(sums - sums_line.slice(0, HALF).load(COLUMNS_OF_HALF)[None, :]) * scale
     pairs0 = gl.where(row[:, None] >= column[None, :], pairs0, 0.0)
     mass0 = product0 * pairs0
     pairs1, _, _ = warpgroup_mma_wait(0, deps=[pairs1, left0, left1])
-    pairs1 *= decay_at_most_one(sums - sums_line.slice(HALF, HALF).load(COLUMNS)[None, :]) * scale
+    pairs1 *= decay_at_most_one(sums - sums_line.slice(HALF, HALF).load(COLUMNS_OF_HALF)[None, :]) * scale
     pairs1 = gl.where(row[:, None] >= column[None, :] + HALF, pairs1, 0.0)
     mass1 = product1 * pairs1
     kept0 = pulled_tile._reinterpret(dtype, [SIZE, HALF], SHARED)
     kept0.store(pairs0.to(dtype))
     scores1.store(pairs1.to(dtype))
-    mass = gl.sum(mass0 + mass1, 1) - gl.convert_layout(_sum_of_rows(mass0, mass1), ROWS)
-    gl.store(d_scored + (head.to(gl.int64) * N + slot) * SIZE + row, mass)
+    mass = gl.sum(mass0 + mass1, 1) - gl.convert_layout(sum_of_rows(_of_halves(mass0, mass1)), ROWS_OF_HALF)
+    gl.store(d_scored + per_row + row, mass)
     barrier()
-    _store_halves(kept0, scores1, d_pairs + quarters)
+    store_halves(kept0, scores1, d_pairs + quarters)

@@ -29,13 +29,14 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgro
 
 from loglinear.ops.triton.common import decay_at_most_one, decay_of, program_place
 from loglinear.ops.triton.delta_hopper import (
+    COLUMNS,
     EACH,
     HALF,
     LEFT,
-    LINE,
+    MATRIX,
     MOVED,
+    ROWS,
     SIZE,
-    SUMMED,
     WARPS,
     WHOLE_SUM,
     arrived,
@@ -44,37 +45,24 @@ from loglinear.ops.triton.delta_hopper import (
     copy_rows,
     copy_tile,
     load_column,
+    new_line,
     new_tile,
     offsets,
     store_quarters,
     store_rows,
+    sum_of_rows,
 )
 from loglinear.ops.triton.launch import kernel
 
-ROWS = gl.constexpr(gl.SliceLayout(1, WHOLE_SUM))
-COLUMNS = gl.constexpr(gl.SliceLayout(0, WHOLE_SUM))
 BY_COLUMNS = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [1, WARPS], [1, 0]))  # a warp has all rows of 16 columns
 
 
 @gluon.jit
-def _new_line():
-    return gl.allocate_shared_memory(gl.float32, [SIZE], LINE)
-
-
-@gluon.jit
 def _copy_lower(tile, pointer):
-    """The same of one with zeros in its upper right quarter."""
+    """Begins to bring a contiguous [128, 128] to shared memory, but for its upper right quarter: zero."""
     row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED))
     column = gl.arange(0, SIZE, gl.SliceLayout(0, MOVED))
     copy_tile(tile, pointer, (row // HALF)[:, None] >= (column // HALF)[None, :])
-
-
-@gluon.jit
-def _sum_of_rows(values):
-    """[128] of [128, 128]. Each thread gets eight rows of four columns first: to sum as they lie takes three shuffles
-    for every column."""
-    pairs = gl.sum(gl.reshape(values, [8, 2, 8, SIZE]), 1)
-    return gl.sum(gl.convert_layout(gl.reshape(pairs, [HALF, SIZE]), SUMMED), 0)
 
 
 @kernel(gluon.jit, do_not_specialize=["N", "stride_b"])
@@ -84,109 +72,109 @@ def _solved_hopper_kernel(q, k, v, beta, grad_o, inverse, scores, gamma, d_added
                           stride_gh):  # fmt: skip
     """Gradients of v, of W and of k kᵀ, and what β and gamma get from the inverse: d_strength, d_mass [1, H, N, C]."""
     head, slot = program_place()
-    exists = slot < N
-    rows = gl.load(rows_of + slot, mask=exists, other=0)
-    token = gl.load(tokens + slot, mask=exists, other=0)
-    first = None if firsts is None else gl.load(firsts + slot, mask=exists, other=0)
-    writes = gl.load(lefts + slot, mask=exists, other=0) > 1
+    is_slot = slot < N
+    rows = gl.load(rows_of + slot, mask=is_slot, other=0)
+    token = gl.load(tokens + slot, mask=is_slot, other=0)
+    first = None if firsts is None else gl.load(firsts + slot, mask=is_slot, other=0)
+    writes = gl.load(lefts + slot, mask=is_slot, other=0) > 1
     if rows == 0:
         return
     place = slot.to(gl.int64) * H + head
-    whole = place * (SIZE * SIZE)
+    matrix = place * MATRIX
     group = (head // (H // G)).to(gl.int64)
     dtype: gl.constexpr = gl.bfloat16
 
     keys, tile1, tile2, tile3 = new_tile(), new_tile(), new_tile(), new_tile()
     tile4, tile5, solved = new_tile(), new_tile(), new_tile()
-    sums_line, decays_line, beta_line = _new_line(), _new_line(), _new_line()
-    queries, maps, states, values, mix = tile1, tile2, tile3, tile4, tile5
-    of_overlap, erase, attention, written, grads, given = tile1, tile2, tile2, tile3, tile4, tile5
+    sums_line, decays_line, beta_line = new_line(), new_line(), new_line()
+    queries, grad_maps, grad_added, values, grad_mixed = tile1, tile2, tile3, tile4, tile5  # at first
+    grad_overlap, grad_erase, attention, grad_written, grads, grad_solved = tile1, tile2, tile2, tile3, tile4, tile5
     copy_rows(keys, k + group * stride_kg, token, first, rows, stride_k)
-    copy_tile(maps, d_maps + whole, writes)
+    copy_tile(grad_maps, d_maps + matrix, writes)
     async_copy.commit_group()
-    copy_tile(states, d_added + whole, writes)
+    copy_tile(grad_added, d_added + matrix, writes)
     async_copy.commit_group()
     copy_rows(queries, q + group * stride_qg, token, first, rows, stride_q)
     async_copy.commit_group()
     copy_rows(values, v + head.to(gl.int64) * stride_vh, token, first, rows, stride_v)
     async_copy.commit_group()
-    copy_quarters(mix, d_mixed, place)
+    copy_quarters(grad_mixed, d_mixed, place)
     async_copy.commit_group()
     copy_quarters(solved, inverse, place)
     async_copy.commit_group()
 
-    at = (head.to(gl.int64) * N + slot) * SIZE
+    per_row = (head.to(gl.int64) * N + slot) * SIZE
     each = gl.arange(0, SIZE, EACH)
-    of_each = gl.load(gamma + at + each)
-    sums_line.store(of_each)
-    decays_line.store(decay_of(of_each))
+    sums_of_each = gl.load(gamma + per_row + each)
+    sums_line.store(sums_of_each)
+    decays_line.store(decay_of(sums_of_each))
     beta_line.store(load_column(beta + head, each, token, first, rows, stride_b))
     row = gl.arange(0, SIZE, ROWS)
-    sums = gl.load(gamma + at + row)
-    after = decay_of(gl.load(gamma + (at + SIZE - 1)) - sums)
+    sums = gl.load(gamma + per_row + row)
+    after = decay_of(gl.load(gamma + (per_row + SIZE - 1)) - sums)
     strength = load_column(beta + head, row, token, first, rows, stride_b)
     nothing = gl.zeros([SIZE, SIZE], gl.float32, WHOLE_SUM)
 
-    # dW, dY
+    # dW, dY, and what dT gets from dW
     arrived(5)
-    erased = warpgroup_mma(keys, maps, nothing, use_acc=False, is_async=True)
-    erased = warpgroup_mma_wait(0, deps=[erased])
+    grad_w = warpgroup_mma(keys, grad_maps, nothing, use_acc=False, is_async=True)
+    grad_w = warpgroup_mma_wait(0, deps=[grad_w])
     barrier()
-    erase.store((-erased * after[:, None]).to(dtype))
+    grad_erase.store((-grad_w * after[:, None]).to(dtype))
     arrived(4)
-    grad = warpgroup_mma(erase, keys.permute([1, 0]), nothing, use_acc=False, is_async=True)
-    wrote = warpgroup_mma(keys, states, nothing, use_acc=False, is_async=True)
-    gl.store(d_erase + whole + offsets(), erase.load(MOVED), mask=writes)
-    grad = warpgroup_mma_wait(1, deps=[grad])
-    grad *= decays_line.load(COLUMNS)[None, :]
-    wrote = warpgroup_mma_wait(0, deps=[wrote])
+    grad_t = warpgroup_mma(grad_erase, keys.permute([1, 0]), nothing, use_acc=False, is_async=True)
+    grad_y = warpgroup_mma(keys, grad_added, nothing, use_acc=False, is_async=True)
+    gl.store(d_erase + matrix + offsets(), grad_erase.load(MOVED), mask=writes)
+    grad_t = warpgroup_mma_wait(1, deps=[grad_t])
+    grad_t *= decays_line.load(COLUMNS)[None, :]
+    grad_y = warpgroup_mma_wait(0, deps=[grad_y])
     arrived(3)
-    written.store((wrote * after[:, None]).to(dtype))
+    grad_written.store((grad_y * after[:, None]).to(dtype))
     pairs = warpgroup_mma(keys, queries.permute([1, 0]), nothing, use_acc=False, is_async=True)
-    _copy_lower(attention, scores + whole)
+    _copy_lower(attention, scores + matrix)
     async_copy.commit_group()
 
-    # dT
+    # dT, which also takes Mᵀ: `pairs`
     arrived(3)
-    grad = warpgroup_mma(written, values.permute([1, 0]), grad, is_async=True)
+    grad_t = warpgroup_mma(grad_written, values.permute([1, 0]), grad_t, is_async=True)
     pairs = warpgroup_mma_wait(1, deps=[pairs])
     pairs *= decay_at_most_one(sums_line.load(COLUMNS)[None, :] - sums[:, None]) * scale
     column = gl.arange(0, SIZE, COLUMNS)
     pairs = gl.where(row[:, None] <= column[None, :], pairs, 0.0)
     left = gl.convert_layout(pairs.to(dtype), LEFT)
     arrived(2)
-    grad = warpgroup_mma(left, mix, grad, is_async=True)
-    grad, left = warpgroup_mma_wait(0, deps=[grad, left])
+    grad_t = warpgroup_mma(left, grad_mixed, grad_t, is_async=True)
+    grad_t, left = warpgroup_mma_wait(0, deps=[grad_t, left])
     barrier()
     copy_rows(grads, grad_o + head.to(gl.int64) * stride_gh, token, first, rows, stride_g)
     async_copy.commit_group()
-    given.store(grad.to(dtype))
+    grad_solved.store(grad_t.to(dtype))
 
-    # dA, and the gradient of k kᵀ
+    # dA, and the gradient of k kᵀ: dA times decays and β of the row
     arrived(2)
-    lower = warpgroup_mma(solved.permute([1, 0]), given, nothing, use_acc=False, is_async=True)
+    grad_a = warpgroup_mma(solved.permute([1, 0]), grad_solved, nothing, use_acc=False, is_async=True)
     overlap = warpgroup_mma(keys, keys.permute([1, 0]), nothing, use_acc=False, is_async=True)
-    of_columns = gl.sum(given.load(BY_COLUMNS).to(gl.float32) * solved.load(BY_COLUMNS).to(gl.float32), 0)
-    lower = warpgroup_mma_wait(1, deps=[lower])
-    left = gl.convert_layout((lower * beta_line.load(COLUMNS)[None, :]).to(dtype), LEFT)
-    lower = warpgroup_mma(left, solved.permute([1, 0]), nothing, use_acc=False, is_async=True)
-    lower, overlap, left = warpgroup_mma_wait(0, deps=[lower, overlap, left])
-    lower *= decay_at_most_one(sums[:, None] - sums_line.load(COLUMNS)[None, :])
-    lower = gl.where(row[:, None] > column[None, :], -lower, 0.0)
-    of_overlap.store((lower * strength[:, None]).to(dtype))
-    raw = lower * overlap  # with β of the row: A ⊙ dA
+    of_columns = gl.sum(grad_solved.load(BY_COLUMNS).to(gl.float32) * solved.load(BY_COLUMNS).to(gl.float32), 0)
+    grad_a = warpgroup_mma_wait(1, deps=[grad_a])
+    left = gl.convert_layout((grad_a * beta_line.load(COLUMNS)[None, :]).to(dtype), LEFT)
+    grad_a = warpgroup_mma(left, solved.permute([1, 0]), nothing, use_acc=False, is_async=True)
+    grad_a, overlap, left = warpgroup_mma_wait(0, deps=[grad_a, overlap, left])
+    grad_a *= decay_at_most_one(sums[:, None] - sums_line.load(COLUMNS)[None, :])
+    grad_a = gl.where(row[:, None] > column[None, :], -grad_a, 0.0)
+    grad_overlap.store((grad_a * strength[:, None]).to(dtype))
+    raw = grad_a * overlap  # with β of the row: A ⊙ dA
     barrier()
-    store_quarters(of_overlap, d_overlap, place)
+    store_quarters(grad_overlap, d_overlap, place)
     of_rows = gl.sum(raw, 1)
-    of_others = _sum_of_rows(raw * strength[:, None])
-    gl.store(d_strength + at + row, of_rows + gl.convert_layout(of_columns, ROWS))
-    gl.store(d_mass + at + row, of_rows * strength - gl.convert_layout(of_others, ROWS))
+    of_others = sum_of_rows(raw * strength[:, None])
+    gl.store(d_strength + per_row + row, of_rows + gl.convert_layout(of_columns, ROWS))
+    gl.store(d_mass + per_row + row, of_rows * strength - gl.convert_layout(of_others, ROWS))
 
     # dv
-    wrote = warpgroup_mma(solved.permute([1, 0]), written, nothing, use_acc=False, is_async=True)
-    wrote = warpgroup_mma_wait(0, deps=[wrote])
-    wrote *= strength[:, None]
+    grad_v = warpgroup_mma(solved.permute([1, 0]), grad_written, nothing, use_acc=False, is_async=True)
+    grad_v = warpgroup_mma_wait(0, deps=[grad_v])
+    grad_v *= strength[:, None]
     arrived(0)
-    wrote = warpgroup_mma(attention.permute([1, 0]), grads, wrote, is_async=True)
-    wrote = warpgroup_mma_wait(0, deps=[wrote])
-    store_rows(solved, wrote.to(dtype), dv + head * SIZE, token, first, rows, H * SIZE)
+    grad_v = warpgroup_mma(attention.permute([1, 0]), grads, grad_v, is_async=True)
+    grad_v = warpgroup_mma_wait(0, deps=[grad_v])
+    store_rows(solved, grad_v.to(dtype), dv + head * SIZE, token, first, rows, H * SIZE)

@@ -21,11 +21,16 @@ from loglinear.ops.triton.common import (
     program_place,
 )
 from loglinear.ops.triton.delta_hopper import (
+    COLUMNS_OF_HALF,
     HALF,
     HALF_SUM,
     LEFT,
     LEFT_HALF,
-    MOVED_HALF,
+    MATRIX,
+    QUARTER,
+    QUARTERS,
+    ROWS,
+    ROWS_OF_HALF,
     SHARED,
     SIZE,
     WHOLE_SUM,
@@ -38,11 +43,12 @@ from loglinear.ops.triton.delta_hopper import (
     level_factor,
     load_column,
     load_level,
+    store_halves,
     store_rows,
 )
 from loglinear.ops.triton.launch import kernel
 
-PAIRS = gl.constexpr(3)  # of tiles in shared memory
+PAIRS = gl.constexpr(3)  # of tiles in shared memory: U and P of so many nodes
 
 
 @gluon.jit
@@ -50,12 +56,12 @@ def _copy_node(states, passes, number, count, slot, block, origin, oldest, rest,
     """Begins to bring U and P of a node to its pair of tiles, if there is one of this number."""
     if number < count:
         node = place_of_node(slot, block, origin, oldest, rest, count - number)
-        here = node.to(gl.int64) * H + head
+        place = node.to(gl.int64) * H + head
         pair = number % PAIRS
-        copy_tile(states.index(pair), added + here * (SIZE * SIZE))
+        copy_tile(states.index(pair), added + place * MATRIX)
         if number < count - 1:
             half = (gl.load(heights + node) % 2).to(gl.int64) * N * H
-            copy_tile(passes.index(pair), maps + (half + here) * (2 * SIZE * SIZE))  # the first of two parts
+            copy_tile(passes.index(pair), maps + (half + place) * (2 * MATRIX))  # the first of two parts
     async_copy.commit_group()
 
 
@@ -68,12 +74,12 @@ def _walk_hopper_kernel(q, k, v, scales, beta, inverse, gamma, mixed, o, added, 
     carried in pass them as they are, for P = I."""
     head, slot = program_place()
     # side by side, for nothing else can begin before
-    exists = slot < N
-    rows, token = gl.load(rows_of + slot, mask=exists, other=0), gl.load(tokens + slot, mask=exists, other=0)
-    block, count = gl.load(blocks + slot, mask=exists, other=0), gl.load(reads + slot, mask=exists, other=0)
-    first = None if firsts is None else gl.load(firsts + slot, mask=exists, other=0)
-    origin = None if origins is None else gl.load(origins + slot, mask=exists, other=0)
-    oldest = None if oldests is None else gl.load(oldests + slot, mask=exists, other=0)
+    is_slot = slot < N
+    rows, token = gl.load(rows_of + slot, mask=is_slot, other=0), gl.load(tokens + slot, mask=is_slot, other=0)
+    block, count = gl.load(blocks + slot, mask=is_slot, other=0), gl.load(reads + slot, mask=is_slot, other=0)
+    first = None if firsts is None else gl.load(firsts + slot, mask=is_slot, other=0)
+    origin = None if origins is None else gl.load(origins + slot, mask=is_slot, other=0)
+    oldest = None if oldests is None else gl.load(oldests + slot, mask=is_slot, other=0)
     if rows == 0:
         return
     place = slot.to(gl.int64) * H + head
@@ -93,29 +99,32 @@ def _walk_hopper_kernel(q, k, v, scales, beta, inverse, gamma, mixed, o, added, 
     copy_rows(queries_tile, q + group * stride_qg, token, first, rows, stride_q)
     copy_rows(keys_tile, k + group * stride_kg, token, first, rows, stride_k)
     async_copy.commit_group()
-    parts = inverse + place * (3 * HALF * HALF)
-    lost_parts = parts + N.to(gl.int64) * H * (3 * HALF * HALF)
+    # X: the first parts of its quarters, then what they have lost
+    parts = inverse + place * QUARTERS
+    lost_parts = parts + N.to(gl.int64) * H * QUARTERS
     for quarter in gl.static_range(3):
-        copy_quarter(quarters.index(quarter), parts + quarter * HALF * HALF)
+        copy_quarter(quarters.index(quarter), parts + quarter * QUARTER)
     copy_quarter(quarters.index(3), lost_parts)
-    copy_quarter(more.index(0), lost_parts + HALF * HALF)
-    copy_quarter(more.index(1), lost_parts + 2 * HALF * HALF)
+    copy_quarter(more.index(0), lost_parts + QUARTER)
+    copy_quarter(more.index(1), lost_parts + 2 * QUARTER)
     async_copy.commit_group()
     copy_rows(values_tile, v + head.to(gl.int64) * stride_vh, token, first, rows, stride_v)
     async_copy.commit_group()
     _copy_node(states, passes, 0, count, slot, block, origin, oldest, block, heights, added, maps, N, H, head)
 
-    row = gl.arange(0, SIZE, gl.SliceLayout(1, HALF_SUM))
-    column = gl.arange(0, HALF, gl.SliceLayout(0, HALF_SUM))
+    # a chunk's matrices are made as two halves of their columns, 0 and 1
+    row = gl.arange(0, SIZE, ROWS_OF_HALF)
+    column = gl.arange(0, HALF, COLUMNS_OF_HALF)
     lower = row >= HALF
     sums_at = gamma + (head.to(gl.int64) * N + slot) * SIZE
     sums = gl.load(sums_at + row)
     sums0, sums1 = gl.load(sums_at + column), gl.load(sums_at + HALF + column)
-    later = None if first is None else first - HALF
+    later = None if first is None else first - HALF  # as if the second half were a chunk
     beta0 = load_column(beta + head, column, token, first, rows, stride_b)
     beta1 = load_column(beta + head, column, token + HALF, later, rows - HALF, stride_b)
     nothing = gl.zeros([SIZE, HALF], gl.float32, HALF_SUM)
 
+    # M: q kᵀ with decays
     arrived(3)
     keys0, keys1 = keys_tile.slice(0, HALF), keys_tile.slice(HALF, HALF)
     pairs0 = warpgroup_mma(queries_tile, keys0.permute([1, 0]), nothing, use_acc=False, is_async=True)
@@ -130,6 +139,7 @@ def _walk_hopper_kernel(q, k, v, scales, beta, inverse, gamma, mixed, o, added, 
     whole0, whole1 = gl.convert_layout(whole0, LEFT_HALF), gl.convert_layout(whole1, LEFT_HALF)
     lost0, lost1 = gl.convert_layout(lost0, LEFT_HALF), gl.convert_layout(lost1, LEFT_HALF)
 
+    # MT = M X diag(β), both in parts
     arrived(2)
     mixed0 = warpgroup_mma(whole0, quarters.index(0), nothing, use_acc=False, is_async=True)
     mixed1 = warpgroup_mma(whole1, quarters.index(2), nothing, use_acc=False, is_async=True)
@@ -143,22 +153,22 @@ def _walk_hopper_kernel(q, k, v, scales, beta, inverse, gamma, mixed, o, added, 
     mixed0, mixed1, _, _, _, _ = warpgroup_mma_wait(0, deps=[mixed0, mixed1, whole0, lost0, whole1, lost1])
     mixed0 *= beta0[None, :]
     mixed1 *= beta1[None, :]
+
+    # what the queries meet of the keys before them in the chunk: MT k̂
     passing0 = gl.convert_layout((mixed0 * decay_of(sums0)[None, :]).to(dtype), LEFT_HALF)
     passing1 = gl.convert_layout((mixed1 * decay_of(sums1)[None, :]).to(dtype), LEFT_HALF)
     passed = gl.zeros([SIZE, SIZE], gl.float32, WHOLE_SUM)
     passed = warpgroup_mma(passing0, keys0, passed, use_acc=False, is_async=True)
     passed = warpgroup_mma(passing1, keys1, passed, is_async=True)
     if mixed is not None:
-        at = mixed + place * (3 * HALF * HALF)
-        row_of = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED_HALF))
-        numbers = row_of[:, None] * HALF + gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))[None, :]
         kept = inverse_tile._reinterpret(dtype, [2, SIZE, HALF], SHARED)
         barrier()
         kept.index(0).store(mixed0.to(dtype))
         kept.index(1).store(mixed1.to(dtype))
         barrier()
-        gl.store(at + numbers, kept.index(0).load(MOVED_HALF))
-        gl.store(at + HALF * HALF + numbers, kept.index(1).load(MOVED_HALF), mask=(row_of >= HALF)[:, None])
+        store_halves(kept.index(0), kept.index(1), mixed + place * QUARTERS)
+
+    # S = MT ⊙ Λ
     lam = scales + head.to(gl.int64) * stride_sh
     if SCALED:
         factor = level_factor(lam, token, first, rows, stride_s, L, HEIGHT - 1)
@@ -168,7 +178,9 @@ def _walk_hopper_kernel(q, k, v, scales, beta, inverse, gamma, mixed, o, added, 
     inside0 = gl.convert_layout(mixed0.to(dtype), LEFT_HALF)
     inside1 = gl.convert_layout(mixed1.to(dtype), LEFT_HALF)
     passed, _, _ = warpgroup_mma_wait(0, deps=[passed, passing0, passing1])
-    row = gl.arange(0, SIZE, gl.SliceLayout(1, WHOLE_SUM))
+
+    # R, the queries as seen from the state that enters; and S v
+    row = gl.arange(0, SIZE, ROWS)
     entering = decay_of(gl.load(sums_at + row)) * scale
     queries = queries_tile.load(WHOLE_SUM).to(gl.float32) * entering[:, None] - passed
     queries = gl.convert_layout(queries.to(dtype), LEFT)
@@ -176,22 +188,24 @@ def _walk_hopper_kernel(q, k, v, scales, beta, inverse, gamma, mixed, o, added, 
     out = gl.zeros([SIZE, SIZE], gl.float32, WHOLE_SUM)
     out = warpgroup_mma(inside0, values_tile.slice(0, HALF), out, use_acc=False, is_async=True)
     out = warpgroup_mma(inside1, values_tile.slice(HALF, HALF), out, is_async=True)
-    # q and k are read
-    rest = drop_lowest_bit(block)
-    _copy_node(states, passes, 1, count, slot, block, origin, oldest, rest, heights, added, maps, N, H, head)
-    rest = drop_lowest_bit(rest)
+
+    # nodes take the place of q and k, then of v and X; `ahead` is `rest` of the next that is asked for
+    ahead = drop_lowest_bit(block)
+    _copy_node(states, passes, 1, count, slot, block, origin, oldest, ahead, heights, added, maps, N, H, head)
+    ahead = drop_lowest_bit(ahead)
     out, _, _ = warpgroup_mma_wait(0, deps=[out, inside0, inside1])
     barrier()
-    _copy_node(states, passes, 2, count, slot, block, origin, oldest, rest, heights, added, maps, N, H, head)
-    rest = drop_lowest_bit(rest)
+    _copy_node(states, passes, 2, count, slot, block, origin, oldest, ahead, heights, added, maps, N, H, head)
+    ahead = drop_lowest_bit(ahead)
 
-    here = block
+    # from node to node, the nearest first
+    rest = block
     for number in range(count):
         pair = number % PAIRS
         if SCALED:
-            height = gl.load(heights + place_of_node(slot, block, origin, oldest, here, count - number))
+            height = gl.load(heights + place_of_node(slot, block, origin, oldest, rest, count - number))
             level = load_level(lam, row, token, first, rows, stride_s, HEIGHT + 1 + height, L)
-        here = drop_lowest_bit(here)
+        rest = drop_lowest_bit(rest)
         arrived(2)
         empty = gl.zeros([SIZE, SIZE], gl.float32, WHOLE_SUM)
         read = warpgroup_mma(queries, states.index(pair), empty, use_acc=False)
@@ -203,9 +217,9 @@ def _walk_hopper_kernel(q, k, v, scales, beta, inverse, gamma, mixed, o, added, 
             queries = gl.convert_layout(passed.to(dtype), LEFT)
         barrier()
         _copy_node(
-            states, passes, number + 3, count, slot, block, origin, oldest, rest, heights, added, maps, N, H, head
+            states, passes, number + PAIRS, count, slot, block, origin, oldest, ahead, heights, added, maps, N, H, head
         )
-        rest = drop_lowest_bit(rest)
+        ahead = drop_lowest_bit(ahead)
     async_copy.wait_group(0)
     barrier()
     store_rows(states.index(0), out.to(dtype), o + head * SIZE, token, first, rows, H * SIZE)
