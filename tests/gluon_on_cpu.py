@@ -309,8 +309,9 @@ def _language() -> dict[str, Any]:
         return torch.where(_numbers(condition), x, y)
 
     return {
-        **layouts, **dtypes, "constexpr": lambda x: x, "allocate_shared_memory": allocate_shared_memory,
-        "thread_barrier": thread_barrier, "load": load, "store": store, "where": where, "full": full,
+        **layouts, **dtypes, "constexpr": lambda x: x, "shared_memory_descriptor": Shared,
+        "allocate_shared_memory": allocate_shared_memory, "thread_barrier": thread_barrier, "load": load,
+        "store": store, "where": where, "full": full,
         "zeros": lambda shape, dtype, layout=None: full(shape, 0, dtype),
         "arange": lambda start, end, layout=None: torch.arange(start, end, dtype=torch.int32),
         "program_id": lambda axis: scalar(program().place[axis]),

@@ -185,14 +185,18 @@ def main() -> None:
     parser.add_argument("--value", type=int, default=384)
     parser.add_argument("--chunk", type=int, help="rows of a chunk of the delta rule in 16 bits")
     parser.add_argument("--state", action="store_true", help="with a state in and out")
+    parser.add_argument(
+        "--gluon", action="store_true", help="kernels for Hopper where this Triton has not run them, too"
+    )
     parser.add_argument("--capability", type=int, default=HOPPER, help="of the GPU, times ten")
     parser.add_argument("--json", action="store_true", help="rows as JSON")
     options = parser.parse_args()
     rows = compile_instead_of_launching(options.capability)
 
-    from loglinear.ops.triton import delta
+    from loglinear.ops.triton import delta, delta_chunks
 
     delta.LONG_CHUNK = options.chunk or delta.LONG_CHUNK
+    delta_chunks.GLUON = delta_chunks.GLUON or options.gluon
     call(
         options.family, getattr(torch, options.dtype), options.heads, options.groups or options.heads, options.key,
         options.value, options.state,

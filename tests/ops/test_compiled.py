@@ -21,8 +21,11 @@ CASES = {
     "delta": (["delta"], 300),
     "delta, float16, computed as float32": (["delta", "--dtype", "float16"], 2500),
     "delta, all columns in a program": (["delta", "--heads", "2", "--key", "96", "--value", "128"], 400),
-    "delta, on Hopper": (["delta", "--heads", "2", "--key", "128", "--value", "128"], 100),
-    "delta, on Hopper, with a state": (["delta", "--heads", "1", "--key", "128", "--value", "128", "--state"], 100),
+    "delta, on Hopper": (["delta", "--heads", "2", "--key", "128", "--value", "128", "--gluon"], 300),
+    "delta, on Hopper, with a state": (
+        ["delta", "--heads", "1", "--key", "128", "--value", "128", "--state", "--gluon"],
+        300,
+    ),
     "delta, narrow": (["delta", "--heads", "2", "--key", "16", "--value", "32"], 300),
     "delta, narrow, with a state": (["delta", "--heads", "2", "--key", "64", "--value", "64", "--state"], 300),
 }
@@ -58,3 +61,5 @@ def test_kernels_compile_for_hopper(case):
         assert row["failed"] is None, f"{row['kernel']}: {row['failed']}"
         assert row["spilled_bytes"] <= most, row
         assert not row["unwritten"], row
+    if "--gluon" in options:
+        assert sum("hopper" in row["kernel"] for row in rows) == 8

@@ -12,7 +12,7 @@ For who knows Triton and not Gluon:
     A layout says which thread has which numbers of a tensor, or where shared memory has them. `gl.convert_layout`
     changes it: for nothing if every thread keeps its registers (`assert_trivial=True`), else through shared memory.
     What is allocated in shared memory is named like the matrix that it holds, and gets another name with another matrix
-    (the tables at the top of the modules). `tile.permute([1, 0])`, `slice`, `index` and `_reinterpret` only look at the
+    (the tables at the top of the modules). `tile.permute([1, 0])`, `slice`, `index` and `seen_as` only look at the
     same memory in another way; `tile.load(layout)` and `tile.store` move numbers to registers and back.
     Copies to shared memory come in groups: `commit_group` ends one, be it empty, and `arrived(n)` waits for all but the
     last n. So count the `commit_group`s above it, and the first copies are there.
@@ -36,7 +36,10 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 from loglinear.ops.triton.common import in_same_block, row_exists
 from loglinear.ops.triton.delta_chunks import HOPPER_WARPS
 
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before Triton 3.7
+# what has other names since Triton 3.7 and 3.8 or 3.9
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+begin_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+SEES_AS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 WARPS = HOPPER_WARPS
 ASSEMBLES = gl.constexpr(hasattr(gl, "inline_asm_elementwise"))  # not in the emulator of the tests
@@ -96,6 +99,15 @@ def new_half():
 
 
 @gluon.jit
+def seen_as(tile, shape: gl.constexpr):
+    """The shared memory of a tile, or the beginning of it, in another shape."""
+    if SEES_AS:
+        return tile.reinterpret(gl.bfloat16, shape, SHARED)
+    else:
+        return tile._reinterpret(gl.bfloat16, shape, SHARED)
+
+
+@gluon.jit
 def new_line():
     """[128] of shared memory, float32: to have by column what threads have by row, or the other way round."""
     return gl.allocate_shared_memory(gl.float32, [SIZE], LINE)
@@ -114,7 +126,7 @@ def places_of_rows(pointer, token, first, rows, stride, WIDTH: gl.constexpr, LAY
 def copy_rows(tile, pointer, token, first, rows, stride):
     """Begins to bring the rows of a chunk to shared memory: zero where there is none."""
     at, exists = places_of_rows(pointer, token, first, rows, stride, SIZE, MOVED)
-    async_copy.async_copy_global_to_shared(tile, at, mask=exists)
+    begin_copy(tile, at, mask=exists)
 
 
 @gluon.jit
@@ -127,7 +139,7 @@ def offsets():
 @gluon.jit
 def copy_tile(tile, pointer, exists=None):
     """Begins to bring a contiguous [128, 128] to shared memory: zero where it does not exist."""
-    async_copy.async_copy_global_to_shared(tile, pointer + offsets(), mask=exists)
+    begin_copy(tile, pointer + offsets(), mask=exists)
 
 
 @gluon.jit
@@ -151,7 +163,7 @@ def _quarters(matrix, place):
 def copy_quarters(tile, matrix, place):
     """Begins to bring a chunk's lower triangular matrix to shared memory, with zeros above the diagonal."""
     at, exists = _quarters(matrix, place)
-    async_copy.async_copy_global_to_shared(tile, at, mask=exists)
+    begin_copy(tile, at, mask=exists)
 
 
 @gluon.jit
@@ -166,7 +178,7 @@ def copy_quarter(tile, pointer):
     """Begins to bring a contiguous [64, 64] to shared memory."""
     row = gl.arange(0, HALF, gl.SliceLayout(1, MOVED_HALF))
     column = gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))
-    async_copy.async_copy_global_to_shared(tile, pointer + (row[:, None] * HALF + column[None, :]))
+    begin_copy(tile, pointer + (row[:, None] * HALF + column[None, :]))
 
 
 @gluon.jit
@@ -182,15 +194,15 @@ def _halves(matrix):
 def copy_first_half(tile, matrix):
     """Begins to bring the first half of the columns of a lower triangular matrix to shared memory, [128, 64]."""
     at, _ = _halves(matrix)
-    async_copy.async_copy_global_to_shared(tile, at)
+    begin_copy(tile, at)
 
 
 @gluon.jit
 def copy_halves(tile0, tile1, matrix):
     """And the second, whose upper half is zero."""
     at, below = _halves(matrix)
-    async_copy.async_copy_global_to_shared(tile0, at)
-    async_copy.async_copy_global_to_shared(tile1, at + QUARTER, mask=below)
+    begin_copy(tile0, at)
+    begin_copy(tile1, at + QUARTER, mask=below)
 
 
 @gluon.jit

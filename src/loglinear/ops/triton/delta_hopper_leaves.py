@@ -41,6 +41,7 @@ from loglinear.ops.triton.delta_hopper import (
     SIZE,
     arrived,
     barrier,
+    begin_copy,
     copy_rows,
     in_parts,
     load_column,
@@ -55,7 +56,7 @@ from loglinear.ops.triton.launch import kernel
 def _copy_columns(tile, pointer, token, first, rows, stride):
     """Begins to bring 64 columns of the rows of a chunk to shared memory: zero where there is no row."""
     at, exists = places_of_rows(pointer, token, first, rows, stride, HALF, MOVED_HALF)
-    async_copy.async_copy_global_to_shared(tile, at, mask=exists)
+    begin_copy(tile, at, mask=exists)
 
 
 @gluon.jit
@@ -65,7 +66,7 @@ def _copy_two_quarters(tile, pointer, apart):
     row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED_HALF))
     column = gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))
     at = pointer + ((row // HALF).to(gl.int64) * apart + row % HALF * HALF)[:, None]
-    async_copy.async_copy_global_to_shared(tile, at + column[None, :])
+    begin_copy(tile, at + column[None, :])
 
 
 @gluon.jit

@@ -47,6 +47,7 @@ from loglinear.ops.triton.delta_hopper import (
     new_line,
     new_tile,
     same_block,
+    seen_as,
     store_halves,
     sum_of_rows,
 )
@@ -188,8 +189,8 @@ def _scores_back_hopper_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pu
     grad0 = gl.where(row[:, None] >= column[None, :], grad0, 0.0)
     grad1 = gl.where(row[:, None] >= column[None, :] + HALF, grad1, 0.0)
     # d(MT) waits in tiles that are read, to go out
-    kept0 = values_tile._reinterpret(dtype, [SIZE, HALF], SHARED)
-    kept1 = grads_tile._reinterpret(dtype, [SIZE, HALF], SHARED)
+    kept0 = seen_as(values_tile, [SIZE, HALF])
+    kept1 = seen_as(grads_tile, [SIZE, HALF])
     kept0.store(grad0.to(dtype))
     kept1.store(grad1.to(dtype))
 
@@ -216,7 +217,7 @@ def _scores_back_hopper_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pu
     pairs1 *= decay_at_most_one(sums - sums_line.slice(HALF, HALF).load(COLUMNS_OF_HALF)[None, :]) * scale
     pairs1 = gl.where(row[:, None] >= column[None, :] + HALF, pairs1, 0.0)
     mass1 = product1 * pairs1
-    kept0 = pulled_tile._reinterpret(dtype, [SIZE, HALF], SHARED)
+    kept0 = seen_as(pulled_tile, [SIZE, HALF])
     kept0.store(pairs0.to(dtype))
     scores1.store(pairs1.to(dtype))
     mass = gl.sum(mass0 + mass1, 1) - gl.convert_layout(sum_of_rows(_of_halves(mass0, mass1)), ROWS_OF_HALF)

@@ -43,6 +43,7 @@ from loglinear.ops.triton.delta_hopper import (
     level_factor,
     load_column,
     load_level,
+    seen_as,
     store_halves,
     store_rows,
 )
@@ -95,7 +96,7 @@ def _walk_hopper_kernel(q, k, v, scales, beta, inverse, gamma, mixed, o, added, 
         states.index(2),
         passes.index(2),
     )
-    quarters = inverse_tile._reinterpret(dtype, [4, HALF, HALF], SHARED)
+    quarters = seen_as(inverse_tile, [4, HALF, HALF])
     copy_rows(queries_tile, q + group * stride_qg, token, first, rows, stride_q)
     copy_rows(keys_tile, k + group * stride_kg, token, first, rows, stride_k)
     async_copy.commit_group()
@@ -161,7 +162,7 @@ def _walk_hopper_kernel(q, k, v, scales, beta, inverse, gamma, mixed, o, added, 
     passed = warpgroup_mma(passing0, keys0, passed, use_acc=False, is_async=True)
     passed = warpgroup_mma(passing1, keys1, passed, is_async=True)
     if mixed is not None:
-        kept = inverse_tile._reinterpret(dtype, [2, SIZE, HALF], SHARED)
+        kept = seen_as(inverse_tile, [2, SIZE, HALF])
         barrier()
         kept.index(0).store(mixed0.to(dtype))
         kept.index(1).store(mixed1.to(dtype))
