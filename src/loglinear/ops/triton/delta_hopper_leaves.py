@@ -220,7 +220,7 @@ def _leaves_hopper_kernel(k, v, beta, inverse, gamma, added, maps, finals, token
     left1 = warpgroup_mma(keys1, tile2.slice(HALF, HALF), left1, is_async=True)
     left0 = warpgroup_mma(keys1, tile0.slice(HALF, HALF), left0, is_async=True)
     left0 = warpgroup_mma(keys1, tile1.slice(HALF, HALF), left0, is_async=True)
-    left0, left1 = warpgroup_mma_wait(0, deps=[left0, left1])
+    left0, left1, _, _ = warpgroup_mma_wait(0, deps=[left0, left1, keys0, keys1])
     barrier()  # X is read
     whole, lost = in_parts(left0 * _by_column(beta0))
     whole0 = _as_left(whole)
@@ -232,13 +232,13 @@ def _leaves_hopper_kernel(k, v, beta, inverse, gamma, added, maps, finals, token
     # U
     arrived(0)
     made = _times_rows(whole0, whole1, tile0, tile1, tile3)
-    made = warpgroup_mma_wait(0, deps=[made])
+    made, _, _ = warpgroup_mma_wait(0, deps=[made, whole0, whole1])
     tile2.store(made.to(gl.bfloat16))
     made = _times_rows(whole0, whole1, tile0, tile1, tile4)
     barrier()
     added += place * MATRIX
     _store_half(tile2, added, 0)
-    made = warpgroup_mma_wait(0, deps=[made])
+    made, _, _ = warpgroup_mma_wait(0, deps=[made, whole0, whole1])
     barrier()
     tile3.store(made.to(gl.bfloat16))
 
@@ -255,7 +255,7 @@ def _leaves_hopper_kernel(k, v, beta, inverse, gamma, added, maps, finals, token
     # P = e^Γ I - k̄ᵀ T e^γ k
     made = _times_rows(whole0, whole1, tile4, tile2, keys.slice(0, HALF, dim=1))
     _store_half(tile3, added, 1)
-    made = warpgroup_mma_wait(0, deps=[made])
+    made, _, _ = warpgroup_mma_wait(0, deps=[made, whole0, whole1])
     maps += place * (2 * MATRIX)
     if finals is not None:
         finals += place * MATRIX
@@ -265,7 +265,7 @@ def _leaves_hopper_kernel(k, v, beta, inverse, gamma, added, maps, finals, token
     made = _times_rows(whole0, whole1, tile4, tile2, keys.slice(HALF, HALF, dim=1))
     barrier()
     _store_map(tile0, tile1, maps, finals, stays, 0)
-    made = warpgroup_mma_wait(0, deps=[made])
+    made, _, _ = warpgroup_mma_wait(0, deps=[made, whole0, whole1])
     barrier()
     whole, lost = _map_in_parts(made, passing, 1)
     tile3.store(whole)

@@ -155,12 +155,17 @@ def _walk_hopper_kernel(q, k, v, scales, beta, inverse, gamma, mixed, o, added, 
     mixed0 *= beta0[None, :]
     mixed1 *= beta1[None, :]
 
-    # what the queries meet of the keys before them in the chunk: MT k̂
-    passing0 = gl.convert_layout((mixed0 * decay_of(sums0)[None, :]).to(dtype), LEFT_HALF)
-    passing1 = gl.convert_layout((mixed1 * decay_of(sums1)[None, :]).to(dtype), LEFT_HALF)
+    # what the queries meet of the keys before them in the chunk: MT k̂, MT e^γ in parts
+    passing, lost = in_parts(mixed0 * decay_of(sums0)[None, :])
+    passing, lost = gl.convert_layout(passing, LEFT_HALF), gl.convert_layout(lost, LEFT_HALF)
     passed = gl.zeros([SIZE, SIZE], gl.float32, WHOLE_SUM)
-    passed = warpgroup_mma(passing0, keys0, passed, use_acc=False, is_async=True)
-    passed = warpgroup_mma(passing1, keys1, passed, is_async=True)
+    passed = warpgroup_mma(passing, keys0, passed, use_acc=False, is_async=True)
+    passed = warpgroup_mma(lost, keys0, passed, is_async=True)
+    passed, _, _ = warpgroup_mma_wait(0, deps=[passed, passing, lost])
+    passing, lost = in_parts(mixed1 * decay_of(sums1)[None, :])
+    passing, lost = gl.convert_layout(passing, LEFT_HALF), gl.convert_layout(lost, LEFT_HALF)
+    passed = warpgroup_mma(passing, keys1, passed, is_async=True)
+    passed = warpgroup_mma(lost, keys1, passed, is_async=True)
     if mixed is not None:
         kept = seen_as(inverse_tile, [2, SIZE, HALF])
         barrier()
@@ -178,7 +183,7 @@ def _walk_hopper_kernel(q, k, v, scales, beta, inverse, gamma, mixed, o, added, 
         mixed1 *= factor
     inside0 = gl.convert_layout(mixed0.to(dtype), LEFT_HALF)
     inside1 = gl.convert_layout(mixed1.to(dtype), LEFT_HALF)
-    passed, _, _ = warpgroup_mma_wait(0, deps=[passed, passing0, passing1])
+    passed, _, _ = warpgroup_mma_wait(0, deps=[passed, passing, lost])
 
     # R, the queries as seen from the state that enters; and S v
     row = gl.arange(0, SIZE, ROWS)
