@@ -10,10 +10,10 @@ Precision. Of float32 inputs all is float32, but for gamma, A and its inverse, a
 For 16-bit inputs A, its inverse and the products that join it are float32 in three tf32 parts, for the inverse of a
 chunk of nearly equal keys is as badly conditioned as the chunk is long. What every later product passes through is in
 two bfloat16 parts, the second of them what the first has lost: the inverse as it is stored and the scores that it is
-multiplied by, what comes of them where queries pass it (but in the walk, of which that would be a tenth), k̄ᵀ T, and P
-in `delta_nodes.py` where nodes grow. With single ones the output is wrong by 6e-3 where nothing decays, instead of
-3.5e-3, of which 1.7e-3 is the rounding of the output. U, the queries and the scores that meet v are single, and so is P
-where queries pass it, and all that the backward multiplies by.
+multiplied by, what comes of them where queries pass it, k̄ᵀ T, and P in `delta_nodes.py` where nodes grow. With single
+ones the output is wrong by 6e-3 where nothing decays, instead of 3.5e-3, of which 1.7e-3 is the rounding of the output.
+U, the queries and the scores that meet v are single, and so is P where queries pass it, and all that the backward
+multiplies by.
 
 Legend
     N chunks (slots), C rows of a chunk, H heads, G groups, K key width, V value width, L levels
@@ -45,7 +45,11 @@ TILE = 64  # columns of keys or values that are multiplied at once
 WALKED = 128  # the most that a program may have of all columns at once
 HOPPER_CHUNK = HOPPER_WIDTH = 128  # rows of chunks and columns of keys and values for which Hopper has its own kernels
 HOPPER_WARPS = 8  # of a program of them
-GLUON = triton.__version__.startswith("3.6.")
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+GLUON = VERSION in ((3, 6), (3, 7), (3, 9))  # what the kernels for Hopper have run with
+# Of kernels for bfloat16 and K > 128 Triton 3.9 makes some that give wrong gradients on an H200 (docs/log.md,
+# 28 November 2026); 3.8 has not run
+MISCOMPILES_WIDE_KEYS = VERSION >= (3, 8) and not INTERPRETED
 FETCHES = tl.constexpr(torch.version.hip is None and not INTERPRETED)
 
 
@@ -223,7 +227,7 @@ def takes_hopper(chunk: int, *rows: Tensor) -> bool:
     """Whether this is a GPU for the kernels of `delta_hopper_*.py`, and they take chunks of these rows [T, heads, 128].
 
     Copies are of 16 bytes, which Triton compiles where rows begin at multiples of 16 numbers. Gluon changes from one
-    Triton to the next.
+    Triton to the next: see `GLUON`.
     """
     if not GLUON or INTERPRETED or chunk != HOPPER_CHUNK:
         return False
