@@ -161,10 +161,9 @@ def _scores_of(q, k, beta, inverse, kept, sums, token, first, rows, place, size,
         store_quarters(kept, mixed, place, C // 2)
     entering = decay_of(sums)
     passing, lost = in_parts(mixed * entering[None, :], dtype)
-    passed = tl.zeros((C, BK), tl.float32)
+    passed = tl.dot(passing, keys, input_precision=PRECISION)
     if PARTS == 2:
         passed = tl.dot(lost, keys, passed, input_precision=PRECISION)
-    passed = tl.dot(passing, keys, passed, input_precision=PRECISION)
     seen = queries.to(tl.float32) * (entering * scale)[:, None] - passed
     return mixed, seen.to(dtype)
 
