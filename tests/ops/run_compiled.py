@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 import time
@@ -22,7 +21,10 @@ from compile_kernels import HOPPER, NoDriver
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from operator_cases import Shape, make_inputs, relative_error
+from loglinear import FenwickState, log_linear_attention
+from loglinear.ops import interface
+from loglinear.ops.triton import delta_chunks
+from operator_cases import Inputs, Shape, gradients, make_inputs, random_state, relative_error, with_buckets
 from ptx_on_cpu import run
 
 
@@ -55,13 +57,19 @@ def run_instead_of_launching() -> list[Launch]:
     return launches
 
 
-def results(call, inputs) -> dict[str, torch.Tensor]:
-    """Output and gradients."""
+def results(backend: str, inputs: Inputs, state: FenwickState | None) -> dict[str, torch.Tensor]:
+    """Output, returned state and gradients."""
     leaves = inputs.leaves()
-    o, *_ = call(**leaves.arguments())
+    if state is not None:
+        state = FenwickState(state.buckets.detach().requires_grad_(), state.positions)
+    o, final = log_linear_attention(
+        **leaves.arguments(), initial_state=state, return_state=state is not None, backend=backend
+    )
+    outputs = {"o": o} if final is None else {"o": o, "state": final.buckets}
     torch.manual_seed(1)
-    grads = torch.autograd.grad(o, list(leaves.present().values()), torch.randn(o.shape).to(o.dtype))
-    return dict(zip(("o", *leaves.present()), (o.detach(), *grads), strict=True))
+    cotangents = [torch.randn(x.shape, dtype=torch.float64) for x in outputs.values()]
+    found = gradients(list(outputs.values()), cotangents, with_buckets(leaves, state))
+    return {name: x.detach() for name, x in outputs.items()} | {f"d {name}": x for name, x in found.items()}
 
 
 def main() -> None:
@@ -69,29 +77,21 @@ def main() -> None:
     parser.add_argument("family", choices=["scalar", "delta"])
     for name, default in {"key": 192, "value": 64, "tokens": 300, "heads": 1, "levels": 12}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--position", type=int, help="with a state in, of so many tokens, and out; default: without")
     parser.add_argument("--json", action="store_true", help="rows and errors as JSON")
     options = parser.parse_args()
     launches = run_instead_of_launching()
-
-    from loglinear import log_linear_attention
-    from loglinear.ops.triton import delta, delta_chunks, scalar
-
+    interface._has_kernels = lambda *_: True  # for tensors that are not on a GPU
     delta_chunks.MISCOMPILES_WIDE_KEYS = False  # that is the question
-    mixer, family = "mamba2", scalar.log_linear_attention_scalar
-    if options.family == "delta":
-        mixer, family = "gated_deltanet", delta.log_linear_attention_delta
-
-    def compiled(q, k, v, level_scales, log_decay, beta=None):
-        return family(
-            q, k, v, level_scales, log_decay=log_decay, beta=beta, scale=1.0, cu_seqlens=None, initial_state=None,
-            return_state=False,
-        )  # fmt: skip
 
     torch.manual_seed(0)
     shape = Shape(1, options.tokens, options.heads, options.heads, options.key, options.value, options.levels)
+    mixer = {"scalar": "mamba2", "delta": "gated_deltanet"}[options.family]
     inputs = make_inputs(mixer, shape, torch.bfloat16, decay=0.01)
-    found = results(compiled, inputs)
-    wanted = results(functools.partial(log_linear_attention, backend="torch"), inputs.to("cpu", torch.float64))
+    state = None if options.position is None else random_state(shape, [options.position], torch.float32)
+    found = results("triton", inputs, state)
+    exact = None if state is None else state.to(dtype=torch.float64)
+    wanted = results("torch", inputs.to("cpu", torch.float64), exact)
     errors = {name: relative_error(found[name], wanted[name]) for name in wanted}
     if options.json:
         print(json.dumps({"launches": [dataclasses.asdict(one) for one in launches], "errors": errors}))
