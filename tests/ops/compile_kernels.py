@@ -197,7 +197,6 @@ def main() -> None:
 
     delta.LONG_CHUNK = options.chunk or delta.LONG_CHUNK
     delta_chunks.GLUON = delta_chunks.GLUON or options.gluon
-    delta_chunks.MISCOMPILES_WIDE_KEYS = False  # shown as they are, though calls do without them
     call(
         options.family, getattr(torch, options.dtype), options.heads, options.groups or options.heads, options.key,
         options.value, options.state,

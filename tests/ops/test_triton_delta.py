@@ -399,32 +399,6 @@ def test_interpreted_nan_stays_in_its_row(poisoned_input):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("key_dim", [128, 130])
-def test_interpreted_wide_keys_where_they_are_miscompiled(key_dim, monkeypatch):
-    """They are float32 on the way, and nothing else changes."""
-    prepare, dtypes = delta._prepare, set()
-
-    def told(q, *arguments, **options):
-        dtypes.add(q.dtype)
-        return prepare(q, *arguments, **options)
-
-    monkeypatch.setattr(delta, "_prepare", told)
-    shape = Shape(B=1, T=70, G=1, H=2, K=key_dim, V=16, L=8)
-    inputs, state = make_inputs("gated_deltanet", shape, torch.bfloat16), random_state(shape, [40], torch.float32)
-    results, run = [], runner("triton", returns_state=True)
-    for miscompiles in (False, True):
-        monkeypatch.setattr(delta_chunks, "MISCOMPILES_WIDE_KEYS", miscompiles)
-        dtypes.clear()
-        leaves = inputs.leaves()
-        o, buckets = run(leaves, state)
-        results.append([o, buckets, *torch.autograd.grad(o.float().sum(), list(leaves.present().values()))])
-        assert dtypes == {torch.float32 if miscompiles and key_dim > 128 else torch.bfloat16}
-    for plain, ours in zip(*results, strict=True):
-        assert_close(ours, plain, 2**-8, "float32 on the way")
-        assert ours.dtype == plain.dtype
-
-
-@needs_interpreter
 def test_states_of_too_many_levels_are_left_to_torch(caplog):
     shape = Shape(B=1, T=20, G=1, H=1, K=16, V=16, L=33)
     inputs, state = make_inputs("gated_deltanet", shape, torch.float32), random_state(shape, [5], torch.float32)

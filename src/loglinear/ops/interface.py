@@ -108,8 +108,7 @@ def log_linear_attention(
     kernels multiply 16-bit operands and store states in 16 bits for bfloat16, multiply float16 as tf32 and float32 as
     torch is told to (`torch.backends.cuda.matmul.fp32_precision`: "ieee" or "tf32"; if nothing, as three products of
     tf32 parts, off by 2^-21, of which infinities make NaN), and always accumulate in float32; but chunks of the
-    delta rule are inverted in float64 where inputs are float16 or float32. With Triton 3.8 and newer, of which 3.9 gets
-    bfloat16 with K > 128 wrong in the delta rule's gradients, such calls are computed as if they were float32.
+    delta rule are inverted in float64 where inputs are float16 or float32.
 
     Example:
         >>> import torch

@@ -23,7 +23,7 @@ from torch import Tensor
 from loglinear import fenwick
 from loglinear.ops import autocast, stacked
 from loglinear.ops.packing import check_bounds, check_positions
-from loglinear.ops.triton import delta_carried, delta_chunks
+from loglinear.ops.triton import delta_carried
 from loglinear.ops.triton.carried import near_buckets
 from loglinear.ops.triton.common import sums_dtype
 from loglinear.ops.triton.delta_backward import Remade, gradients
@@ -75,12 +75,6 @@ def log_linear_attention_delta(
     Nothing is read back by the host but bounds and positions that it has not seen before (`packing.check_bounds`).
     """
     assert beta is not None  # see `unsupported`
-    if delta_chunks.MISCOMPILES_WIDE_KEYS and v.dtype == torch.bfloat16 and q.shape[-1] > delta_chunks.WALKED:
-        o, buckets, positions = log_linear_attention_delta(  # at the cost of time
-            q.float(), k.float(), v.float(), level_scales, log_decay=log_decay, beta=beta, scale=scale,
-            cu_seqlens=cu_seqlens, initial_state=initial_state, return_state=return_state,
-        )  # fmt: skip
-        return o.to(v.dtype), buckets, positions
     if initial_state is None and not return_state:
         o, *_ = _forward_op(
             q, k, v, level_scales, log_decay, beta, scale, cu_seqlens, None, None, None, return_state,

@@ -35,6 +35,7 @@ from loglinear.ops.triton.common import (
 )
 from loglinear.ops.triton.delta_chunks import (
     HOPPER_WARPS,
+    VERSION,
     Chunks,
     fetch_block,
     fetch_quarters,
@@ -555,9 +556,11 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
         SCALED=scaled, **values, **{**keys, "num_stages": 1},
     )  # fmt: skip
     d_solved, d_erase = v.new_empty(quarters), v.new_empty(num_slots, heads, chunk, key_dim)
+    # pipelined by Triton 3.9, it is wrong where K > 128: gradients of the keys by more than half; 3.8 has not run
+    staged = {**keys, "num_stages": 1} if key_dim > 128 and VERSION >= (3, 8) else keys
     _solved_kernel[halves](
         q, k, v, chunks.gamma, d_maps, d_written, d_mixed, d_solved, d_erase, *rows, slots.left, num_slots, heads,
-        groups, scale, *of_q[:2], *of_k[:2], *of_v[:2], key_dim, value_dim, **values, **keys,
+        groups, scale, *of_q[:2], *of_k[:2], *of_v[:2], key_dim, value_dim, **values, **staged,
     )  # fmt: skip
     del d_mixed, d_written
     d_overlap, d_strength, d_mass = v.new_empty(quarters), *(torch.empty(by_half, **float32) for _ in range(2))

@@ -47,9 +47,6 @@ HOPPER_CHUNK = HOPPER_WIDTH = 128  # rows of chunks and columns of keys and valu
 HOPPER_WARPS = 8  # of a program of them
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 GLUON = VERSION in ((3, 6), (3, 7), (3, 9))  # what the kernels for Hopper have run with
-# Of kernels for bfloat16 and K > 128 Triton 3.9 makes some that give wrong gradients on an H200 (docs/log.md,
-# 28 November 2026); 3.8 has not run
-MISCOMPILES_WIDE_KEYS = VERSION >= (3, 8) and not INTERPRETED
 FETCHES = tl.constexpr(torch.version.hip is None and not INTERPRETED)
 
 
