@@ -28,9 +28,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import math
 import sys
 import types
+from collections.abc import Callable
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -305,6 +307,9 @@ def _language() -> dict[str, Any]:
     def full(shape: list[int], value: float, dtype: torch.dtype, layout: Any = None) -> Tensor:
         return torch.full([int(x) for x in shape], value, dtype=dtype)
 
+    def associative_scan(x: Tensor, axis: int, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return torch.stack(list(itertools.accumulate(x.unbind(axis), combine)), axis)
+
     def where(condition: Tensor, x: Any, y: Any) -> Tensor:
         return torch.where(_numbers(condition), x, y)
 
@@ -321,6 +326,7 @@ def _language() -> dict[str, Any]:
         "minimum": lambda x, y, **_: torch.minimum(_numbers(x), _numbers(y).to(_numbers(x).dtype)),
         "maximum": lambda x, y, **_: torch.maximum(_numbers(x), _numbers(y).to(_numbers(x).dtype)),
         "exp2": torch.exp2, "sum": lambda x, axis: x.sum(axis), "cdiv": lambda x, y: -(-x // y),
+        "associative_scan": associative_scan,
         "expand_dims": torch.unsqueeze, "PropagateNan": types.SimpleNamespace(ALL=None),
     }  # fmt: skip
 
@@ -363,6 +369,8 @@ def _in_place_of_gluon(backwards: bool):
         if hasattr(value, "fn"):
             function = types.FunctionType(value.fn.__code__, common.__dict__, name, value.fn.__defaults__)
             setattr(common, name, function)
+        elif isinstance(value, triton.language.constexpr):
+            setattr(common, name, value.value)
     copies = _module("async_copy", async_copy_global_to_shared=async_copy_global_to_shared, commit_group=commit_group,
                      wait_group=wait_group)  # fmt: skip
     products = {"warpgroup_mma": warpgroup_mma, "warpgroup_mma_wait": warpgroup_mma_wait}

@@ -217,6 +217,7 @@ ON_GPU = [
     Shape(B=2, T=2048, G=1, H=3, K=128, V=64, L=5),
     Shape(B=2, T=1500, G=1, H=48, K=128, V=64, L=9),
     Shape(B=1, T=20_001, G=1, H=2, K=128, V=64, L=16),
+    Shape(B=1, T=20_001, G=1, H=2, K=128, V=64, L=1),
     Shape(B=2, T=300, G=1, H=2, K=192, V=192, L=10),
     Shape(B=1, T=200, G=1, H=2, K=256, V=256, L=9),
 ]
@@ -408,6 +409,49 @@ def test_wrong_bounds(bounds, device):
     for _ in range(2):  # the second time, too
         with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the 20 tokens"):
             runner("triton", torch.tensor(bounds, device=device), returns_state=False)(inputs, None)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("num_levels", "bounds"), [(None, None), (1, [0, 200, 210, 290]), (8, [0, 200, 210, 290])])
+@pytest.mark.parametrize("mixer", ["mamba2", "gated_deltanet"])
+def test_few_states_over_many_chunks(mixer, bounds, num_levels, monkeypatch):
+    """Nodes of several chunks come first, however few levels λ has, and nothing else changes."""
+    caps, slots = set(), fenwick.slots
+    monkeypatch.setattr(scalar, "MANY_CHUNKS", 2)
+    monkeypatch.setattr(scalar, "GROUP_HEIGHT", 2)
+    monkeypatch.setattr(scalar, "CHUNK", 32)
+
+    def made(*given, **told):
+        found = slots(*given, **told)
+        caps.add(found.cap)
+        return found
+
+    monkeypatch.setattr(fenwick, "slots", made)
+    inputs = make_inputs(mixer, Shape(B=1, T=290, G=1, H=1, K=16, V=16, L=num_levels), torch.float32, decay=0.01)
+    cu_seqlens = None if bounds is None else torch.tensor(bounds)
+    fenwick.uniform_slots.cache_clear()
+    compare(
+        runner("triton", cu_seqlens, returns_state=False), runner("torch", cu_seqlens, returns_state=False),
+        inputs.map(poisoned), None, returns_state=False,
+    )  # fmt: skip
+    assert caps == {2}
+
+
+@pytest.mark.parametrize(
+    ("num_levels", "batch", "tokens", "sequences", "levels"),
+    [
+        (1, 1, 10_000, None, 12),  # 79 chunks, which 2^3 make a node of
+        (14, 1, 10_000, None, 14),
+        (1, 1, 8192, None, 1),  # too few of them
+        (1, 4, 10_000, None, 1),  # too many states
+        (1, 1, 40_000, 4, 1),
+        (1, 1, 40_000, 2, 12),
+    ],
+)
+def test_levels_of_tree(num_levels, batch, tokens, sequences, levels):
+    q, v = (torch.empty(batch, tokens, 6, width, device="meta") for width in (192, 384))
+    bounds = None if sequences is None else torch.zeros(sequences + 1, dtype=torch.int32)
+    assert scalar.levels_of_tree(num_levels, 128, q, v, bounds) == levels
 
 
 @needs_interpreter

@@ -31,6 +31,7 @@ from loglinear.ops.triton import (
     delta_backward_halves,
     delta_chunks,
     delta_halves,
+    delta_inverse,
     delta_nodes,
     delta_read,
     scalar,
@@ -142,20 +143,26 @@ def test_interpreted_bfloat16_state(bfloat16):
     compare_with_tree(inputs, random_state(shape, [183, 96], torch.float32), returns_state=True)
 
 
-@pytest.fixture
-def hopper(bfloat16, monkeypatch, request):
-    """The kernels for Hopper, in the place of those that they replace there, on a processor; which of them ran."""
-    ran, backwards = set(), getattr(request, "param", False)  # the last programs first
+def run_on_hopper(modules, monkeypatch, backwards=False):
+    """From now on kernels for Hopper run on a processor, in the place of those of these modules that they replace
+    there; which of them ran. backwards: the last programs first."""
+    ran = set()
 
     def hopper_kernel(name):
         ran.add(name)
         return getattr(on_cpu(f"delta_hopper_{name}", backwards), f"_{name}_hopper_kernel")
 
     monkeypatch.setattr(delta, "LONG_CHUNK", 128)
-    for module in (delta_halves, delta_nodes, delta_read, delta_backward, delta_backward_halves):
-        monkeypatch.setattr(module, "takes_hopper", lambda *_: True)
+    for module in modules:
+        monkeypatch.setattr(module, "takes_hopper", lambda *_, **__: True)
         monkeypatch.setattr(module, "hopper_kernel", hopper_kernel)
     return ran
+
+
+@pytest.fixture
+def hopper(bfloat16, monkeypatch, request):
+    modules = delta_inverse, delta_halves, delta_nodes, delta_read, delta_backward, delta_backward_halves
+    return run_on_hopper(modules, monkeypatch, getattr(request, "param", False))
 
 
 @needs_interpreter
@@ -174,7 +181,7 @@ def test_interpreted_on_hopper(shape, position, hopper):
     inputs = make_inputs("gated_deltanet", shape, torch.bfloat16).map(poisoned)
     state = None if position is None else random_state(shape, [position], torch.float32)
     compare_with_tree(inputs, state, returns_state=state is not None)
-    assert hopper >= {"leaves", "walk", "climb", "gather", "scores_back", "solved", "keys"}
+    assert hopper >= {"inverse", "leaves", "walk", "climb", "gather", "scores_back", "solved", "keys"}
 
 
 @needs_interpreter
@@ -191,7 +198,47 @@ def test_interpreted_packed_on_hopper(hopper):
     shape = Shape(B=1, T=470, G=1, H=1, K=128, V=128, L=12)
     bounds = torch.tensor([0, 5, 5, 320, 470])
     compare_with_tree(make_inputs("gated_deltanet", shape, torch.bfloat16), cu_seqlens=bounds)
-    assert hopper == {"leaves", "merge", "walk", "climb", "gather", "scores_back", "solved", "keys"}
+    assert hopper == {"inverse", "leaves", "merge", "walk", "climb", "gather", "scores_back", "solved", "keys"}
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("shape", "bounds"),
+    [
+        (Shape(B=1, T=270, G=1, H=2, K=64, V=16, L=11), None),
+        (Shape(B=1, T=100, G=1, H=1, K=256, V=16, L=None), None),
+        (Shape(B=1, T=300, G=1, H=1, K=192, V=16, L=11), [0, 5, 130, 300]),
+    ],
+)
+def test_interpreted_inverse_on_hopper(shape, bounds, bfloat16, monkeypatch):
+    """By itself: it takes wider and narrower keys than the others."""
+    ran = run_on_hopper([delta_inverse], monkeypatch)
+    cu_seqlens = None if bounds is None else torch.tensor(bounds)
+    compare_with_tree(make_inputs("gated_deltanet", shape, torch.bfloat16), cu_seqlens=cu_seqlens)
+    assert ran == {"inverse"}
+
+
+@needs_interpreter
+@pytest.mark.parametrize("strength", [1.0, 2.0])
+@pytest.mark.parametrize("apart", [1.0, 0.02])
+def test_interpreted_exact_inverse_on_hopper(apart, strength, bfloat16, monkeypatch):
+    """Of nearly equal keys, too, and of reflections, which magnify what has been lost on the way."""
+    run_on_hopper([delta_inverse], monkeypatch)
+    tokens, width = 300, 128
+    k = torch.randn(1, 1, width) + apart * torch.randn(tokens, 1, width)
+    k = torch.nn.functional.normalize(k, dim=-1).bfloat16()
+    log_decay, beta = torch.full((tokens, 1), -1e-3), torch.full((tokens, 1), strength)
+    slots = fenwick.uniform_slots(1, tokens, 128, 10, torch.device("cpu"))
+    inverse, gamma = delta_inverse.make_inverses(k, log_decay, beta, slots, 128, "tf32")
+    start, stop = 128, 256
+    sums = log_decay[start:stop].double().cumsum(0)
+    assert_close(gamma[0, 1, :, None], sums / np.log(2), 1e-6, "gamma")
+    keys = k[start:stop, 0].double()
+    exact = torch.eye(128) + ((keys @ keys.T) * (sums - sums.T).exp() * strength).tril(-1)
+    exact = torch.linalg.inv(exact)
+    found = inverse[:, 1, 0].double().sum(0)
+    for quarter, wanted in zip(found, (exact[:64, :64], exact[64:, :64], exact[64:, 64:]), strict=True):
+        assert_close(quarter, wanted, 5e-5, "a quarter of the inverse")
 
 
 @needs_interpreter
@@ -539,6 +586,15 @@ def on_device(inputs, cu_seqlens=None, state=None, returns_state=False, pieces=N
 @pytest.mark.parametrize("shape", ON_GPU)
 def test_on_gpu(shape, dtype):
     on_device(make_inputs("gated_deltanet", shape, dtype, "cuda", decay=0.1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_levels", [None, 1, 9])
+@pytest.mark.parametrize("widths", [(128, 128), (192, 384), (64, 64)])
+def test_few_long_states_on_gpu(widths, num_levels):
+    """Whose chunks become nodes of several before states run over them."""
+    shape = Shape(B=1, T=20_001, G=2, H=2, K=widths[0], V=widths[1], L=num_levels)
+    on_device(make_inputs("gated_deltanet", shape, torch.bfloat16, "cuda", decay=0.01))
 
 
 @pytest.mark.gpu

@@ -171,13 +171,18 @@ def load_state(pointer, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: 
 
 
 @triton.jit
-def log2_decays(log_decay, token, first, rows, stride, C: tl.constexpr):
-    """Base-2 logs of the decays of a chunk's rows: [C], zero where there is no row. NaN stays NaN.
+def log2_of(log_decay):
+    """Base-2 logs of decays, of natural ones. NaN stays NaN.
 
     2^-126 is as good as zero; a reset (-inf, or a huge number) would drown what is summed after it.
     """
-    logs = load_column(log_decay, token, first, rows, stride, C) * LOG2E
-    return tl.maximum(logs, -126.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(log_decay * LOG2E, -126.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def log2_decays(log_decay, token, first, rows, stride, C: tl.constexpr):
+    """Base-2 logs of the decays of a chunk's rows: [C], zero where there is no row."""
+    return log2_of(load_column(log_decay, token, first, rows, stride, C))
 
 
 @triton.jit

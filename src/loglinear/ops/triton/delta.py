@@ -38,6 +38,7 @@ from loglinear.ops.triton.scalar import (
     MOST_PROGRAMS,
     as_rows,
     count_slots,
+    levels_of_tree,
     precision_of,
     slots_of,
 )
@@ -201,6 +202,8 @@ def _prepare(
     if precision == "tf32" and rows[2].dtype == torch.float32:
         precision = "tf32x3"  # single tf32 parts, which the hardware cuts off and does not round, err by 9e-3
     chunk, num_levels = _chunk_of(v), 1 if level_scales is None else level_scales.shape[-1]
+    if positions is None and not return_state:
+        num_levels = levels_of_tree(num_levels, chunk, q, v, cu_seqlens)
     slots = slots_of(batch, tokens, chunk, num_levels, v.device, cu_seqlens, positions, return_state, backward)
     variants = fenwick.variants(slots)
     places = variants.cumsum(0, dtype=torch.int32) - variants if slots.places is None else slots.places

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ TILE = 64  # columns of keys or values that are multiplied at once
 WALKED = 128  # the most that a program may have of all columns at once
 HOPPER_CHUNK = HOPPER_WIDTH = 128  # rows of chunks and columns of keys and values for which Hopper has its own kernels
 HOPPER_WARPS = 8  # of a program of them
+HOPPER_KEYS = (64, 128, 192, 256)  # of which Hopper has its own kernel for the inverse
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 GLUON = VERSION in ((3, 6), (3, 7), (3, 9))  # what the kernels for Hopper have run with
 FETCHES = tl.constexpr(torch.version.hip is None and not INTERPRETED)
@@ -220,8 +222,8 @@ def parts_of(k: Tensor) -> int:
     return 2 if k.dtype == torch.bfloat16 else 1
 
 
-def takes_hopper(chunk: int, *rows: Tensor) -> bool:
-    """Whether this is a GPU for the kernels of `delta_hopper_*.py`, and they take chunks of these rows [T, heads, 128].
+def takes_hopper(chunk: int, *rows: Tensor, widths: Collection[int] = (HOPPER_WIDTH,)) -> bool:
+    """Whether this is a GPU for the kernels of `delta_hopper_*.py`, and they take chunks of these rows [T, heads, width].
 
     Copies are of 16 bytes, which Triton compiles where rows begin at multiples of 16 numbers. Gluon changes from one
     Triton to the next: see `GLUON`.
@@ -230,7 +232,7 @@ def takes_hopper(chunk: int, *rows: Tensor) -> bool:
         return False
     are_taken = (
         x.dtype == torch.bfloat16
-        and x.shape[-1] == HOPPER_WIDTH
+        and x.shape[-1] in widths
         and x.data_ptr() % 16 == 0
         and all(stride % 16 == 0 for stride in x.stride()[:2])
         for x in rows

@@ -99,12 +99,12 @@ def new_half():
 
 
 @gluon.jit
-def seen_as(tile, shape: gl.constexpr):
+def seen_as(tile, shape: gl.constexpr, layout: gl.constexpr = SHARED):
     """The shared memory of a tile, or the beginning of it, in another shape."""
     if SEES_AS:
-        return tile.reinterpret(gl.bfloat16, shape, SHARED)
+        return tile.reinterpret(tile.dtype, shape, layout)
     else:
-        return tile._reinterpret(gl.bfloat16, shape, SHARED)
+        return tile._reinterpret(tile.dtype, shape, layout)
 
 
 @gluon.jit
@@ -274,6 +274,32 @@ def in_parts(values):
     else:
         whole = values.to(gl.bfloat16)
         return whole, (values - whole.to(gl.float32)).to(gl.bfloat16)
+
+
+@gluon.jit
+def in_three_parts(values):
+    """Float32 values as three of bfloat16, which lose nothing: what the first has lost is the second, and so on."""
+    if ASSEMBLES:
+        return gl.inline_asm_elementwise(
+            """{
+            .reg .b32 low, high, taken;
+            cvt.rn.bf16x2.f32 $0, $4, $3;
+            shl.b32 taken, $0, 16;
+            sub.rn.f32 low, $3, taken;
+            and.b32 taken, $0, 0xffff0000;
+            sub.rn.f32 high, $4, taken;
+            cvt.rn.bf16x2.f32 $1, high, low;
+            shl.b32 taken, $1, 16;
+            sub.rn.f32 low, low, taken;
+            and.b32 taken, $1, 0xffff0000;
+            sub.rn.f32 high, high, taken;
+            cvt.rn.bf16x2.f32 $2, high, low;
+            }""",
+            "=&r,=&r,=r,r,r", [values], (gl.bfloat16, gl.bfloat16, gl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        whole, lost = in_parts(values)
+        return whole, lost, (values - whole.to(gl.float32) - lost.to(gl.float32)).to(gl.bfloat16)
 
 
 @gluon.jit

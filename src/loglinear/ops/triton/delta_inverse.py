@@ -30,6 +30,9 @@ from loglinear.ops.triton.common import (
     sums_dtype,
 )
 from loglinear.ops.triton.delta_chunks import (
+    HOPPER_KEYS,
+    TILE,
+    hopper_kernel,
     inverse_shape,
     load_block,
     load_quarter,
@@ -38,11 +41,13 @@ from loglinear.ops.triton.delta_chunks import (
     product,
     store_block,
     store_quarter,
+    takes_hopper,
     tile_width,
 )
 from loglinear.ops.triton.launch import kernel
 
 BASE = 16  # rows that are inverted one by one
+INVERSE_WARPS = 4  # of a program of the kernel for Hopper
 
 
 @triton.jit
@@ -158,6 +163,15 @@ def make_inverses(k: Tensor, log_decay: Tensor, beta: Tensor, slots: Slots, chun
     num_slots, (_, groups, key_dim), heads = len(slots.token), k.shape, beta.shape[-1]
     inverse = k.new_empty(inverse_shape(k, num_slots, heads, chunk))
     gamma = k.new_zeros(heads, num_slots, chunk, dtype=sums_dtype(k))
+    if takes_hopper(chunk, k, widths=HOPPER_KEYS):
+        # so that three programs share a multiprocessor; of wider keys it has shared memory for two
+        registers = {"maxnreg": 168} if key_dim <= 128 else {}
+        hopper_kernel("inverse")[programs(heads, num_slots)](
+            k, log_decay, beta, inverse, gamma, slots.token, slots.first, slots.rows, num_slots, heads, groups,
+            *k.stride()[:2], log_decay.stride(0), beta.stride(0), KT=key_dim // TILE, num_warps=INVERSE_WARPS,
+            **registers,
+        )  # fmt: skip
+        return inverse, gamma
     block, half = tile_width(key_dim), chunk // 2
     halves = k.new_empty(num_slots, heads, 2, half, half, dtype=gamma.dtype)
     tiles = {"E": half, "KT": cdiv(key_dim, block), "BK": block}

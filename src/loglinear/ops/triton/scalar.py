@@ -34,6 +34,9 @@ WIDEST_KEY = 128  # wider states are taken apart: every tile of a state is a sta
 WIDEST_VALUE = {torch.bfloat16: 128, torch.float16: 64, torch.float32: 64}  # float16 is computed in float32
 MOST_PROGRAMS = 2**31 - 1  # of a launch
 MOST_LEVELS = 32  # of carried states: blocks of 2^26 chunks still count in 32 bits
+FEW_NUMBERS = 2**20  # of states that run from chunk to chunk: so few leave most of a GPU idle
+MANY_CHUNKS = 64  # for a state to run over one after the other
+GROUP_HEIGHT = 3  # 2^3 chunks are nodes then, and states run from node to node
 
 
 def unsupported(
@@ -128,6 +131,8 @@ def _prepare(q, k, v, level_scales, log_decay, cu_seqlens, positions, return_sta
         inputs[:3] = [x.float() for x in inputs[:3]]
     rows = [None if x is None else as_rows(x) for x in inputs]
     num_levels = 1 if level_scales is None else level_scales.shape[-1]
+    if positions is None and not return_state:
+        num_levels = levels_of_tree(num_levels, CHUNK, q, v, cu_seqlens)
     slots = slots_of(batch, tokens, CHUNK, num_levels, v.device, cu_seqlens, positions, return_state, backward)
     return rows, slots, precision_of(v)
 
@@ -178,6 +183,20 @@ def slots_of(
     if positions is not None:
         return make()
     return plans.get(bounds, ("slots", batch * tokens, chunk, num_levels, has_ends), make, backward)
+
+
+def levels_of_tree(num_levels: int, chunk: int, q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Levels that nodes are made for, at least as many as λ has: beyond those, nodes are read with its last level.
+
+    With few levels states run from chunk to chunk. Where there are few of them, and many chunks, small nodes come first,
+    which are made side by side: a chunk then reads up to four instead of one.
+    """
+    (batch, tokens, heads, value_dim), key_dim = v.shape, q.shape[-1]
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    few = sequences * heads * key_dim * value_dim <= FEW_NUMBERS
+    if not few or batch * tokens <= MANY_CHUNKS * chunk * sequences:
+        return num_levels
+    return max(num_levels, 2 + fenwick.chunk_height(chunk) + GROUP_HEIGHT)
 
 
 def count_slots(batch, tokens, chunk, num_levels, cu_seqlens, positions, return_state) -> int:
