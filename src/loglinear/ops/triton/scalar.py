@@ -188,8 +188,8 @@ def slots_of(
 def levels_of_tree(num_levels: int, chunk: int, q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> int:
     """Levels that nodes are made for, at least as many as λ has: beyond those, nodes are read with its last level.
 
-    With few levels states run from chunk to chunk. Where there are few of them, and many chunks, small nodes come first,
-    which are made side by side: a chunk then reads up to four instead of one.
+    With few levels states run from chunk to chunk. Where there are few of them, and many chunks, small nodes come
+    first, which are made side by side: a chunk then reads up to four instead of one.
     """
     (batch, tokens, heads, value_dim), key_dim = v.shape, q.shape[-1]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
