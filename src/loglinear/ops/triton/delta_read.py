@@ -32,7 +32,9 @@ from loglinear.ops.triton.common import (
     programs,
 )
 from loglinear.ops.triton.delta_chunks import (
+    HOPPER_VALUES,
     HOPPER_WARPS,
+    TILE,
     Chunks,
     has_room_for_keys,
     hopper_kernel,
@@ -282,11 +284,17 @@ def read(v: Tensor, scales: Tensor | None, chunks: Chunks, nodes: Nodes, slots: 
     scaled = scales is not None
     lam = scales if scaled else v
     values = cdiv(value_dim, block_v)
-    _read_kernel[programs(heads * values, num_slots)](
+    arguments = (
         v, lam, o, chunks.scores, chunks.seen, nodes.added, slots.token, slots.first, slots.rows,
         *reading_tables(slots, variants), places, num_slots, heads, v.stride(0), v.stride(1), lam.stride(0),
-        lam.stride(1), key_dim, value_dim, lam.shape[-1] if scaled else 1, C=chunk, HEIGHT=height,
-        KT=cdiv(key_dim, block_k), BK=block_k, VT=values, BV=block_v, SCALED=scaled, PRECISION=precision,
-        num_warps=warps_of(chunk), num_stages=3,
+        lam.stride(1), key_dim, value_dim, lam.shape[-1] if scaled else 1,
+    )  # fmt: skip
+    shape = {"HEIGHT": height, "KT": cdiv(key_dim, block_k), "VT": values, "SCALED": scaled}
+    if key_dim in (2 * TILE, 3 * TILE) and takes_hopper(chunk, v, widths=HOPPER_VALUES):
+        hopper_kernel("read")[programs(heads * values, num_slots)](*arguments, **shape, num_warps=HOPPER_WARPS)
+        return o
+    _read_kernel[programs(heads * values, num_slots)](
+        *arguments, C=chunk, BK=block_k, BV=block_v, PRECISION=precision, num_warps=warps_of(chunk), num_stages=3,
+        **shape,
     )  # fmt: skip
     return o
