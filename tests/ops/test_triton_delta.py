@@ -222,19 +222,20 @@ def test_interpreted_inverse_on_hopper(shape, bounds, bfloat16, monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "bounds", "position"),
     [
-        (Shape(B=1, T=520, G=1, H=2, K=192, V=128, L=11), None, None),
+        (Shape(B=1, T=420, G=1, H=1, K=192, V=128, L=11), None, None),
         (Shape(B=1, T=300, G=1, H=1, K=128, V=256, L=None), [0, 5, 130, 300], None),
-        (Shape(B=1, T=200, G=1, H=1, K=192, V=256, L=12), None, 7 * 128 + 41),
+        (Shape(B=1, T=150, G=1, H=1, K=192, V=256, L=12), None, 7 * 128 + 41),
     ],
 )
-def test_interpreted_read_on_hopper(shape, bounds, position, bfloat16, monkeypatch):
-    """By itself: it takes wider keys and values than the others."""
-    ran = run_on_hopper([delta_read], monkeypatch)
+def test_interpreted_reads_on_hopper(shape, bounds, position, bfloat16, monkeypatch):
+    """By themselves: they take wider keys and values than the others."""
+    ran = run_on_hopper([delta_read, delta_backward], monkeypatch)
+    monkeypatch.setattr(delta_backward, "takes_hopper", lambda chunk, *rows, widths=(): len(widths) > 0)
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
     inputs = make_inputs("gated_deltanet", shape, torch.bfloat16).map(poisoned)
     state = None if position is None else random_state(shape, [position], torch.float32)
     compare_with_tree(inputs, state, cu_seqlens, returns_state=state is not None)
-    assert ran == {"read"}
+    assert ran == {"read", "pull"}
 
 
 @needs_interpreter

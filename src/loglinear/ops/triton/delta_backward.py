@@ -51,6 +51,7 @@ from loglinear.ops.triton.common import (
 )
 from loglinear.ops.triton.delta_backward_halves import chunk_gradients
 from loglinear.ops.triton.delta_chunks import (
+    HOPPER_VALUES,
     HOPPER_WARPS,
     TILE,
     Chunks,
@@ -445,6 +446,11 @@ def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: 
             grad_o, lam, chunks.seen, nodes.added, nodes.maps, pulled, dscales, *read, *shape, C=chunk, HEIGHT=height,
             BK=whole_width(key_dim), BV=whole_width(value_dim), SCALED=scaled, PRECISION=precision,
             num_warps=warps_of(chunk), num_stages=1,
+        )  # fmt: skip
+    elif key_dim in (2 * TILE, 3 * TILE) and takes_hopper(chunk, grad_o, widths=HOPPER_VALUES):
+        hopper_kernel("pull")[programs(heads, num_slots)](
+            grad_o, lam, chunks.seen, nodes.added, nodes.maps, pulled, dscales, *read, *of_g, *of_s, num_levels,
+            HEIGHT=height, KT=key_dim // TILE, VT=value_dim // (2 * TILE), SCALED=scaled, num_warps=HOPPER_WARPS,
         )  # fmt: skip
     else:
         _pull_kernel[programs(heads, num_slots)](

@@ -33,7 +33,7 @@ READS = gl.constexpr(2)  # that have a place in shared memory
 
 
 @gluon.jit
-def _copy_left(tile, pointer, stride):
+def _copy_left(tile, pointer, stride: gl.constexpr):
     """Begins to bring 64 columns of a matrix [128, stride] to shared memory."""
     row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED_HALF))
     column = gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))
@@ -41,7 +41,7 @@ def _copy_left(tile, pointer, stride):
 
 
 @gluon.jit
-def _copy_right(tile, pointer, stride):
+def _copy_right(tile, pointer, stride: gl.constexpr):
     """And 128 columns of 64 rows of a matrix [K, stride]."""
     row = gl.arange(0, HALF, gl.SliceLayout(1, MOVED))
     column = gl.arange(0, SIZE, gl.SliceLayout(0, MOVED))
@@ -59,7 +59,7 @@ def _copy_values(tile, v, token, first, rows, stride):
 
 @kernel(gluon.jit, do_not_specialize=["N", "L", "stride_s", "stride_sh"])
 def _read_hopper_kernel(v, scales, o, scores, seen, added, tokens, firsts, rows_of, blocks, origins, oldests, heights,
-                        reads, variants, places, N, H, stride_v, stride_vh, stride_s, stride_sh, K, V, L,
+                        reads, variants, places, N, H, stride_v, stride_vh, stride_s, stride_sh, L,
                         HEIGHT: gl.constexpr, KT: gl.constexpr, VT: gl.constexpr, SCALED: gl.constexpr):  # fmt: skip
     """128 columns of what the rows of one chunk read."""
     part, slot = program_place()
@@ -73,6 +73,8 @@ def _read_hopper_kernel(v, scales, o, scores, seen, added, tokens, firsts, rows_
     origin = None if origins is None else gl.load(origins + slot)
     oldest = None if oldests is None else gl.load(oldests + slot)
     different = count if variants is None else gl.load(variants + slot)
+    K: gl.constexpr = KT * HALF
+    V: gl.constexpr = VT * SIZE
     queries = seen + (gl.load(places + slot).to(gl.int64) * H + head) * (SIZE * K)
     added += head.to(gl.int64) * K * V + column
 

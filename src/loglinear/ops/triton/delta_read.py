@@ -286,15 +286,17 @@ def read(v: Tensor, scales: Tensor | None, chunks: Chunks, nodes: Nodes, slots: 
     values = cdiv(value_dim, block_v)
     arguments = (
         v, lam, o, chunks.scores, chunks.seen, nodes.added, slots.token, slots.first, slots.rows,
-        *reading_tables(slots, variants), places, num_slots, heads, v.stride(0), v.stride(1), lam.stride(0),
-        lam.stride(1), key_dim, value_dim, lam.shape[-1] if scaled else 1,
+        *reading_tables(slots, variants), places, num_slots, heads, *v.stride()[:2], *lam.stride()[:2],
     )  # fmt: skip
+    num_levels = lam.shape[-1] if scaled else 1
     shape = {"HEIGHT": height, "KT": cdiv(key_dim, block_k), "VT": values, "SCALED": scaled}
     if key_dim in (2 * TILE, 3 * TILE) and takes_hopper(chunk, v, widths=HOPPER_VALUES):
-        hopper_kernel("read")[programs(heads * values, num_slots)](*arguments, **shape, num_warps=HOPPER_WARPS)
+        hopper_kernel("read")[programs(heads * values, num_slots)](
+            *arguments, num_levels, **shape, num_warps=HOPPER_WARPS
+        )
         return o
     _read_kernel[programs(heads * values, num_slots)](
-        *arguments, C=chunk, BK=block_k, BV=block_v, PRECISION=precision, num_warps=warps_of(chunk), num_stages=3,
-        **shape,
+        *arguments, key_dim, value_dim, num_levels, C=chunk, BK=block_k, BV=block_v, PRECISION=precision,
+        num_warps=warps_of(chunk), num_stages=3, **shape,
     )  # fmt: skip
     return o
