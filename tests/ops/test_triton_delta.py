@@ -235,7 +235,7 @@ def test_interpreted_reads_on_hopper(shape, bounds, position, bfloat16, monkeypa
     inputs = make_inputs("gated_deltanet", shape, torch.bfloat16).map(poisoned)
     state = None if position is None else random_state(shape, [position], torch.float32)
     compare_with_tree(inputs, state, cu_seqlens, returns_state=state is not None)
-    assert ran == {"read", "pull"}
+    assert ran == {"read", "pull", "gather_wide"}
 
 
 @needs_interpreter

@@ -436,6 +436,10 @@ def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: 
     read = (slots.token, slots.first, slots.rows, *reading_tables(slots, variants), places, num_slots, heads)
     shape = (*of_g, *of_s, key_dim, value_dim, num_levels)
     on_hopper = takes_hopper(chunk, q, k, v, grad_o)
+    # by those for what has no room in a program
+    is_wide = key_dim in (2 * TILE, 3 * TILE) and not walks(k, value_dim)
+    on_hopper_wide = is_wide and takes_hopper(chunk, grad_o, widths=HOPPER_VALUES)
+    wide_tiles = {"KT": key_dim // TILE, "VT": value_dim // (2 * TILE)}
     if on_hopper:
         hopper_kernel("climb")[programs(heads, num_slots)](
             grad_o, lam, chunks.seen, nodes.added, nodes.maps, pulled, dscales, *read, *of_g, *of_s, num_levels,
@@ -447,10 +451,10 @@ def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: 
             BK=whole_width(key_dim), BV=whole_width(value_dim), SCALED=scaled, PRECISION=precision,
             num_warps=warps_of(chunk), num_stages=1,
         )  # fmt: skip
-    elif key_dim in (2 * TILE, 3 * TILE) and takes_hopper(chunk, grad_o, widths=HOPPER_VALUES):
+    elif on_hopper_wide:
         hopper_kernel("pull")[programs(heads, num_slots)](
             grad_o, lam, chunks.seen, nodes.added, nodes.maps, pulled, dscales, *read, *of_g, *of_s, num_levels,
-            HEIGHT=height, KT=key_dim // TILE, VT=value_dim // (2 * TILE), SCALED=scaled, num_warps=HOPPER_WARPS,
+            HEIGHT=height, SCALED=scaled, **wide_tiles, num_warps=HOPPER_WARPS,
         )  # fmt: skip
     else:
         _pull_kernel[programs(heads, num_slots)](
@@ -475,6 +479,12 @@ def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: 
         hopper_kernel("gather")[programs(heads, num_slots)](
             grad_o, lam, chunks.seen, pulled, d_added, d_maps, *of_readers, num_levels, HEIGHT=height, SCALED=scaled,
             num_warps=HOPPER_WARPS,
+        )  # fmt: skip
+    elif on_hopper_wide:
+        columns = cdiv(value_dim, 2 * TILE) + cdiv(key_dim, 2 * TILE)
+        hopper_kernel("gather_wide")[programs(heads * columns, num_slots)](
+            grad_o, lam, chunks.seen, pulled, d_added, d_maps, *of_readers, num_levels, HEIGHT=height, SCALED=scaled,
+            **wide_tiles, num_warps=HOPPER_WARPS,
         )  # fmt: skip
     else:
         _gather_kernel[programs(heads * (keys["KT"] + values["VT"]) * tiled["RT"], num_slots)](
