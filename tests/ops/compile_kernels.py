@@ -196,7 +196,8 @@ def main() -> None:
     from loglinear.ops.triton import delta, delta_chunks
 
     delta.LONG_CHUNK = options.chunk or delta.LONG_CHUNK
-    delta_chunks.GLUON = delta_chunks.GLUON or options.gluon
+    if options.gluon:
+        delta_chunks.GLUON = delta_chunks.GLUON_WIDTHS = True
     call(
         options.family, getattr(torch, options.dtype), options.heads, options.groups or options.heads, options.key,
         options.value, options.state,

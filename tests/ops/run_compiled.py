@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from loglinear import FenwickState, log_linear_attention
 from loglinear.ops import interface
+from loglinear.ops.triton import delta_chunks
 from operator_cases import Inputs, Shape, gradients, make_inputs, random_state, relative_error, with_buckets
 from ptx_on_cpu import run
 
@@ -77,10 +78,15 @@ def main() -> None:
     for name, default in {"key": 192, "value": 64, "tokens": 300, "heads": 1, "levels": 12}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--position", type=int, help="with a state in, of so many tokens, and out; default: without")
+    parser.add_argument(
+        "--gluon", action="store_true", help="kernels for Hopper where this Triton has not run them, too"
+    )
     parser.add_argument("--json", action="store_true", help="rows and errors as JSON")
     options = parser.parse_args()
     launches = run_instead_of_launching()
     interface._has_kernels = lambda *_: True  # for tensors that are not on a GPU
+    if options.gluon:
+        delta_chunks.GLUON = delta_chunks.GLUON_WIDTHS = True
 
     torch.manual_seed(0)
     shape = Shape(1, options.tokens, options.heads, options.heads, options.key, options.value, options.levels)

@@ -679,7 +679,7 @@ def test_long_keys_on_gpu(widths):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("widths", [(192, 64), (128, 128)])
+@pytest.mark.parametrize("widths", [(192, 64), (128, 128), (192, 384)])
 def test_packed_among_nan_on_gpu(widths):
     lengths = [0, 700, 1, 64, 0, 63, 129, 2048, 5]
     bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0)
@@ -834,7 +834,7 @@ def test_state_in_on_gpu(dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("num_levels", [1, 13, 32])
-@pytest.mark.parametrize("widths", [(192, 64), (128, 128)])
+@pytest.mark.parametrize("widths", [(192, 64), (128, 128), (192, 384)])
 def test_packed_state_among_nan_on_gpu(widths, num_levels, dtype):
     lengths = [0, 700, 1, 64, 0, 63, 129, 2048, 5, 128]
     bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0)

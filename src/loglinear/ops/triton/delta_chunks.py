@@ -50,6 +50,7 @@ HOPPER_KEYS = (64, 128, 192, 256)  # of which Hopper has its own kernel for the 
 HOPPER_VALUES = (128, 256, 384)  # and for reads, with two or three tiles of keys
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 GLUON = VERSION in ((3, 6), (3, 7), (3, 9))  # what the kernels for Hopper have run with
+GLUON_WIDTHS = VERSION == (3, 6)  # and those of them that take other widths
 FETCHES = tl.constexpr(torch.version.hip is None and not INTERPRETED)
 
 
@@ -223,13 +224,17 @@ def parts_of(k: Tensor) -> int:
     return 2 if k.dtype == torch.bfloat16 else 1
 
 
-def takes_hopper(chunk: int, *rows: Tensor, widths: Collection[int] = (HOPPER_WIDTH,)) -> bool:
-    """Whether this is a GPU for the kernels of `delta_hopper_*.py`, and they take these rows [T, heads, widths].
+def takes_hopper(chunk: int, *rows: Tensor, widths: Collection[int] | None = None) -> bool:
+    """Whether this is a GPU for the kernels of `delta_hopper_*.py`, and they take these rows [T, heads, width].
 
     Copies are of 16 bytes, which Triton compiles where rows begin at multiples of 16 numbers. Gluon changes from one
     Triton to the next: see `GLUON`.
+
+    Args:
+        widths: for a kernel that takes any of these; None: for one that takes 128.
     """
-    if not GLUON or INTERPRETED or chunk != HOPPER_CHUNK:
+    has_run, widths = (GLUON, (HOPPER_WIDTH,)) if widths is None else (GLUON_WIDTHS, widths)
+    if not has_run or INTERPRETED or chunk != HOPPER_CHUNK:
         return False
     are_taken = (
         x.dtype == torch.bfloat16
