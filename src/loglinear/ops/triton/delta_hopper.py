@@ -230,6 +230,12 @@ def load_column(pointer, row, token, first, rows, stride):
 
 
 @gluon.jit
+def load_if(table, exists, slot):
+    """What a table of slots has for one that there may not be: else zero."""
+    return gl.load(table + slot, mask=exists, other=0)
+
+
+@gluon.jit
 def load_level(lam, row, token, first, rows, stride, level, L):
     """Level scales of the rows of a chunk."""
     return load_column(lam + gl.minimum(level, L - 1), row, token, first, rows, stride)

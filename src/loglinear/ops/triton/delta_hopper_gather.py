@@ -27,18 +27,13 @@ from loglinear.ops.triton.delta_hopper import (
     copy_rows,
     copy_tile,
     load_column,
+    load_if,
     new_line,
     store_tile,
 )
 from loglinear.ops.triton.launch import kernel
 
 READERS = gl.constexpr(2)  # that have a place in shared memory
-
-
-@gluon.jit
-def _load_if(table, exists, chunk):
-    """What a table of slots has for a chunk that there may not be: else zero."""
-    return gl.load(table + chunk, mask=exists, other=0)
 
 
 @gluon.jit
@@ -58,11 +53,11 @@ def _gather_hopper_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens,
                           HEIGHT: gl.constexpr, SCALED: gl.constexpr):  # fmt: skip
     """The gradients of a node's U and P, from the chunks that read it."""
     head, number = program_place()
-    slot = _load_if(order, number < N, number)
-    chunk, span = gl.load(reader + slot), _load_if(readers, number < N, slot)
+    slot = load_if(order, number < N, number)
+    chunk, span = gl.load(reader + slot), load_if(readers, number < N, slot)
     height = gl.load(heights + slot)
     # to return at once would be to wait for this before anything else is asked for
-    written = (span > 0) | (_load_if(lefts, (number < N) & (span == 0), slot) != 0)
+    written = (span > 0) | (load_if(lefts, (number < N) & (span == 0), slot) != 0)
     lam = scales + head.to(gl.int64) * stride_sh + gl.minimum(HEIGHT + 1 + height, L - 1)
     grad_o += head.to(gl.int64) * stride_gh
     dtype: gl.constexpr = gl.bfloat16
@@ -75,14 +70,14 @@ def _gather_hopper_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens,
     weight, next_weight = gl.zeros([SIZE], gl.float32, EACH), gl.zeros([SIZE], gl.float32, EACH)
 
     # of the first reader, this node is the nearest; if a bucket, it shares that one's only queries with the others
-    nearest = _load_if(variants, span > 0, chunk)
+    nearest = load_if(variants, span > 0, chunk)
     passed = nearest > 1
-    read0 = _load_if(places, span > 0, chunk)
-    read1 = _load_if(places, span > 1, chunk + 1) + _load_if(variants, span > 1, chunk + 1) - nearest
-    token0, token1 = _load_if(tokens, span > 0, chunk), _load_if(tokens, span > 1, chunk + 1)
-    rows0, rows1 = _load_if(rows_of, span > 0, chunk), _load_if(rows_of, span > 1, chunk + 1)
-    first0 = None if firsts is None else _load_if(firsts, span > 0, chunk)
-    first1 = None if firsts is None else _load_if(firsts, span > 1, chunk + 1)
+    read0 = load_if(places, span > 0, chunk)
+    read1 = load_if(places, span > 1, chunk + 1) + load_if(variants, span > 1, chunk + 1) - nearest
+    token0, token1 = load_if(tokens, span > 0, chunk), load_if(tokens, span > 1, chunk + 1)
+    rows0, rows1 = load_if(rows_of, span > 0, chunk), load_if(rows_of, span > 1, chunk + 1)
+    first0 = None if firsts is None else load_if(firsts, span > 0, chunk)
+    first1 = None if firsts is None else load_if(firsts, span > 1, chunk + 1)
     if span > 0:
         _copy_reader(queries, grads, after, 0, token0, first0, rows0, read0, passed, grad_o, seen, pulled, H,
                      head, stride_g)  # fmt: skip
@@ -102,9 +97,9 @@ def _gather_hopper_kernel(grad_o, scales, seen, pulled, d_added, d_maps, tokens,
         # where the one after the next lies; copied when its place is free
         is_reader = step + READERS < span
         later = chunk + step + READERS
-        token, rows = _load_if(tokens, is_reader, later), _load_if(rows_of, is_reader, later)
-        first = None if firsts is None else _load_if(firsts, is_reader, later)
-        read = _load_if(places, is_reader, later) + _load_if(variants, is_reader, later) - nearest
+        token, rows = load_if(tokens, is_reader, later), load_if(rows_of, is_reader, later)
+        first = None if firsts is None else load_if(firsts, is_reader, later)
+        read = load_if(places, is_reader, later) + load_if(variants, is_reader, later) - nearest
         if SCALED:
             weight_line.store(weight)
         arrived(1)
