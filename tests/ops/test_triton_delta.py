@@ -497,6 +497,17 @@ def test_negative_positions():
         runner("triton", returns_state=True)(make_inputs("gated_deltanet", shape, torch.float32), state)
 
 
+def test_more_chunks_are_a_call_of_another_kind():
+    """Whose kernels are compiled before it launches them: from so many chunks on there are nodes of several."""
+    kinds = []
+    for more in (0, 1):
+        shape = Shape(B=1, T=(scalar.MANY_CHUNKS + more) * delta.CHUNK, G=1, H=1, K=16, V=16, L=None)
+        inputs = make_inputs("gated_deltanet", shape, torch.float32)
+        call = delta._prepare(*inputs.values(), 1.0, None, None, None, None, False)
+        kinds.append([x for x in call.kind if not isinstance(x, torch.Tensor)])
+    assert kinds[0] != kinds[1]
+
+
 @pytest.mark.parametrize("num_slots", [1, 2, 3, 5, 8, 13, 64])
 @pytest.mark.parametrize("cap", [0, 1, 2, 3, 9])
 def test_room_for_all_reads(num_slots, cap):
@@ -688,7 +699,7 @@ def test_packed_among_nan_on_gpu(widths):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("widths", [(128, 64), (192, 384), (128, 128)])  # the last: kernels for Hopper, where it is one
+@pytest.mark.parametrize("widths", [(128, 64), (192, 384), (128, 128)])  # ever more kernels for Hopper, where it is one
 def test_same_bits_compiled_and_in_a_graph(widths):
     """Output and all gradients."""
     shape = Shape(B=2, T=1000, G=1, H=4, K=widths[0], V=widths[1], L=11)

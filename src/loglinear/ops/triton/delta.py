@@ -181,7 +181,7 @@ class _Call(NamedTuple):
     @property
     def kind(self) -> tuple:
         """What decides which kernels a call has, nearly: see `compiled_first`."""
-        tree = self.slots.longest > 1, has_running(self.slots)
+        tree = self.slots.longest > 1, self.slots.cap > 0, has_running(self.slots)
         return *self.rows, self.precision, self.state is None, self.slots.first is None, *tree
 
 

@@ -436,7 +436,7 @@ def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: 
     read = (slots.token, slots.first, slots.rows, *reading_tables(slots, variants), places, num_slots, heads)
     shape = (*of_g, *of_s, key_dim, value_dim, num_levels)
     on_hopper = takes_hopper(chunk, q, k, v, grad_o)
-    # by those for what has no room in a program
+    # whether the kernels for Hopper run that take columns for which a program has no room
     is_wide = key_dim in (2 * TILE, 3 * TILE) and not walks(k, value_dim)
     on_hopper_wide = is_wide and takes_hopper(chunk, grad_o, widths=HOPPER_VALUES)
     wide_tiles = {"KT": key_dim // TILE, "VT": value_dim // (2 * TILE)}
@@ -481,7 +481,7 @@ def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: 
             num_warps=HOPPER_WARPS,
         )  # fmt: skip
     elif on_hopper_wide:
-        columns = cdiv(value_dim, 2 * TILE) + cdiv(key_dim, 2 * TILE)
+        columns = wide_tiles["VT"] + cdiv(key_dim, 2 * TILE)
         hopper_kernel("gather_wide")[programs(heads * columns, num_slots)](
             grad_o, lam, chunks.seen, pulled, d_added, d_maps, *of_readers, num_levels, HEIGHT=height, SCALED=scaled,
             **wide_tiles, num_warps=HOPPER_WARPS,

@@ -7,13 +7,13 @@ all of it, and the scores of the rows among each other, and their queries as see
 
 Precision. Of float32 inputs all is float32, but for gamma, A and its inverse, and what that is multiplied by at once
 (keys and scores), which are float64 until they are done.
-For 16-bit inputs A, its inverse and the products that join it are float32 in three tf32 parts (on Hopper three bfloat16
-parts), for the inverse of a chunk of nearly equal keys is as badly conditioned as the chunk is long. What every later
-product passes through is in two bfloat16 parts, the second of them what the first has lost: the inverse as it is stored
-and the scores that it is multiplied by, what comes of them where queries pass it, k̄ᵀ T, and P in `delta_nodes.py`
-where nodes grow. With single ones the output is wrong by 6e-3 where nothing decays, instead of 3.5e-3, of which 1.7e-3
-is the rounding of the output. U, the queries and the scores that meet v are single, and so is P where queries pass it,
-and all that the backward multiplies by.
+For 16-bit inputs A, its inverse and the products that join it are float32 in three tf32 parts (in
+`delta_hopper_inverse.py` three bfloat16 parts), for the inverse of a chunk of nearly equal keys is as badly conditioned
+as the chunk is long. What every later product passes through is in two bfloat16 parts, the second of them what the
+first has lost: the inverse as it is stored and the scores that it is multiplied by, what comes of them where queries
+pass it, k̄ᵀ T, and P in `delta_nodes.py` where nodes grow. With single ones the output is wrong by 6e-3 where nothing
+decays, instead of 3.5e-3, of which 1.7e-3 is the rounding of the output. U, the queries and the scores that meet v are
+single, and so is P where queries pass it, and all that the backward multiplies by.
 
 Legend
     N chunks (slots), C rows of a chunk, H heads, G groups, K key width, V value width, L levels
@@ -228,10 +228,10 @@ def takes_hopper(chunk: int, *rows: Tensor, widths: Collection[int] | None = Non
     """Whether this is a GPU for the kernels of `delta_hopper_*.py`, and they take these rows [T, heads, width].
 
     Copies are of 16 bytes, which Triton compiles where rows begin at multiples of 16 numbers. Gluon changes from one
-    Triton to the next: see `GLUON`.
+    Triton to the next: see `GLUON`, and `GLUON_WIDTHS` where `widths` are given.
 
     Args:
-        widths: for a kernel that takes any of these; None: for one that takes 128.
+        widths: for a kernel that takes any of these; None: for one that takes 128 alone.
     """
     has_run, widths = (GLUON, (HOPPER_WIDTH,)) if widths is None else (GLUON_WIDTHS, widths)
     if not has_run or INTERPRETED or chunk != HOPPER_CHUNK:

@@ -6,8 +6,9 @@ is shared memory for it: no register is held by what is under way, and a matrix 
 written in Gluon, which is Triton with layouts, shared memory and copies in the hands of who writes it, for bfloat16 and
 chunks of 128 rows. Most have keys and values of 128 columns; `inverse` takes keys of other widths, too, and `read`,
 `pull` and `gather_wide` keys and values that are too wide for a program to have all of their columns. `takes_hopper` in
-`delta_chunks.py` says where they run. Each takes what the kernel of Triton takes in whose place it runs, and gives the
-same, but for sums that are added up in another order, and for NaN, which spreads a little further within a chunk.
+`delta_chunks.py` says where they run. Each takes what the kernel of Triton takes in whose place it runs (`inverse`,
+`solved` and `pull`: the kernels), and gives the same, but for sums that are added up in another order, what `pull` does
+not round on the way, and NaN, which spreads a little further within a chunk.
 
 For who knows Triton and not Gluon:
     A layout says which thread has which numbers of a tensor, or where shared memory has them. `gl.convert_layout`

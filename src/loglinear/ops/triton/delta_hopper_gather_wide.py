@@ -78,7 +78,7 @@ def _store(tile, total, pointer, key: gl.constexpr, width, left):
     row = gl.arange(0, HALF, gl.SliceLayout(1, MOVED))
     column = gl.arange(0, SIZE, gl.SliceLayout(0, MOVED))
     at = pointer + ((key * HALF + row)[:, None] * width + column[None, :])
-    gl.store(at, tile.load(MOVED), mask=(row < HALF)[:, None] & (column < left)[None, :])
+    gl.store(at, tile.load(MOVED), mask=(column < left)[None, :])
 
 
 @kernel(gluon.jit, do_not_specialize=["N", "L", "stride_s", "stride_sh"])

@@ -3,8 +3,8 @@
 A program of four warps has a chunk, whose keys come once. What is joined stays in registers and shared memory; several
 programs share a multiprocessor, and while one waits for a product or a sum another goes on. A warp has 16 rows of half
 of a chunk, which are a block of the diagonal: it inverts that row by row by itself. Blocks are joined by products in
-three bfloat16 parts, which lose nothing of float32. With two, outputs for nearly equal keys and β = 2 are wrong by
-7.2e-3 instead of 4.0e-3.
+three bfloat16 parts, which lose nothing of float32, but for Y in the last join, which comes back in the two parts that
+are stored. With two throughout, outputs for nearly equal keys and β = 2 are wrong by 7.2e-3 instead of 4.0e-3.
 
 Keys are 64, 128, 192 or 256 wide. Legend as in `delta_inverse.py`, and
     own [64, 64] A of half of a chunk
@@ -40,9 +40,10 @@ from loglinear.ops.triton.delta_hopper import (
     places_of_rows,
     seen_as,
 )
+from loglinear.ops.triton.delta_inverse import INVERSE_WARPS
 from loglinear.ops.triton.launch import kernel
 
-WARPS = 4
+WARPS = INVERSE_WARPS
 BASE = gl.constexpr(16)  # rows that are inverted one by one
 BLOCKS = gl.constexpr(4)  # of them in half a chunk
 

@@ -25,7 +25,7 @@ from loglinear.ops.packing import check_bounds, check_positions, plans, told_bou
 from loglinear.ops.triton import carried
 from loglinear.ops.triton.backward import gradients
 from loglinear.ops.triton.launch import compiled_first
-from loglinear.ops.triton.nodes import Carried, decay_offsets, leaving, make_nodes
+from loglinear.ops.triton.nodes import Carried, decay_offsets, leaving, make_nodes, subtree_height
 from loglinear.ops.triton.read import read
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -189,7 +189,8 @@ def levels_of_tree(num_levels: int, chunk: int, q: Tensor, v: Tensor, cu_seqlens
     """Levels that nodes are made for, at least as many as λ has: beyond those, nodes are read with its last level.
 
     With few levels states run from chunk to chunk. Where there are few of them, and many chunks, small nodes come
-    first, which are made side by side: a chunk then reads up to four instead of one.
+    first, which are made side by side: a chunk then reads up to four instead of one. Not for calls with a state in or
+    out, whose far buckets are those of λ's levels.
     """
     (batch, tokens, heads, value_dim), key_dim = v.shape, q.shape[-1]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -226,7 +227,8 @@ def _forward_op(
         rows, slots, precision = _prepare(q, k, v, level_scales, log_decay, cu_seqlens, positions, return_state)
         state = None if far is None or near is None else Carried(far, near)
         run = functools.partial(_forward, *rows, state, slots, scale, precision, return_state)
-        o, left = compiled_first(run, "scalar", *rows, precision, state is None, slots.first is None, return_state)
+        kind = *rows, precision, state is None, slots.first is None, return_state, subtree_height(slots, state)
+        o, left = compiled_first(run, "scalar", *kind)
     return o.view(v.shape).to(v.dtype), v.new_empty(0, dtype=torch.float32) if left is None else left
 
 
@@ -266,9 +268,8 @@ def _backward_op(
             gradients, *rows, state, grad_o, grad_left if return_state else None, slots, CHUNK,
             fenwick.chunk_height(CHUNK), scale, precision,
         )  # fmt: skip
-        found = compiled_first(
-            run, "scalar backward", *rows, precision, state is None, slots.first is None, return_state
-        )
+        kind = *rows, precision, state is None, slots.first is None, return_state, subtree_height(slots, state)
+        found = compiled_first(run, "scalar backward", *kind)
     inputs = (q, k, v, level_scales, log_decay, far, near)
     return tuple(
         v.new_empty(0) if x is None or g is None else g.view(x.shape).to(x.dtype)
