@@ -154,7 +154,8 @@ def run_on_hopper(modules, monkeypatch, backwards=False):
 
     monkeypatch.setattr(delta, "LONG_CHUNK", 128)
     for module in modules:
-        monkeypatch.setattr(module, "takes_hopper", lambda *_, **__: True)
+        for name in ("takes_hopper", "takes_hopper_wide"):
+            monkeypatch.setattr(module, name, lambda *_, **__: True, raising=hasattr(module, name))
         monkeypatch.setattr(module, "hopper_kernel", hopper_kernel)
     return ran
 
@@ -230,7 +231,7 @@ def test_interpreted_inverse_on_hopper(shape, bounds, bfloat16, monkeypatch):
 def test_interpreted_reads_on_hopper(shape, bounds, position, bfloat16, monkeypatch):
     """By themselves: they take wider keys and values than the others."""
     ran = run_on_hopper([delta_read, delta_backward], monkeypatch)
-    monkeypatch.setattr(delta_backward, "takes_hopper", lambda chunk, *rows, widths=(): len(widths) > 0)
+    monkeypatch.setattr(delta_backward, "takes_hopper", lambda *_: False)  # of the kernels for 128 columns
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
     inputs = make_inputs("gated_deltanet", shape, torch.bfloat16).map(poisoned)
     state = None if position is None else random_state(shape, [position], torch.float32)
@@ -741,6 +742,10 @@ def test_what_kernels_for_hopper_take():
     assert not takes(128, rows[..., :64])
     assert not takes(128, rows.flatten()[1 : 1 + 100 * 384].view(100, 3, 128))
     assert not takes(128, torch.zeros(100, 392, dtype=torch.bfloat16, device="cuda")[:, :384].unflatten(1, (3, 128)))
+    wide = torch.zeros(101, 3, 384, dtype=torch.bfloat16, device="cuda")
+    takes_wide = delta_chunks.takes_hopper_wide
+    assert takes_wide(128, 192, wide) == takes_wide(128, 128, wide[..., :256]) == delta_chunks.GLUON_WIDTHS
+    assert not any((takes_wide(128, 256, wide), takes_wide(128, 192, wide[..., :64]), takes_wide(64, 192, wide)))
 
 
 @pytest.mark.gpu

@@ -51,7 +51,6 @@ from loglinear.ops.triton.common import (
 )
 from loglinear.ops.triton.delta_backward_halves import chunk_gradients
 from loglinear.ops.triton.delta_chunks import (
-    HOPPER_VALUES,
     HOPPER_WARPS,
     TILE,
     Chunks,
@@ -62,6 +61,7 @@ from loglinear.ops.triton.delta_chunks import (
     load_tile,
     store_block,
     takes_hopper,
+    takes_hopper_wide,
     tile_width,
     walks,
     warps_of,
@@ -436,9 +436,7 @@ def gradients(q, k, v, scales, beta, grad_o, grad_left: Leaving | None, remade: 
     read = (slots.token, slots.first, slots.rows, *reading_tables(slots, variants), places, num_slots, heads)
     shape = (*of_g, *of_s, key_dim, value_dim, num_levels)
     on_hopper = takes_hopper(chunk, q, k, v, grad_o)
-    # whether the kernels for Hopper run that take columns for which a program has no room
-    is_wide = key_dim in (2 * TILE, 3 * TILE) and not walks(k, value_dim)
-    on_hopper_wide = is_wide and takes_hopper(chunk, grad_o, widths=HOPPER_VALUES)
+    on_hopper_wide = not walks(k, value_dim) and takes_hopper_wide(chunk, key_dim, grad_o)
     wide_tiles = {"KT": key_dim // TILE, "VT": value_dim // (2 * TILE)}
     if on_hopper:
         hopper_kernel("climb")[programs(heads, num_slots)](

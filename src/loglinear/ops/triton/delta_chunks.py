@@ -246,6 +246,12 @@ def takes_hopper(chunk: int, *rows: Tensor, widths: Collection[int] | None = Non
     return all(are_taken) and driver.active.get_current_target().arch == 90
 
 
+def takes_hopper_wide(chunk: int, key_dim: int, rows: Tensor) -> bool:
+    """The same of the kernels for reads of keys and values that are too wide for `walks`, whose rows [T, H, V] they
+    load."""
+    return key_dim in (2 * TILE, 3 * TILE) and takes_hopper(chunk, rows, widths=HOPPER_VALUES)
+
+
 @functools.cache
 def hopper_kernel(name: str) -> Kernel:
     """That of `delta_hopper_<name>.py`, which nothing else imports: Gluon may be missing, or another one."""

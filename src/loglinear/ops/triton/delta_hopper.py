@@ -125,6 +125,22 @@ def places_of_rows(pointer, token, first, rows, stride, WIDTH: gl.constexpr, LAY
 
 
 @gluon.jit
+def places_of_columns(pointer, stride):
+    """Where 64 columns of a matrix [128, stride] are, as threads move them."""
+    row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED_HALF))
+    column = gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))
+    return pointer + (row[:, None] * stride + column[None, :])
+
+
+@gluon.jit
+def places_of_half_rows(pointer, stride):
+    """And 128 columns of 64 rows."""
+    row = gl.arange(0, HALF, gl.SliceLayout(1, MOVED))
+    column = gl.arange(0, SIZE, gl.SliceLayout(0, MOVED))
+    return pointer + (row[:, None] * stride + column[None, :])
+
+
+@gluon.jit
 def copy_rows(tile, pointer, token, first, rows, stride):
     """Begins to bring the rows of a chunk to shared memory: zero where there is none."""
     at, exists = places_of_rows(pointer, token, first, rows, stride, SIZE, MOVED)

@@ -18,12 +18,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from loglinear.ops.triton.common import program_place, row_exists
+from loglinear.ops.triton.common import program_place
 from loglinear.ops.triton.delta_hopper import (
     EACH,
     HALF,
     MOVED,
-    MOVED_HALF,
     SHARED,
     SIZE,
     arrived,
@@ -32,6 +31,8 @@ from loglinear.ops.triton.delta_hopper import (
     load_column,
     load_if,
     new_line,
+    places_of_columns,
+    places_of_rows,
     seen_as,
 )
 from loglinear.ops.triton.launch import kernel
@@ -43,10 +44,9 @@ SUM = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16]))  # o
 @gluon.jit
 def _copy_columns(tile, pointer, token, first, rows, stride, left):
     """Begins to bring 128 columns of the rows of a chunk to shared memory, or as many as are left: zero beyond."""
-    row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED))
+    at, exists = places_of_rows(pointer, token, first, rows, stride, SIZE, MOVED)
     column = gl.arange(0, SIZE, gl.SliceLayout(0, MOVED))
-    at = pointer + token.to(gl.int64) * stride + (row[:, None] * stride + column[None, :])
-    begin_copy(tile, at, mask=row_exists(row, first, rows)[:, None] & (column < left)[None, :])
+    begin_copy(tile, at, mask=exists & (column < left)[None, :])
 
 
 @gluon.jit
@@ -54,9 +54,7 @@ def _copy_reader(queries, rights, buffer, token, first, rows, read, passed, tile
                  stride_g, KT: gl.constexpr, VT: gl.constexpr):  # fmt: skip
     """Begins to bring what a reader has for the node. Nothing is after a node that no queries pass: zero."""
     K: gl.constexpr = KT * HALF
-    row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED_HALF))
-    column = gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))
-    at = seen + (read.to(gl.int64) * H + head) * (SIZE * K) + (row[:, None] * K + column[None, :])
+    at = places_of_columns(seen + (read.to(gl.int64) * H + head) * (SIZE * K), K)
     for key in gl.static_range(KT):
         begin_copy(queries.index(buffer * KT + key), at + key * HALF)
     if tile < VT:

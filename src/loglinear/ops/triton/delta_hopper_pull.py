@@ -27,6 +27,8 @@ from loglinear.ops.triton.delta_hopper import (
     begin_copy,
     copy_rows,
     load_level,
+    places_of_columns,
+    places_of_half_rows,
     seen_as,
 )
 from loglinear.ops.triton.launch import kernel
@@ -37,17 +39,8 @@ RING = gl.constexpr(4)  # tiles that have a place in shared memory, the one that
 @gluon.jit
 def _copy_wide(tile, pointer, stride: gl.constexpr, left: gl.constexpr, exists):
     """Begins to bring 64 rows of a matrix to shared memory, of 128 columns as many as are left: zero beyond."""
-    row = gl.arange(0, HALF, gl.SliceLayout(1, MOVED))
     column = gl.arange(0, SIZE, gl.SliceLayout(0, MOVED))
-    begin_copy(tile, pointer + (row[:, None] * stride + column[None, :]), mask=(column < left)[None, :] & exists)
-
-
-@gluon.jit
-def _places_of_keys(pointer, K: gl.constexpr):
-    """Where 64 columns of a matrix [128, K] are."""
-    row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED_HALF))
-    column = gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))
-    return pointer + (row[:, None] * K + column[None, :])
+    begin_copy(tile, places_of_half_rows(pointer, stride), mask=(column < left)[None, :] & exists)
 
 
 @gluon.jit
@@ -61,7 +54,7 @@ def _copy_one(tile, one: gl.constexpr, queries, state, map, passes, KT: gl.const
     if of_key < VT:
         _copy_wide(tile, state + key * V + of_key * SIZE, V, SIZE, True)
     elif of_key == VT:
-        begin_copy(seen_as(tile, [SIZE, HALF]), _places_of_keys(queries + key, K))
+        begin_copy(seen_as(tile, [SIZE, HALF]), places_of_columns(queries + key, K))
     else:
         column: gl.constexpr = (of_key - VT - 1) * SIZE
         _copy_wide(tile, map + key * K + column, K, K - column, passes)
@@ -88,7 +81,7 @@ def _next_tile(ring, place, one: gl.constexpr, total: gl.constexpr, here, there,
 @gluon.jit
 def _store_carried(carried, pointer, KT: gl.constexpr):
     for key in gl.static_range(KT):
-        gl.store(_places_of_keys(pointer + key * HALF, KT * HALF), carried.index(key).load(MOVED_HALF))
+        gl.store(places_of_columns(pointer + key * HALF, KT * HALF), carried.index(key).load(MOVED_HALF))
 
 
 @gluon.jit

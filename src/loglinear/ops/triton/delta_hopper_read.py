@@ -17,7 +17,6 @@ from loglinear.ops.triton.delta_hopper import (
     HALF,
     MATRIX,
     MOVED,
-    MOVED_HALF,
     ROWS,
     SHARED,
     SIZE,
@@ -25,6 +24,8 @@ from loglinear.ops.triton.delta_hopper import (
     arrived,
     begin_copy,
     load_level,
+    places_of_columns,
+    places_of_half_rows,
     places_of_rows,
 )
 from loglinear.ops.triton.launch import kernel
@@ -33,27 +34,10 @@ READS = gl.constexpr(2)  # that have a place in shared memory
 
 
 @gluon.jit
-def _copy_left(tile, pointer, stride: gl.constexpr):
-    """Begins to bring 64 columns of a matrix [128, stride] to shared memory."""
-    row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED_HALF))
-    column = gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))
-    begin_copy(tile, pointer + (row[:, None] * stride + column[None, :]))
-
-
-@gluon.jit
-def _copy_right(tile, pointer, stride: gl.constexpr):
-    """And 128 columns of 64 rows of a matrix [K, stride]."""
-    row = gl.arange(0, HALF, gl.SliceLayout(1, MOVED))
-    column = gl.arange(0, SIZE, gl.SliceLayout(0, MOVED))
-    begin_copy(tile, pointer + (row[:, None] * stride + column[None, :]))
-
-
-@gluon.jit
 def _copy_values(tile, v, token, first, rows, stride):
-    """And of 64 rows of the values: zero where there is none."""
+    """Begins to bring 128 columns of 64 rows of the values to shared memory: zero where there is none."""
     row = gl.arange(0, HALF, gl.SliceLayout(1, MOVED))
-    column = gl.arange(0, SIZE, gl.SliceLayout(0, MOVED))
-    at = v + token.to(gl.int64) * stride + (row[:, None] * stride + column[None, :])
+    at = places_of_half_rows(v + token.to(gl.int64) * stride, stride)
     begin_copy(tile, at, mask=row_exists(row, first, rows)[:, None])
 
 
@@ -83,18 +67,20 @@ def _read_hopper_kernel(v, scales, o, scores, seen, added, tokens, firsts, rows_
     # the rows of the chunk, in the place of a second read, and the first read
     scores += (slot.to(gl.int64) * H + head) * MATRIX
     v += head.to(gl.int64) * stride_vh + column
-    _copy_left(lefts.index(KT), scores, SIZE)
+    begin_copy(lefts.index(KT), places_of_columns(scores, SIZE))
     _copy_values(rights.index(KT), v, token, first, rows, stride_v)
     async_copy.commit_group()
-    _copy_left(lefts.index(KT + 1), scores + HALF, SIZE)
+    begin_copy(lefts.index(KT + 1), places_of_columns(scores + HALF, SIZE))
     _copy_values(rights.index(KT + 1), v, token + HALF, later, rows - HALF, stride_v)
     async_copy.commit_group()
     rest = block
     node = place_of_node(slot, block, origin, oldest, rest, count)
     for tile in gl.static_range(KT):
         if count > 0:
-            _copy_left(lefts.index(tile), queries + tile * HALF, K)
-            _copy_right(rights.index(tile), added + (node.to(gl.int64) * H * K + tile * HALF) * V, V)
+            begin_copy(lefts.index(tile), places_of_columns(queries + tile * HALF, K))
+            begin_copy(
+                rights.index(tile), places_of_half_rows(added + (node.to(gl.int64) * H * K + tile * HALF) * V, V)
+            )
         async_copy.commit_group()
     row = gl.arange(0, SIZE, ROWS)
     lam = scales + head.to(gl.int64) * stride_sh
@@ -118,8 +104,11 @@ def _read_hopper_kernel(v, scales, o, scores, seen, added, tokens, firsts, rows_
                 lefts.index(here + tile), rights.index(here + tile), read, use_acc=tile > 0, is_async=True
             )
             if number + 1 < count:
-                _copy_left(lefts.index(there + tile), queries + tile * HALF, K)
-                _copy_right(rights.index(there + tile), added + (node.to(gl.int64) * H * K + tile * HALF) * V, V)
+                begin_copy(lefts.index(there + tile), places_of_columns(queries + tile * HALF, K))
+                begin_copy(
+                    rights.index(there + tile),
+                    places_of_half_rows(added + (node.to(gl.int64) * H * K + tile * HALF) * V, V),
+                )
             async_copy.commit_group()
         if SCALED:
             weight = load_level(lam, row, token, first, rows, stride_s, HEIGHT + 1 + height, L)

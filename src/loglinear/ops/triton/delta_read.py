@@ -32,9 +32,7 @@ from loglinear.ops.triton.common import (
     programs,
 )
 from loglinear.ops.triton.delta_chunks import (
-    HOPPER_VALUES,
     HOPPER_WARPS,
-    TILE,
     Chunks,
     has_room_for_keys,
     hopper_kernel,
@@ -47,6 +45,7 @@ from loglinear.ops.triton.delta_chunks import (
     store_quarters,
     store_tile,
     takes_hopper,
+    takes_hopper_wide,
     tile_width,
     warps_of,
     whole_width,
@@ -290,7 +289,7 @@ def read(v: Tensor, scales: Tensor | None, chunks: Chunks, nodes: Nodes, slots: 
     )  # fmt: skip
     num_levels = lam.shape[-1] if scaled else 1
     shape = {"HEIGHT": height, "KT": cdiv(key_dim, block_k), "VT": values, "SCALED": scaled}
-    if key_dim in (2 * TILE, 3 * TILE) and takes_hopper(chunk, v, widths=HOPPER_VALUES):
+    if takes_hopper_wide(chunk, key_dim, v):
         hopper_kernel("read")[programs(heads * values, num_slots)](
             *arguments, num_levels, **shape, num_warps=HOPPER_WARPS
         )
