@@ -228,15 +228,17 @@ def test_interpreted_inverse_on_hopper(shape, bounds, bfloat16, monkeypatch):
         (Shape(B=1, T=150, G=1, H=1, K=192, V=256, L=12), None, 7 * 128 + 41),
     ],
 )
-def test_interpreted_reads_on_hopper(shape, bounds, position, bfloat16, monkeypatch):
-    """By themselves: they take wider keys and values than the others."""
-    ran = run_on_hopper([delta_read, delta_backward], monkeypatch)
-    monkeypatch.setattr(delta_backward, "takes_hopper", lambda *_: False)  # of the kernels for 128 columns
+def test_interpreted_wide_on_hopper(shape, bounds, position, bfloat16, monkeypatch):
+    """Those that take wider keys and values than the others, by themselves."""
+    modules = delta_read, delta_backward, delta_backward_halves
+    ran = run_on_hopper(modules, monkeypatch)
+    for module in modules[1:]:  # not those for 128 columns
+        monkeypatch.setattr(module, "takes_hopper", lambda *_, widths=None: widths is not None)
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
     inputs = make_inputs("gated_deltanet", shape, torch.bfloat16).map(poisoned)
     state = None if position is None else random_state(shape, [position], torch.float32)
     compare_with_tree(inputs, state, cu_seqlens, returns_state=state is not None)
-    assert ran == {"read", "pull", "gather_wide"}
+    assert ran == {"read", "pull", "gather_wide", "values_wide", "keys_wide"}
 
 
 @needs_interpreter

@@ -34,7 +34,10 @@ from loglinear.ops.triton.common import (
     row_exists,
 )
 from loglinear.ops.triton.delta_chunks import (
+    HOPPER_KEYS,
     HOPPER_WARPS,
+    HOPPER_WIDTH,
+    TILE,
     VERSION,
     Chunks,
     fetch_block,
@@ -48,6 +51,7 @@ from loglinear.ops.triton.delta_chunks import (
     store_quarter,
     store_tile,
     takes_hopper,
+    takes_hopper_wide,
     tile_width,
 )
 from loglinear.ops.triton.launch import kernel
@@ -541,10 +545,16 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
 
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     d_written = v.new_empty(num_slots, heads, chunk, value_dim)
-    _values_kernel[programs(heads * value_tiles, num_slots)](
+    on_hopper = takes_hopper(chunk, q, k, widths=HOPPER_KEYS) and takes_hopper_wide(chunk, key_dim, v, grad_o)
+    tiles = {"KT": key_dim // TILE, "VT": value_dim // HOPPER_WIDTH, "num_warps": HOPPER_WARPS}  # of kernels for Hopper
+    arguments = (
         k, beta, grad_o, chunks.inverse, chunks.scores, chunks.gamma, d_added, dv, d_written, *rows, slots.left,
-        num_slots, heads, groups, *of_k[:2], of_b[0], *of_g[:2], key_dim, value_dim, **values, **keys,
+        num_slots, heads, groups, *of_k[:2], of_b[0], *of_g[:2],
     )  # fmt: skip
+    if on_hopper:
+        hopper_kernel("values_wide")[programs(heads * tiles["VT"], num_slots)](*arguments, **tiles, maxnreg=128)
+    else:
+        _values_kernel[programs(heads * value_tiles, num_slots)](*arguments, key_dim, value_dim, **values, **keys)
     d_mixed, d_pairs = v.new_empty(quarters), v.new_empty(quarters)
     by_half = (2, *chunks.gamma.shape)
     d_scored = torch.zeros(by_half, **float32)
@@ -571,14 +581,19 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
     del d_solved
     wide = {"dtype": v.dtype if groups == heads else torch.float32, "device": v.device}  # sums over a group's heads
     dq, dk = (torch.empty(tokens, heads, key_dim, **wide) for _ in range(2))
-    d_sums, d_end = (torch.empty(key_tiles, *chunks.gamma.shape, **float32) for _ in range(2))
-    # pipelined, it is wrong where K > 128: by 1e-2, and by 1e-1 where sequences start anywhere
-    staged = keys if key_dim <= 128 and slots.first is None else {**keys, "num_stages": 1}
-    _keys_kernel[programs(2 * heads * key_tiles, num_slots)](
+    by_tile = (1 if on_hopper else key_tiles, *chunks.gamma.shape)
+    d_sums, d_end = (torch.empty(by_tile, **float32) for _ in range(2))
+    arguments = (
         q, k, v, beta, chunks.inverse, pulled, chunks.gamma, d_added, d_maps, d_erase, chunks.mixed, d_pairs, d_overlap,
         dq, dk, d_sums, d_end, *rows, slots.left, slots.reads, places, num_slots, heads, groups, scale, *of_q[:2],
-        *of_k[:2], *of_v[:2], of_b[0], key_dim, value_dim, **values, **staged,
+        *of_k[:2], *of_v[:2], of_b[0],
     )  # fmt: skip
+    if on_hopper:
+        hopper_kernel("keys_wide")[programs(heads, num_slots)](*arguments, **tiles)
+    else:
+        # pipelined, it is wrong where K > 128: by 1e-2, and by 1e-1 where sequences start anywhere
+        staged = keys if key_dim <= 128 and slots.first is None else {**keys, "num_stages": 1}
+        _keys_kernel[programs(2 * heads * key_tiles, num_slots)](*arguments, key_dim, value_dim, **values, **staged)
     parts = d_scored, d_strength, d_mass, d_sums, d_end
     return dq, dk, dv, *_of_decays(chunks, d_maps, slots, tokens, *parts)
 

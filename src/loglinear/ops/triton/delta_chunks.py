@@ -246,10 +246,10 @@ def takes_hopper(chunk: int, *rows: Tensor, widths: Collection[int] | None = Non
     return all(are_taken) and driver.active.get_current_target().arch == 90
 
 
-def takes_hopper_wide(chunk: int, key_dim: int, rows: Tensor) -> bool:
-    """The same of the kernels for reads of keys and values that are too wide for `walks`, whose rows [T, H, V] they
-    load."""
-    return key_dim in (2 * TILE, 3 * TILE) and takes_hopper(chunk, rows, widths=HOPPER_VALUES)
+def takes_hopper_wide(chunk: int, key_dim: int, *rows: Tensor) -> bool:
+    """The same of the kernels for keys and values that are too wide for `walks`, of which they load these rows
+    [T, H, V]."""
+    return key_dim in (2 * TILE, 3 * TILE) and takes_hopper(chunk, *rows, widths=HOPPER_VALUES)
 
 
 @functools.cache

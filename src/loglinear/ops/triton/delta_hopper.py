@@ -148,16 +148,42 @@ def copy_rows(tile, pointer, token, first, rows, stride):
 
 
 @gluon.jit
-def offsets():
-    """Where the numbers of a contiguous [128, 128] are, as threads move them."""
+def copy_columns(tile, pointer, token, first, rows, stride, exists=None):
+    """And 64 columns of them, where they exist."""
+    at, has_row = places_of_rows(pointer, token, first, rows, stride, HALF, MOVED_HALF)
+    if exists is None:
+        begin_copy(tile, at, mask=has_row)
+    else:
+        begin_copy(tile, at, mask=has_row & exists)
+
+
+@gluon.jit
+def copy_wide(tile, pointer, stride: gl.constexpr, left: gl.constexpr, exists):
+    """Begins to bring 64 rows of a matrix to shared memory, of 128 columns as many as are left: zero beyond, and where
+    it does not exist."""
+    column = gl.arange(0, SIZE, gl.SliceLayout(0, MOVED))
+    begin_copy(tile, places_of_half_rows(pointer, stride), mask=(column < left)[None, :] & exists)
+
+
+@gluon.jit
+def offsets(stride: gl.constexpr = SIZE):
+    """Where the numbers of 128 columns of a matrix [128, stride] are, as threads move them."""
     row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED))
-    return row[:, None] * SIZE + gl.arange(0, SIZE, gl.SliceLayout(0, MOVED))[None, :]
+    return row[:, None] * stride + gl.arange(0, SIZE, gl.SliceLayout(0, MOVED))[None, :]
 
 
 @gluon.jit
 def copy_tile(tile, pointer, exists=None):
     """Begins to bring a contiguous [128, 128] to shared memory: zero where it does not exist."""
     begin_copy(tile, pointer + offsets(), mask=exists)
+
+
+@gluon.jit
+def copy_lower(tile, pointer):
+    """The same, but for its upper right quarter: zero."""
+    row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED))
+    column = gl.arange(0, SIZE, gl.SliceLayout(0, MOVED))
+    copy_tile(tile, pointer, (row // HALF)[:, None] >= (column // HALF)[None, :])
 
 
 @gluon.jit
@@ -178,10 +204,14 @@ def _quarters(matrix, place):
 
 
 @gluon.jit
-def copy_quarters(tile, matrix, place):
-    """Begins to bring a chunk's lower triangular matrix to shared memory, with zeros above the diagonal."""
-    at, exists = _quarters(matrix, place)
-    begin_copy(tile, at, mask=exists)
+def copy_quarters(tile, matrix, place, exists=None):
+    """Begins to bring a chunk's lower triangular matrix to shared memory, with zeros above the diagonal, or zeros alone
+    where it does not exist."""
+    at, is_below = _quarters(matrix, place)
+    if exists is None:
+        begin_copy(tile, at, mask=is_below)
+    else:
+        begin_copy(tile, at, mask=is_below & exists)
 
 
 @gluon.jit

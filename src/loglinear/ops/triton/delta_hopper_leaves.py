@@ -42,21 +42,14 @@ from loglinear.ops.triton.delta_hopper import (
     arrived,
     barrier,
     begin_copy,
+    copy_columns,
     copy_rows,
     in_parts,
     load_column,
     new_half,
     new_tile,
-    places_of_rows,
 )
 from loglinear.ops.triton.launch import kernel
-
-
-@gluon.jit
-def _copy_columns(tile, pointer, token, first, rows, stride):
-    """Begins to bring 64 columns of the rows of a chunk to shared memory: zero where there is no row."""
-    at, exists = places_of_rows(pointer, token, first, rows, stride, HALF, MOVED_HALF)
-    begin_copy(tile, at, mask=exists)
 
 
 @gluon.jit
@@ -198,8 +191,8 @@ def _leaves_hopper_kernel(k, v, beta, inverse, gamma, added, maps, finals, token
     _copy_two_quarters(tile2, inverse + 2 * QUARTER, size)
     async_copy.commit_group()
     v += head.to(gl.int64) * stride_vh
-    _copy_columns(tile3, v, token, first, rows, stride_v)
-    _copy_columns(tile4, v + HALF, token, first, rows, stride_v)
+    copy_columns(tile3, v, token, first, rows, stride_v)
+    copy_columns(tile4, v + HALF, token, first, rows, stride_v)
     async_copy.commit_group()
 
     each = gl.arange(0, HALF, EACH)

@@ -17,7 +17,6 @@ from loglinear.ops.triton.common import add_highest_bit, drop_lowest_bit, place_
 from loglinear.ops.triton.delta_hopper import (
     HALF,
     HALF_SUM,
-    MOVED,
     MOVED_HALF,
     ROWS_OF_HALF,
     SHARED,
@@ -26,21 +25,14 @@ from loglinear.ops.triton.delta_hopper import (
     barrier,
     begin_copy,
     copy_rows,
+    copy_wide,
     load_level,
     places_of_columns,
-    places_of_half_rows,
     seen_as,
 )
 from loglinear.ops.triton.launch import kernel
 
 RING = gl.constexpr(4)  # tiles that have a place in shared memory, the one that is multiplied among them
-
-
-@gluon.jit
-def _copy_wide(tile, pointer, stride: gl.constexpr, left: gl.constexpr, exists):
-    """Begins to bring 64 rows of a matrix to shared memory, of 128 columns as many as are left: zero beyond."""
-    column = gl.arange(0, SIZE, gl.SliceLayout(0, MOVED))
-    begin_copy(tile, places_of_half_rows(pointer, stride), mask=(column < left)[None, :] & exists)
 
 
 @gluon.jit
@@ -52,12 +44,12 @@ def _copy_one(tile, one: gl.constexpr, queries, state, map, passes, KT: gl.const
     key: gl.constexpr = one // each * HALF
     of_key: gl.constexpr = one % each
     if of_key < VT:
-        _copy_wide(tile, state + key * V + of_key * SIZE, V, SIZE, True)
+        copy_wide(tile, state + key * V + of_key * SIZE, V, SIZE, True)
     elif of_key == VT:
         begin_copy(seen_as(tile, [SIZE, HALF]), places_of_columns(queries + key, K))
     else:
         column: gl.constexpr = (of_key - VT - 1) * SIZE
-        _copy_wide(tile, map + key * K + column, K, K - column, passes)
+        copy_wide(tile, map + key * K + column, K, K - column, passes)
 
 
 @gluon.jit

@@ -31,7 +31,6 @@ from loglinear.ops.triton.common import decay_at_most_one, decay_of, program_pla
 from loglinear.ops.triton.delta_hopper import (
     COLUMNS,
     EACH,
-    HALF,
     LEFT,
     MATRIX,
     MOVED,
@@ -41,6 +40,7 @@ from loglinear.ops.triton.delta_hopper import (
     WHOLE_SUM,
     arrived,
     barrier,
+    copy_lower,
     copy_quarters,
     copy_rows,
     copy_tile,
@@ -55,14 +55,6 @@ from loglinear.ops.triton.delta_hopper import (
 from loglinear.ops.triton.launch import kernel
 
 BY_COLUMNS = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [1, WARPS], [1, 0]))  # a warp has all rows of 16 columns
-
-
-@gluon.jit
-def _copy_lower(tile, pointer):
-    """Begins to bring a contiguous [128, 128] to shared memory, but for its upper right quarter: zero."""
-    row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED))
-    column = gl.arange(0, SIZE, gl.SliceLayout(0, MOVED))
-    copy_tile(tile, pointer, (row // HALF)[:, None] >= (column // HALF)[None, :])
 
 
 @kernel(gluon.jit, do_not_specialize=["N", "stride_b"])
@@ -131,7 +123,7 @@ def _solved_hopper_kernel(q, k, v, beta, grad_o, inverse, scores, gamma, d_added
     arrived(3)
     grad_written.store((grad_y * after[:, None]).to(dtype))
     pairs = warpgroup_mma(keys, queries.permute([1, 0]), nothing, use_acc=False, is_async=True)
-    _copy_lower(attention, scores + matrix)
+    copy_lower(attention, scores + matrix)
     async_copy.commit_group()
 
     # dT, which also takes Mᵀ: `pairs`
