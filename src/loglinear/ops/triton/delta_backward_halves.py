@@ -558,13 +558,19 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
     d_mixed, d_pairs = v.new_empty(quarters), v.new_empty(quarters)
     by_half = (2, *chunks.gamma.shape)
     d_scored = torch.zeros(by_half, **float32)
-    # pipelined, this kernel is silently wrong on Hopper (Triton 3.6): d_mixed by 4e-2 with K = 192, V = 384
-    _scores_back_kernel[halves](
+    arguments = (
         q, k, v, lam, beta, grad_o, chunks.inverse, chunks.mixed, pulled, chunks.gamma, d_mixed, d_pairs, dscales,
         d_scored, *rows, slots.reads, places, num_slots, heads, groups, scale, *of_q[:2], *of_k[:2], *of_v[:2],
-        *of_s[:2], of_b[0], *of_g[:2], key_dim, value_dim, lam.shape[-1] if scaled else 1, HEIGHT=height - 1,
-        SCALED=scaled, **values, **{**keys, "num_stages": 1},
+        *of_s[:2], of_b[0], *of_g[:2],
     )  # fmt: skip
+    levels, of_levels = lam.shape[-1] if scaled else 1, {"HEIGHT": height - 1, "SCALED": scaled}
+    if on_hopper:
+        hopper_kernel("scores_back")[programs(heads, num_slots)](*arguments, levels, **of_levels, **tiles)
+    else:
+        # pipelined, this kernel is silently wrong on Hopper (Triton 3.6): d_mixed by 4e-2 with K = 192, V = 384
+        _scores_back_kernel[halves](
+            *arguments, key_dim, value_dim, levels, **of_levels, **values, **{**keys, "num_stages": 1}
+        )
     d_solved, d_erase = v.new_empty(quarters), v.new_empty(num_slots, heads, chunk, key_dim)
     # pipelined by Triton 3.9, it is wrong where K > 128: gradients of the keys by more than half; 3.8 has not run
     staged = {**keys, "num_stages": 1} if key_dim > 128 and VERSION >= (3, 8) else keys
@@ -613,7 +619,7 @@ def _chunk_gradients_on_hopper(q, k, v, scales, beta, grad_o, chunks: Chunks, pu
     hopper_kernel("scores_back")[each](
         q, k, v, lam, beta, grad_o, chunks.inverse, chunks.mixed, pulled, chunks.gamma, d_mixed, d_pairs, dscales,
         d_scored, *rows, slots.reads, places, num_slots, heads, groups, scale, *of_q[:2], *of_k[:2], *of_v[:2],
-        *of_s[:2], of_b[0], *of_g[:2], lam.shape[-1] if scaled else 1, HEIGHT=height - 1, SCALED=scaled,
+        *of_s[:2], of_b[0], *of_g[:2], lam.shape[-1] if scaled else 1, HEIGHT=height - 1, SCALED=scaled, KT=2, VT=1,
         num_warps=HOPPER_WARPS,
     )  # fmt: skip
     dv, d_erase = torch.empty(v.shape, dtype=v.dtype, device=v.device), v.new_empty(num_slots, heads, chunk, key_dim)

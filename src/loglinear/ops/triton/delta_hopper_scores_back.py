@@ -6,7 +6,10 @@ shared memory. What is lower triangular is made as two halves of its columns, [C
 half of the rows has with itself, and below it what the second half has with the first: two quarters, one after the
 other in memory. Of the second only the lower half is not zero: what the second half has with itself.
 
-Legend as in `delta_backward_halves.py`, and
+Where keys and values are WIDE, not both of 128 columns, there is no such room. Then the products are made of 64 columns
+at a time, which come through a ring of shared memory; k, which is multiplied twice, stays beside it.
+
+Legend as in `delta_backward_halves.py`, but KT tiles of 64 keys, VT of 128 values, and
     d_scored [1, H, N, C], the whole of it
 """
 
@@ -26,7 +29,6 @@ from loglinear.ops.triton.delta_hopper import (
     HALF,
     HALF_SUM,
     LEFT_HALF,
-    MATRIX,
     QUARTER,
     QUARTERS,
     ROWS_OF_HALF,
@@ -35,6 +37,8 @@ from loglinear.ops.triton.delta_hopper import (
     WHOLE_SUM,
     arrived,
     barrier,
+    begin_copy,
+    copy_columns,
     copy_first_half,
     copy_halves,
     copy_quarter,
@@ -46,12 +50,15 @@ from loglinear.ops.triton.delta_hopper import (
     new_half,
     new_line,
     new_tile,
+    places_of_columns,
     same_block,
     seen_as,
     store_halves,
     sum_of_rows,
 )
 from loglinear.ops.triton.launch import kernel
+
+RING = gl.constexpr(3)  # pairs of tiles that have a place in shared memory, those that are multiplied among them
 
 
 @gluon.jit
@@ -96,6 +103,47 @@ def _of_halves(first, second):
 
 
 @gluon.jit
+def _copy_item(ring, keys, item: gl.constexpr, first, q, k, v, grad_o, pulled, token, rows, stride_q, stride_k,
+               stride_v, stride_g, is_read, KT: gl.constexpr, VT: gl.constexpr):  # fmt: skip
+    """Begins to bring 64 columns each of what is multiplied: dO and v, then dR and k, then q."""
+    of_values: gl.constexpr = 2 * VT
+    key: gl.constexpr = (item - of_values) % KT
+    left = ring.index(2 * (item % RING))
+    if item < of_values:
+        copy_columns(left, grad_o + item * HALF, token, first, rows, stride_g)
+        copy_columns(ring.index(2 * (item % RING) + 1), v + item * HALF, token, first, rows, stride_v)
+    elif item < of_values + KT:  # where nothing is read nothing is pulled: zero
+        begin_copy(left, places_of_columns(pulled + key * HALF, KT * HALF), mask=is_read)
+        copy_columns(keys.index(key), k + key * HALF, token, first, rows, stride_k)
+    else:
+        copy_columns(left, q + key * HALF, token, first, rows, stride_q)
+
+
+@gluon.jit
+def _product_of(ring, keys, begin: gl.constexpr, end: gl.constexpr, first, q, k, v, grad_o, pulled, token, rows,
+                stride_q, stride_k, stride_v, stride_g, is_read, KT: gl.constexpr, VT: gl.constexpr):  # fmt: skip
+    """The sum of some of the products that are made of what comes through the ring, [128, 128]."""
+    total = gl.zeros([SIZE, SIZE], gl.float32, WHOLE_SUM)
+    of_values: gl.constexpr = 2 * VT
+    for item in gl.static_range(begin, end):
+        arrived(RING - 2)
+        if item + RING - 1 < of_values + 2 * KT:
+            _copy_item(
+                ring, keys, item + RING - 1, first, q, k, v, grad_o, pulled, token, rows, stride_q, stride_k, stride_v,
+                stride_g, is_read, KT, VT,
+            )  # fmt: skip
+        async_copy.commit_group()
+        if item < of_values:
+            right = ring.index(2 * (item % RING) + 1)
+        else:
+            right = keys.index((item - of_values) % KT)
+        left = ring.index(2 * (item % RING))
+        total = warpgroup_mma(left, right.permute([1, 0]), total, use_acc=item > begin, is_async=True)
+        total = warpgroup_mma_wait(0, deps=[total])
+    return total
+
+
+@gluon.jit
 def _times_turned(left, right):
     """Begins the product `left` `right`ᵀ, [128, 128]."""
     nothing = gl.zeros([SIZE, SIZE], gl.float32, WHOLE_SUM)
@@ -106,7 +154,8 @@ def _times_turned(left, right):
 def _scores_back_hopper_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pulled, gamma, d_mixed, d_pairs, dscales,
                                d_scored, tokens, firsts, rows_of, reads, places, N, H, G, scale, stride_q, stride_qg,
                                stride_k, stride_kg, stride_v, stride_vh, stride_s, stride_sh, stride_b, stride_g,
-                               stride_gh, L, HEIGHT: gl.constexpr, SCALED: gl.constexpr):  # fmt: skip
+                               stride_gh, L, HEIGHT: gl.constexpr, SCALED: gl.constexpr, KT: gl.constexpr,
+                               VT: gl.constexpr):  # fmt: skip
     """Back through the scores of a chunk: gradients of λ, of MT and of q kᵀ. Half a chunk is 2^HEIGHT rows."""
     head, slot = program_place()
     # side by side, for nothing else can begin before
@@ -123,27 +172,54 @@ def _scores_back_hopper_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pu
     group = (head // (H // G)).to(gl.int64)
     dtype: gl.constexpr = gl.bfloat16
 
-    grads_tile, values_tile, keys_tile, pulled_tile, queries_tile = (
-        new_tile(), new_tile(), new_tile(), new_tile(), new_tile()
-    )  # fmt: skip
+    q += group * stride_qg
+    k += group * stride_kg
+    v += head.to(gl.int64) * stride_vh
+    grad_o += head.to(gl.int64) * stride_gh
+    pulled += (read.to(gl.int64) * H + head) * (SIZE * KT * HALF)
+    WIDE: gl.constexpr = KT != 2 or VT != 1
+    if WIDE:
+        ring = gl.allocate_shared_memory(dtype, [2 * RING, SIZE, HALF], SHARED)
+        keys = gl.allocate_shared_memory(dtype, [KT, SIZE, HALF], SHARED)
+        kept0, kept1, kept2 = ring.index(1), ring.index(3), ring.index(5)  # where v was
+        sources = (
+            q, k, v, grad_o, pulled, token, rows, stride_q, stride_k, stride_v, stride_g, is_read,
+        )  # fmt: skip
+    else:
+        grads_tile, values_tile, keys_tile, pulled_tile, queries_tile = (
+            new_tile(), new_tile(), new_tile(), new_tile(), new_tile()
+        )  # fmt: skip
+        kept0, kept1, kept2 = (
+            seen_as(values_tile, [SIZE, HALF]), seen_as(grads_tile, [SIZE, HALF]), seen_as(pulled_tile, [SIZE, HALF])
+        )  # fmt: skip
     scores0, scores1, solved0 = new_half(), new_half(), new_half()
     solved1 = gl.allocate_shared_memory(dtype, [HALF, HALF], SHARED)
     sums_line, decays_line, beta_line = new_line(), new_line(), new_line()
-    copy_rows(grads_tile, grad_o + head.to(gl.int64) * stride_gh, token, first, rows, stride_g)
-    copy_rows(values_tile, v + head.to(gl.int64) * stride_vh, token, first, rows, stride_v)
-    async_copy.commit_group()
-    if SCALED:
-        copy_halves(scores0, scores1, mixed + quarters)
-    async_copy.commit_group()
-    # where nothing is read nothing is pulled: zero
-    copy_tile(pulled_tile, pulled + (read.to(gl.int64) * H + head) * MATRIX, is_read)
-    copy_rows(keys_tile, k + group * stride_kg, token, first, rows, stride_k)
-    async_copy.commit_group()
-    copy_rows(queries_tile, q + group * stride_qg, token, first, rows, stride_q)
-    async_copy.commit_group()
-    copy_first_half(solved0, inverse + quarters)
-    copy_quarter(solved1, inverse + quarters + 2 * QUARTER)
-    async_copy.commit_group()
+    if WIDE:
+        for item in gl.static_range(RING - 1):
+            _copy_item(ring, keys, item, first, *sources, KT, VT)
+            if item == RING - 2:
+                if SCALED:
+                    copy_halves(scores0, scores1, mixed + quarters)
+                copy_first_half(solved0, inverse + quarters)
+                copy_quarter(solved1, inverse + quarters + 2 * QUARTER)
+            async_copy.commit_group()
+    else:
+        copy_rows(grads_tile, grad_o, token, first, rows, stride_g)
+        copy_rows(values_tile, v, token, first, rows, stride_v)
+        async_copy.commit_group()
+        if SCALED:
+            copy_halves(scores0, scores1, mixed + quarters)
+        async_copy.commit_group()
+        # where nothing is read nothing is pulled: zero
+        copy_tile(pulled_tile, pulled, is_read)
+        copy_rows(keys_tile, k, token, first, rows, stride_k)
+        async_copy.commit_group()
+        copy_rows(queries_tile, q, token, first, rows, stride_q)
+        async_copy.commit_group()
+        copy_first_half(solved0, inverse + quarters)
+        copy_quarter(solved1, inverse + quarters + 2 * QUARTER)
+        async_copy.commit_group()
 
     each = gl.arange(0, SIZE, EACH)
     per_row = (head.to(gl.int64) * N + slot) * SIZE
@@ -160,12 +236,16 @@ def _scores_back_hopper_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pu
     beta_line.store(strength)
 
     # dO vᵀ ⊙ Λ, of which MT gets all; λ gets dO vᵀ ⊙ MT
-    arrived(4)
-    grad = _times_turned(grads_tile, values_tile)
-    grad = warpgroup_mma_wait(0, deps=[grad])
+    if WIDE:
+        grad = _product_of(ring, keys, 0, 2 * VT, first, *sources, KT, VT)
+    else:
+        arrived(4)
+        grad = _times_turned(grads_tile, values_tile)
+        grad = warpgroup_mma_wait(0, deps=[grad])
     grad0, grad1 = _in_halves(grad)
     if SCALED:
-        arrived(3)
+        if not WIDE:
+            arrived(3)
         pairs0 = scores0.load(HALF_SUM).to(gl.float32) * grad0
         pairs1 = scores1.load(HALF_SUM).to(gl.float32) * grad1
         beyond = gl.where(lower, gl.sum(pairs0, 1), 0.0)
@@ -174,8 +254,11 @@ def _scores_back_hopper_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pu
         grad0 *= gl.where(lower[:, None], far[:, None], factor)
         grad1 *= factor
     # d(MT) = dO vᵀ ⊙ Λ - dR k̂ᵀ
-    arrived(2)
-    met = _times_turned(pulled_tile, keys_tile)
+    if WIDE:
+        met = _product_of(ring, keys, 2 * VT, 2 * VT + KT, first, *sources, KT, VT)
+    else:
+        arrived(2)
+        met = _times_turned(pulled_tile, keys_tile)
     if SCALED:
         dlam = dscales + (token + row).to(gl.int64) * H * L + head * L
         _store_level_sums(dlam, pairs, beyond, row_exists(row, first, rows), L, HEIGHT)
@@ -184,13 +267,14 @@ def _scores_back_hopper_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pu
     grad0 -= met0 * decays_line.slice(0, HALF).load(COLUMNS_OF_HALF)[None, :]
     grad1 -= met1 * decays_line.slice(HALF, HALF).load(COLUMNS_OF_HALF)[None, :]
     # q kᵀ is needed last
-    arrived(1)
-    product = _times_turned(queries_tile, keys_tile)
+    if WIDE:
+        product = _product_of(ring, keys, 2 * VT + KT, 2 * VT + 2 * KT, first, *sources, KT, VT)
+    else:
+        arrived(1)
+        product = _times_turned(queries_tile, keys_tile)
     grad0 = gl.where(row[:, None] >= column[None, :], grad0, 0.0)
     grad1 = gl.where(row[:, None] >= column[None, :] + HALF, grad1, 0.0)
     # d(MT) waits in tiles that are read, to go out
-    kept0 = seen_as(values_tile, [SIZE, HALF])
-    kept1 = seen_as(grads_tile, [SIZE, HALF])
     kept0.store(grad0.to(dtype))
     kept1.store(grad1.to(dtype))
 
@@ -217,10 +301,9 @@ def _scores_back_hopper_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pu
     pairs1 *= decay_at_most_one(sums - sums_line.slice(HALF, HALF).load(COLUMNS_OF_HALF)[None, :]) * scale
     pairs1 = gl.where(row[:, None] >= column[None, :] + HALF, pairs1, 0.0)
     mass1 = product1 * pairs1
-    kept0 = seen_as(pulled_tile, [SIZE, HALF])
-    kept0.store(pairs0.to(dtype))
+    kept2.store(pairs0.to(dtype))
     scores1.store(pairs1.to(dtype))
     mass = gl.sum(mass0 + mass1, 1) - gl.convert_layout(sum_of_rows(_of_halves(mass0, mass1)), ROWS_OF_HALF)
     gl.store(d_scored + per_row + row, mass)
     barrier()
-    store_halves(kept0, scores1, d_pairs + quarters)
+    store_halves(kept2, scores1, d_pairs + quarters)
