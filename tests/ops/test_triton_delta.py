@@ -238,7 +238,7 @@ def test_interpreted_wide_on_hopper(shape, bounds, position, bfloat16, monkeypat
     inputs = make_inputs("gated_deltanet", shape, torch.bfloat16).map(poisoned)
     state = None if position is None else random_state(shape, [position], torch.float32)
     compare_with_tree(inputs, state, cu_seqlens, returns_state=state is not None)
-    assert ran == {"read", "pull", "gather_wide", "values_wide", "scores_back", "keys_wide"}
+    assert ran == {"read", "pull", "gather_wide", "values_wide", "scores_back", "solved_wide", "keys_wide"}
 
 
 @needs_interpreter

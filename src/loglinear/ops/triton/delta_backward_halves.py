@@ -556,7 +556,7 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
     else:
         _values_kernel[programs(heads * value_tiles, num_slots)](*arguments, key_dim, value_dim, **values, **keys)
     d_mixed, d_pairs = v.new_empty(quarters), v.new_empty(quarters)
-    by_half = (2, *chunks.gamma.shape)
+    by_half = (1 if on_hopper else 2, *chunks.gamma.shape)
     d_scored = torch.zeros(by_half, **float32)
     arguments = (
         q, k, v, lam, beta, grad_o, chunks.inverse, chunks.mixed, pulled, chunks.gamma, d_mixed, d_pairs, dscales,
@@ -571,20 +571,28 @@ def chunk_gradients(q, k, v, scales, beta, grad_o, chunks: Chunks, pulled: Tenso
         _scores_back_kernel[halves](
             *arguments, key_dim, value_dim, levels, **of_levels, **values, **{**keys, "num_stages": 1}
         )
-    d_solved, d_erase = v.new_empty(quarters), v.new_empty(num_slots, heads, chunk, key_dim)
-    # pipelined by Triton 3.9, it is wrong where K > 128: gradients of the keys by more than half; 3.8 has not run
-    staged = {**keys, "num_stages": 1} if key_dim > 128 and VERSION >= (3, 8) else keys
-    _solved_kernel[halves](
-        q, k, v, chunks.gamma, d_maps, d_written, d_mixed, d_solved, d_erase, *rows, slots.left, num_slots, heads,
-        groups, scale, *of_q[:2], *of_k[:2], *of_v[:2], key_dim, value_dim, **values, **staged,
-    )  # fmt: skip
+    d_erase, d_overlap = v.new_empty(num_slots, heads, chunk, key_dim), v.new_empty(quarters)
+    d_strength, d_mass = (torch.empty(by_half, **float32) for _ in range(2))
+    if on_hopper:
+        hopper_kernel("solved_wide")[programs(heads, num_slots)](
+            q, k, v, beta, chunks.inverse, chunks.gamma, d_maps, d_written, d_mixed, d_erase, d_overlap, d_strength,
+            d_mass, *rows, slots.left, num_slots, heads, groups, scale, *of_q[:2], *of_k[:2], *of_v[:2], of_b[0],
+            **tiles,
+        )  # fmt: skip
+    else:
+        d_solved = v.new_empty(quarters)
+        # pipelined by Triton 3.9, it is wrong where K > 128: gradients of the keys by more than half; 3.8 has not run
+        staged = {**keys, "num_stages": 1} if key_dim > 128 and VERSION >= (3, 8) else keys
+        _solved_kernel[halves](
+            q, k, v, chunks.gamma, d_maps, d_written, d_mixed, d_solved, d_erase, *rows, slots.left, num_slots, heads,
+            groups, scale, *of_q[:2], *of_k[:2], *of_v[:2], key_dim, value_dim, **values, **staged,
+        )  # fmt: skip
+        _overlap_kernel[programs(3 * heads, num_slots)](
+            k, beta, chunks.inverse, chunks.gamma, d_solved, d_overlap, d_strength, d_mass, *rows, num_slots, heads,
+            groups, *of_k[:2], of_b[0], key_dim, **keys,
+        )  # fmt: skip
+        del d_solved
     del d_mixed, d_written
-    d_overlap, d_strength, d_mass = v.new_empty(quarters), *(torch.empty(by_half, **float32) for _ in range(2))
-    _overlap_kernel[programs(3 * heads, num_slots)](
-        k, beta, chunks.inverse, chunks.gamma, d_solved, d_overlap, d_strength, d_mass, *rows, num_slots, heads,
-        groups, *of_k[:2], of_b[0], key_dim, **keys,
-    )  # fmt: skip
-    del d_solved
     wide = {"dtype": v.dtype if groups == heads else torch.float32, "device": v.device}  # sums over a group's heads
     dq, dk = (torch.empty(tokens, heads, key_dim, **wide) for _ in range(2))
     by_tile = (1 if on_hopper else key_tiles, *chunks.gamma.shape)

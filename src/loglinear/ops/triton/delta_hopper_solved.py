@@ -57,6 +57,45 @@ from loglinear.ops.triton.launch import kernel
 BY_COLUMNS = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [1, WARPS], [1, 0]))  # a warp has all rows of 16 columns
 
 
+@gluon.jit
+def back_through_inverse(keys, solved, grad_solved, grad_overlap, d_overlap, d_strength, d_mass, place, per_row, sums,
+                         strength, sums_line, beta_line, KT: gl.constexpr = 0):  # fmt: skip
+    """dA, and the gradient of k kᵀ: dA times decays and β of the row. And what β and gamma get from it.
+
+    grad_overlap: where the gradient of k kᵀ waits to go out; the first of the keys' tiles, if these are KT of 64
+    columns. KT = 0: they are one of 128.
+    """
+    row, column = gl.arange(0, SIZE, ROWS), gl.arange(0, SIZE, COLUMNS)
+    nothing = gl.zeros([SIZE, SIZE], gl.float32, WHOLE_SUM)
+    grad_a = warpgroup_mma(solved.permute([1, 0]), grad_solved, nothing, use_acc=False, is_async=True)
+    if KT == 0:
+        overlap = warpgroup_mma(keys, keys.permute([1, 0]), nothing, use_acc=False, is_async=True)
+    else:
+        grad_a = warpgroup_mma_wait(0, deps=[grad_a])
+        overlap = nothing
+        for key in gl.static_range(KT):
+            tile = keys.index(key)
+            overlap = warpgroup_mma(tile, tile.permute([1, 0]), overlap, use_acc=key > 0, is_async=True)
+    of_columns = gl.sum(grad_solved.load(BY_COLUMNS).to(gl.float32) * solved.load(BY_COLUMNS).to(gl.float32), 0)
+    if KT == 0:
+        grad_a = warpgroup_mma_wait(1, deps=[grad_a])
+    left = gl.convert_layout((grad_a * beta_line.load(COLUMNS)[None, :]).to(gl.bfloat16), LEFT)
+    grad_a = warpgroup_mma(left, solved.permute([1, 0]), nothing, use_acc=False, is_async=True)
+    grad_a, overlap, left = warpgroup_mma_wait(0, deps=[grad_a, overlap, left])
+    grad_a *= decay_at_most_one(sums[:, None] - sums_line.load(COLUMNS)[None, :])
+    grad_a = gl.where(row[:, None] > column[None, :], -grad_a, 0.0)
+    if KT > 0:
+        barrier()
+    grad_overlap.store((grad_a * strength[:, None]).to(gl.bfloat16))
+    raw = grad_a * overlap  # with β of the row: A ⊙ dA
+    barrier()
+    store_quarters(grad_overlap, d_overlap, place)
+    of_rows = gl.sum(raw, 1)
+    of_others = sum_of_rows(raw * strength[:, None])
+    gl.store(d_strength + per_row + row, of_rows + gl.convert_layout(of_columns, ROWS))
+    gl.store(d_mass + per_row + row, of_rows * strength - gl.convert_layout(of_others, ROWS))
+
+
 @kernel(gluon.jit, do_not_specialize=["N", "stride_b"])
 def _solved_hopper_kernel(q, k, v, beta, grad_o, inverse, scores, gamma, d_added, d_maps, d_mixed, dv, d_erase,
                           d_overlap, d_strength, d_mass, tokens, firsts, rows_of, lefts, N, H, G, scale, stride_q,
@@ -142,25 +181,11 @@ def _solved_hopper_kernel(q, k, v, beta, grad_o, inverse, scores, gamma, d_added
     async_copy.commit_group()
     grad_solved.store(grad_t.to(dtype))
 
-    # dA, and the gradient of k kᵀ: dA times decays and β of the row
     arrived(2)
-    grad_a = warpgroup_mma(solved.permute([1, 0]), grad_solved, nothing, use_acc=False, is_async=True)
-    overlap = warpgroup_mma(keys, keys.permute([1, 0]), nothing, use_acc=False, is_async=True)
-    of_columns = gl.sum(grad_solved.load(BY_COLUMNS).to(gl.float32) * solved.load(BY_COLUMNS).to(gl.float32), 0)
-    grad_a = warpgroup_mma_wait(1, deps=[grad_a])
-    left = gl.convert_layout((grad_a * beta_line.load(COLUMNS)[None, :]).to(dtype), LEFT)
-    grad_a = warpgroup_mma(left, solved.permute([1, 0]), nothing, use_acc=False, is_async=True)
-    grad_a, overlap, left = warpgroup_mma_wait(0, deps=[grad_a, overlap, left])
-    grad_a *= decay_at_most_one(sums[:, None] - sums_line.load(COLUMNS)[None, :])
-    grad_a = gl.where(row[:, None] > column[None, :], -grad_a, 0.0)
-    grad_overlap.store((grad_a * strength[:, None]).to(dtype))
-    raw = grad_a * overlap  # with β of the row: A ⊙ dA
-    barrier()
-    store_quarters(grad_overlap, d_overlap, place)
-    of_rows = gl.sum(raw, 1)
-    of_others = sum_of_rows(raw * strength[:, None])
-    gl.store(d_strength + per_row + row, of_rows + gl.convert_layout(of_columns, ROWS))
-    gl.store(d_mass + per_row + row, of_rows * strength - gl.convert_layout(of_others, ROWS))
+    back_through_inverse(
+        keys, solved, grad_solved, grad_overlap, d_overlap, d_strength, d_mass, place, per_row, sums, strength,
+        sums_line, beta_line,
+    )  # fmt: skip
 
     # dv
     grad_v = warpgroup_mma(solved.permute([1, 0]), grad_written, nothing, use_acc=False, is_async=True)
