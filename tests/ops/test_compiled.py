@@ -72,7 +72,7 @@ def test_kernels_compile_for_hopper(case):
         assert row["spilled_bytes"] <= most, row
         assert not row["unwritten"], row
     if "--gluon" in options:
-        assert sum("hopper" in row["kernel"] for row in rows) == (4 if "wide" in case else 9)
+        assert sum("hopper" in row["kernel"] for row in rows) == (10 if "wide" in case else 9)
 
 
 @pytest.mark.parametrize("case", RUNS)

@@ -752,12 +752,15 @@ def test_what_kernels_for_hopper_take():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("past_end", [0, 8])  # rows that the kernels for Hopper take, and that they do not
-def test_slices_of_a_projection_on_gpu(past_end):
+@pytest.mark.parametrize("widths", [(128, 128), (192, 384)])
+def test_slices_of_a_projection_on_gpu(widths, past_end):
     """q, k and v side by side in memory give the same bits as apart; with other kernels the same nearly."""
     torch.manual_seed(0)
-    width = 128 * (2 + 2 + 4)
-    wide = (0.08 * torch.randn(2, 900, width + past_end, device="cuda")).bfloat16().requires_grad_()
-    apart = make_inputs("gated_deltanet", Shape(B=2, T=900, G=2, H=4, K=128, V=128, L=11), torch.bfloat16, "cuda")
+    key_dim, value_dim = widths
+    sizes = [2 * key_dim, 2 * key_dim, 4 * value_dim]
+    wide = (0.08 * torch.randn(2, 900, sum(sizes) + past_end, device="cuda")).bfloat16().requires_grad_()
+    shape = Shape(B=2, T=900, G=2, H=4, K=key_dim, V=value_dim, L=11)
+    apart = make_inputs("gated_deltanet", shape, torch.bfloat16, "cuda")
 
     def run(q, k, v):
         o, _ = log_linear_attention(q, k, v, apart.level_scales, log_decay=apart.log_decay,
@@ -765,7 +768,8 @@ def test_slices_of_a_projection_on_gpu(past_end):
         return o.detach(), torch.autograd.grad(o, wide, torch.ones_like(o))[0]
 
     def parts(x):
-        return (part.unflatten(-1, (-1, 128)) for part in x[..., :width].split([256, 256, 512], -1))
+        q, k, v = x[..., : sum(sizes)].split(sizes, -1)
+        return q.unflatten(-1, (2, key_dim)), k.unflatten(-1, (2, key_dim)), v.unflatten(-1, (4, value_dim))
 
     sliced, copied = run(*parts(wide)), run(*(x.contiguous() for x in parts(wide)))
     for a, b in zip(sliced, copied, strict=True):
@@ -816,7 +820,7 @@ def test_pipelining_changes_nothing(widths, carried, dtype, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("carried", [False, True])
-@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("widths", [*WIDTHS, (128, 256), (128, 384), (192, 128), (192, 256)])
 def test_widths_on_gpu(widths, carried):
     """Where chunks begin with their first row, and where with any: not one compiled kernel is the same."""
     shape = Shape(B=2, T=1500, G=2, H=2, K=widths[0], V=widths[1], L=12)
