@@ -279,11 +279,9 @@ def warpgroup_mma_wait(outstanding: int, deps: Any) -> Any:
         for tile in operands:
             tile.multiplied()
     program().products = products[count:]
-    for dep in deps:
-        # what a product under way is added to is in the same registers as its result
-        under_way = any(dep is x for _, *sums in products[count:] for x in sums)
-        assert not (isinstance(dep, Sum) and under_way), "a product is used before it is waited for"
-    found = tuple(x.value if isinstance(x, Sum) else x for x in deps)
+    # what a product under way is added to is in the same registers as its result: it stays under way
+    under_way = [x for _, *sums in products[count:] for x in sums]
+    found = tuple(x.value if isinstance(x, Sum) and not any(x is y for y in under_way) else x for x in deps)
     return found[0] if len(found) == 1 else found
 
 

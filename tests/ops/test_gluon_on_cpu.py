@@ -288,7 +288,7 @@ def test_product_that_a_wait_leaves_under_way():
     def kernel(at):
         tile = tile_of(at)
         multiply(tile, tile)
-        warpgroup_mma_wait(1, deps=[multiply(tile, tile)])
+        warpgroup_mma_wait(1, deps=[multiply(tile, tile)]) + 1
 
     objects("used before it is waited for", kernel)
 
@@ -298,6 +298,6 @@ def test_product_that_is_added_to_under_way():
         tile = tile_of(at)
         first = multiply(tile, tile)
         multiply(tile, tile, first)
-        warpgroup_mma_wait(1, deps=[first])
+        warpgroup_mma_wait(1, deps=[first]) + 1
 
     objects("used before it is waited for", kernel)
