@@ -5,10 +5,10 @@ waiting (docs/log.md, 27 and 28 November 2026). The kernels of `delta_hopper_*.p
 is shared memory for it: no register is held by what is under way, and a matrix is there when its turn comes. They are
 written in Gluon, which is Triton with layouts, shared memory and copies in the hands of who writes it, for bfloat16 and
 chunks of 128 rows. Most have keys and values of 128 columns; `inverse` takes keys of other widths, too, and `read`,
-`pull` and `gather_wide` keys and values that are too wide for a program to have all of their columns. `takes_hopper` in
-`delta_chunks.py` says where they run. Each takes what the kernel of Triton takes in whose place it runs (`inverse`,
-`solved` and `pull`: the kernels), and gives the same, but for sums that are added up in another order, what `pull` does
-not round on the way, and NaN, which spreads a little further within a chunk.
+`pull`, `gather_wide` and `merge_wide` keys and values that are too wide for a program to have all of their columns.
+`takes_hopper` in `delta_chunks.py` says where they run. Each takes what the kernel of Triton takes in whose place it
+runs (`inverse`, `solved` and `pull`: the kernels), and gives the same, but for sums that are added up in another order,
+what `pull` does not round on the way, and NaN, which spreads a little further within a chunk.
 
 For who knows Triton and not Gluon:
     A layout says which thread has which numbers of a tensor, or where shared memory has them. `gl.convert_layout`
@@ -20,7 +20,8 @@ For who knows Triton and not Gluon:
     last n. So count the `commit_group`s above it, and the first copies are there.
     `warpgroup_mma(left, right, total)` is `tl.dot`, and with `is_async` only begins. `right` is in shared memory, and
     `left` there or in registers. `warpgroup_mma_wait(n, deps)` waits for all but the last n, and a product may be used
-    only as it returns it. Left operands are among `deps` so that nothing takes their registers before (hence `_`).
+    only as it returns it; one of the last n is still under way then. Left operands are among `deps` so that nothing
+    takes their registers before (hence `_`).
     What is stored in shared memory and multiplied next takes `fence_async_shared` and a barrier between (`arrived` has
     both). Another barrier stands where all threads must be done with a tile before it gets something else.
 

@@ -27,6 +27,7 @@ from loglinear.fenwick import Ends, Slots
 from loglinear.ops.triton.common import block_end, cdiv, left_sibling, next_power_of_2, program_place, programs
 from loglinear.ops.triton.delta_chunks import (
     HOPPER_WARPS,
+    TILE,
     Chunks,
     hopper_kernel,
     load_block,
@@ -34,6 +35,7 @@ from loglinear.ops.triton.delta_chunks import (
     store_block,
     store_parts,
     takes_hopper,
+    takes_hopper_wide,
     tile_width,
 )
 from loglinear.ops.triton.delta_halves import make_leaves
@@ -188,6 +190,7 @@ def make_nodes(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, slots: Slots,
     if state is not None:
         _store_state(nodes, finals, state, slots)
     merge, on_hopper = row_tiles(key_dim), takes_hopper(chunk, k, v)
+    on_hopper_wide = takes_hopper_wide(chunk, key_dim, v)
     for height in range(slots.cap):
         highest = most_higher(slots, height)
         if not highest:
@@ -197,6 +200,10 @@ def make_nodes(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, slots: Slots,
         )  # fmt: skip
         if on_hopper:
             hopper_kernel("merge")[programs(heads, highest)](*arguments, num_warps=HOPPER_WARPS)
+        elif on_hopper_wide:
+            hopper_kernel("merge_wide")[programs(heads, highest)](
+                *arguments, KT=key_dim // TILE, VT=value_dim // (2 * TILE), num_warps=HOPPER_WARPS
+            )
         else:
             _merge_kernel[programs(heads * columns * merge["RT"], highest)](
                 *arguments, key_dim, value_dim, **merge, **keys, **values
