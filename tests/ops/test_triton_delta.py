@@ -245,14 +245,14 @@ def test_interpreted_wide_on_hopper(shape, bounds, position, bfloat16, monkeypat
 @pytest.mark.parametrize(
     ("shape", "bounds", "position"),
     [
-        (Shape(B=1, T=530, G=1, H=2, K=192, V=128, L=12), None, None),
-        (Shape(B=1, T=700, G=1, H=1, K=128, V=256, L=12), [0, 5, 5, 690, 700], None),
+        (Shape(B=1, T=520, G=1, H=1, K=192, V=128, L=12), None, None),
+        (Shape(B=1, T=530, G=1, H=2, K=128, V=256, L=12), [0, 5, 5, 525, 530], None),
         (Shape(B=1, T=300, G=1, H=1, K=192, V=256, L=13), None, 7 * 128 + 41),
     ],
 )
 def test_interpreted_wide_nodes_on_hopper(shape, bounds, position, bfloat16, monkeypatch):
     """By themselves: they take wider keys and values than the others."""
-    ran = run_on_hopper([delta_nodes], monkeypatch, backwards=shape.H == 1)
+    ran = run_on_hopper([delta_nodes], monkeypatch, backwards=bounds is not None)
     monkeypatch.setattr(delta_nodes, "takes_hopper", lambda *_: False)  # of the kernel for 128 columns
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
     inputs = make_inputs("gated_deltanet", shape, torch.bfloat16).map(poisoned)

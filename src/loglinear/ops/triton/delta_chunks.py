@@ -248,7 +248,7 @@ def takes_hopper(chunk: int, *rows: Tensor, widths: Collection[int] | None = Non
 
 def takes_hopper_wide(chunk: int, key_dim: int, *rows: Tensor) -> bool:
     """The same of the kernels for keys and values that are too wide for `walks`, of which they load these rows
-    [T, H, V]."""
+    [T, H, V], or none."""
     return key_dim in (2 * TILE, 3 * TILE) and takes_hopper(chunk, *rows, widths=HOPPER_VALUES)
 
 

@@ -307,6 +307,14 @@ def sum_of_rows(values):
 
 
 @gluon.jit
+def in_halves(product):
+    """[128, 128] as two halves of its columns."""
+    first, second = gl.split(gl.permute(gl.reshape(product, [SIZE, 2, HALF]), [0, 2, 1]))
+    first = gl.convert_layout(first, HALF_SUM, assert_trivial=True)
+    return first, gl.convert_layout(second, HALF_SUM, assert_trivial=True)
+
+
+@gluon.jit
 def in_parts(values):
     """Float32 values as two of bfloat16: what the first has lost is the second.
 

@@ -30,6 +30,7 @@ from loglinear.ops.triton.delta_hopper import (
     arrived,
     barrier,
     begin_copy,
+    in_halves,
     in_parts,
     seen_as,
 )
@@ -69,19 +70,19 @@ def _store_tile(tile, pointer, stride):
 
 
 @gluon.jit
-def _tile_of_part(ring, one: gl.constexpr, part: gl.constexpr):
-    """Tile number `one` as part of 128 columns of U: the first rows of either half of them, or the last rows of all."""
-    if part < 2:
+def _tile_of_piece(ring, one: gl.constexpr, piece: gl.constexpr):
+    """Tile number `one` as a piece of 128 columns: the first rows of either half of them, or the other rows of all."""
+    if piece < 2:
         return seen_as(ring[one % RING].index(0), [SIZE, HALF])
     else:
         return ring[one % RING].index(0)
 
 
 @gluon.jit
-def _place_of_part(part: gl.constexpr, stride: gl.constexpr):
-    """Where such a part of 128 columns begins."""
-    if part < 2:
-        return part * HALF
+def _place_of_piece(piece: gl.constexpr, stride: gl.constexpr):
+    """Where such a piece of 128 columns begins."""
+    if piece < 2:
+        return piece * HALF
     else:
         return SIZE * stride
 
@@ -97,13 +98,15 @@ def _copy_one(ring, one: gl.constexpr, sources, KT: gl.constexpr, VT: gl.constex
     tile = ring[one % RING].index(0)
     if maps < 0:
         column: gl.constexpr = one // (2 * KT) * SIZE
-        part: gl.constexpr = one % (2 * KT)
-        if part < KT:
-            begin_copy(tile, _places(added_left + part * HALF * V + column, V, HALF, SIZE))
-        elif part < KT + 2:
-            begin_copy(_tile_of_part(ring, one, 0), _places(added + column + (part - KT) * HALF, V, SIZE, HALF))
+        key: gl.constexpr = one % (2 * KT)
+        piece: gl.constexpr = key - KT
+        if key < KT:
+            begin_copy(tile, _places(added_left + key * HALF * V + column, V, HALF, SIZE))
+        elif piece < 2:
+            at = _places(added + column + _place_of_piece(piece, V), V, SIZE, HALF)
+            begin_copy(_tile_of_piece(ring, one, piece), at)
         else:
-            begin_copy(tile, _places(added + column + SIZE * V, V, HALF, SIZE))
+            begin_copy(tile, _places(added + column + _place_of_piece(piece, V), V, HALF, SIZE))
     elif lasts < 0:
         begin_copy(tile, _places(map_left + maps % 2 * K * K + maps // 2 * HALF * K, K, HALF, SIZE))
     elif lasts < KT * (KT - 2):
@@ -133,9 +136,9 @@ def _multiply(map, key: gl.constexpr, right, zero, sums, adds: gl.constexpr, KT:
     many products with each, and has no registers left for anything else.
     """
     found = ()
-    for part in gl.static_range(KT - 1):
-        left = map[key * (KT - 1) + part].index(zero)
-        found = found + (warpgroup_mma(left, right, sums[part], use_acc=adds, is_async=True),)
+    for rows in gl.static_range(KT - 1):
+        left = map[key * (KT - 1) + rows].index(zero)
+        found = found + (warpgroup_mma(left, right, sums[rows], use_acc=adds, is_async=True),)
     return found
 
 
@@ -160,53 +163,44 @@ def _next_in_place(ring, one: gl.constexpr, sums, later: gl.constexpr, sources, 
 
 
 @gluon.jit
-def _in_halves(values):
-    """[128, 128], by columns."""
-    first, second = gl.split(gl.permute(gl.reshape(values, [SIZE, 2, HALF]), [0, 2, 1]))
-    return (
-        gl.convert_layout(first, HALF_SUM, assert_trivial=True),
-        gl.convert_layout(second, HALF_SUM, assert_trivial=True),
-    )
-
-
-@gluon.jit
-def _as_parts(sums, KT: gl.constexpr):
+def _in_pieces(sums, KT: gl.constexpr):
     """Sums of 128 columns, as U of the node comes."""
     if KT == 3:
-        return _in_halves(sums[0]) + (sums[1],)
+        return in_halves(sums[0]) + (sums[1],)
     else:
-        return _in_halves(sums[0])
+        return in_halves(sums[0])
 
 
 @gluon.jit
 def _add_own(ring, one: gl.constexpr, sums, KT: gl.constexpr):
-    """128 columns of U, rounded, part by part. They came as the tiles from number `one` on."""
-    parts, found = _as_parts(sums, KT), ()
-    for part in gl.static_range(KT):
-        own = _tile_of_part(ring, one + part, part).load(HALF_SUM if part < 2 else LOWER_SUM)
-        found = found + ((parts[part] + own.to(gl.float32)).to(gl.bfloat16),)
+    """128 columns of U, rounded, piece by piece. They came as the tiles from number `one` on."""
+    pieces, found = _in_pieces(sums, KT), ()
+    for piece in gl.static_range(KT):
+        own = _tile_of_piece(ring, one + piece, piece).load(HALF_SUM if piece < 2 else LOWER_SUM)
+        found = found + ((pieces[piece] + own.to(gl.float32)).to(gl.bfloat16),)
     return found
 
 
 @gluon.jit
-def _store_added(ring, one: gl.constexpr, parts, sources, KT: gl.constexpr, VT: gl.constexpr):
-    """What `_add_own` made, from the tiles in which it came, and begins to bring what comes in their place."""
+def _store_added(ring, one: gl.constexpr, pieces, sources, KT: gl.constexpr, VT: gl.constexpr):
+    """What `_add_own` made goes out through the tiles in which it came, and what comes in their place is asked for."""
     V: gl.constexpr = VT * SIZE
-    for part in gl.static_range(KT):
-        _tile_of_part(ring, one + part, part).store(parts[part])
+    for piece in gl.static_range(KT):
+        _tile_of_piece(ring, one + piece, piece).store(pieces[piece])
     barrier()
-    for part in gl.static_range(KT):
-        to = sources[0] + (one // (2 * KT) * SIZE + _place_of_part(part, V))
-        _store_tile(_tile_of_part(ring, one + part, part), to, V)
+    for piece in gl.static_range(KT):
+        to = sources[0] + (one // (2 * KT) * SIZE + _place_of_piece(piece, V))
+        _store_tile(_tile_of_piece(ring, one + piece, piece), to, V)
         barrier()
-        _copy_one(ring, one + part + RING, sources, KT, VT)
+        _copy_one(ring, one + piece + RING, sources, KT, VT)
 
 
 @gluon.jit
 def _store_columns(map, key: gl.constexpr, pointer, KT: gl.constexpr):
     """64 columns of a part of P, to a matrix."""
-    for part in gl.static_range(KT - 1):
-        _store_tile(map[key * (KT - 1) + part].index(0), pointer + key * HALF + part * (SIZE * KT * HALF), KT * HALF)
+    K: gl.constexpr = KT * HALF
+    for rows in gl.static_range(KT - 1):
+        _store_tile(map[key * (KT - 1) + rows].index(0), pointer + key * HALF + rows * SIZE * K, K)
 
 
 @gluon.jit
@@ -255,17 +249,17 @@ def _merge_wide_hopper_kernel(added, maps, finals, rights, tallest, heights, blo
 
     whole, lost, ring = (), (), ()
     for _ in gl.static_range(KT):
-        for part in gl.static_range(KT - 1):
-            whole = whole + (_new_tile(SIZE // (part + 1), HALF),)
-            lost = lost + (_new_tile(SIZE // (part + 1), HALF),)
+        for rows in gl.static_range(KT - 1):  # the first 128, and 64 others
+            whole = whole + (_new_tile(SIZE // (rows + 1), HALF),)
+            lost = lost + (_new_tile(SIZE // (rows + 1), HALF),)
     for _ in gl.static_range(RING):
         ring = ring + (_new_tile(HALF, SIZE),)
     for one in gl.static_range(RING):
         if one < KT:
-            for part in gl.static_range(KT - 1):
-                at = _places(map + one * HALF + part * SIZE * K, K, SIZE // (part + 1), HALF)
-                begin_copy(whole[one * (KT - 1) + part].index(0), at)
-                begin_copy(lost[one * (KT - 1) + part].index(0), at + K * K)
+            for rows in gl.static_range(KT - 1):
+                at = _places(map + one * HALF + rows * SIZE * K, K, SIZE // (rows + 1), HALF)
+                begin_copy(whole[one * (KT - 1) + rows].index(0), at)
+                begin_copy(lost[one * (KT - 1) + rows].index(0), at + K * K)
         _copy_one(ring, one, sources, KT, VT)
 
     # U + P U_left
@@ -330,18 +324,17 @@ def _merge_wide_hopper_kernel(added, maps, finals, rights, tallest, heights, blo
         sums = _wait(sums, 0, KT)
     final = None if finals is None else finals + place * (K * K)
     is_final = highest == height + 1
-    # the tiles of the ring before the last KT
-    parts = _as_parts(sums, KT)
-    for part in gl.static_range(KT):
+    # through the two tiles before the last KT, with which nothing is multiplied any more
+    pieces = _in_pieces(sums, KT)
+    for piece in gl.static_range(KT):
         _store_map(
-            parts[part], _tile_of_part(ring, last - 2, part), _tile_of_part(ring, last - 1, part),
-            other, final, _place_of_part(part, K), is_final, K,
+            pieces[piece], _tile_of_piece(ring, last - 2, piece), _tile_of_piece(ring, last - 1, piece),
+            other, final, _place_of_piece(piece, K), is_final, K,
         )  # fmt: skip
     if KT == 3:
         ends = _wait(ends, 0, KT)
-        _store_map(
-            ends[0], _tile_of_part(ring, last - 2, 0), _tile_of_part(ring, last - 1, 0), other, final, SIZE, is_final, K
-        )  # fmt: skip
+        tile, tile_lost = _tile_of_piece(ring, last - 2, 0), _tile_of_piece(ring, last - 1, 0)
+        _store_map(ends[0], tile, tile_lost, other, final, SIZE, is_final, K)
         tile = seen_as(ring[last % RING].index(0), [HALF, HALF])
         tile_lost = seen_as(ring[(last + 1) % RING].index(0), [HALF, HALF])
         _store_map(ends[1], tile, tile_lost, other, final, SIZE * K + SIZE, is_final, K)

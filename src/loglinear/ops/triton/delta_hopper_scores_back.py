@@ -44,6 +44,7 @@ from loglinear.ops.triton.delta_hopper import (
     copy_quarter,
     copy_rows,
     copy_tile,
+    in_halves,
     level_factor,
     load_column,
     load_level,
@@ -89,16 +90,8 @@ def _store_level_sums(dlam, pairs, beyond, exists, L, HEIGHT: gl.constexpr):
 
 
 @gluon.jit
-def _in_halves(product):
-    """[128, 128] as two halves of its columns."""
-    first, second = gl.split(gl.permute(gl.reshape(product, [SIZE, 2, HALF]), [0, 2, 1]))
-    first = gl.convert_layout(first, HALF_SUM, assert_trivial=True)
-    return first, gl.convert_layout(second, HALF_SUM, assert_trivial=True)
-
-
-@gluon.jit
 def _of_halves(first, second):
-    """And back, in another layout of the same registers."""
+    """Back from `in_halves`, in another layout of the same registers."""
     return gl.reshape(gl.permute(gl.join(first, second), [0, 2, 1]), [SIZE, SIZE])
 
 
@@ -242,7 +235,7 @@ def _scores_back_hopper_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pu
         arrived(4)
         grad = _times_turned(grads_tile, values_tile)
         grad = warpgroup_mma_wait(0, deps=[grad])
-    grad0, grad1 = _in_halves(grad)
+    grad0, grad1 = in_halves(grad)
     if SCALED:
         if not WIDE:
             arrived(3)
@@ -263,7 +256,7 @@ def _scores_back_hopper_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pu
         dlam = dscales + (token + row).to(gl.int64) * H * L + head * L
         _store_level_sums(dlam, pairs, beyond, row_exists(row, first, rows), L, HEIGHT)
     met = warpgroup_mma_wait(0, deps=[met])
-    met0, met1 = _in_halves(met)
+    met0, met1 = in_halves(met)
     grad0 -= met0 * decays_line.slice(0, HALF).load(COLUMNS_OF_HALF)[None, :]
     grad1 -= met1 * decays_line.slice(HALF, HALF).load(COLUMNS_OF_HALF)[None, :]
     # q kᵀ is needed last
@@ -292,7 +285,7 @@ def _scores_back_hopper_kernel(q, k, v, scales, beta, grad_o, inverse, mixed, pu
 
     # the gradient of q kᵀ is dM times decays; and gamma gets that times q kᵀ, of rows less of columns
     product, pairs0, left0 = warpgroup_mma_wait(2, deps=[product, pairs0, left0])
-    product0, product1 = _in_halves(product)
+    product0, product1 = in_halves(product)
     sums = sums_line.load(ROWS_OF_HALF)[:, None]
     pairs0 *= decay_at_most_one(sums - sums_line.slice(0, HALF).load(COLUMNS_OF_HALF)[None, :]) * scale
     pairs0 = gl.where(row[:, None] >= column[None, :], pairs0, 0.0)
