@@ -149,9 +149,9 @@ def copy_rows(tile, pointer, token, first, rows, stride):
 
 
 @gluon.jit
-def copy_columns(tile, pointer, token, first, rows, stride, exists=None):
+def copy_columns(tile, pointer, token, first, rows, stride, exists=None, LAYOUT: gl.constexpr = MOVED_HALF):
     """And 64 columns of them, where they exist."""
-    at, has_row = places_of_rows(pointer, token, first, rows, stride, HALF, MOVED_HALF)
+    at, has_row = places_of_rows(pointer, token, first, rows, stride, HALF, LAYOUT)
     if exists is None:
         begin_copy(tile, at, mask=has_row)
     else:
@@ -228,6 +228,16 @@ def copy_quarter(tile, pointer):
     row = gl.arange(0, HALF, gl.SliceLayout(1, MOVED_HALF))
     column = gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))
     begin_copy(tile, pointer + (row[:, None] * HALF + column[None, :]))
+
+
+@gluon.jit
+def copy_two_quarters(tile, pointer, apart, LAYOUT: gl.constexpr = MOVED_HALF):
+    """Begins to bring two contiguous [64, 64] to shared memory, one below the other: the second begins so many numbers
+    after the first."""
+    row = gl.arange(0, SIZE, gl.SliceLayout(1, LAYOUT))
+    column = gl.arange(0, HALF, gl.SliceLayout(0, LAYOUT))
+    at = pointer + ((row // HALF).to(gl.int64) * apart + row % HALF * HALF)[:, None]
+    begin_copy(tile, at + column[None, :])
 
 
 @gluon.jit
@@ -337,6 +347,37 @@ def in_parts(values):
     else:
         whole = values.to(gl.bfloat16)
         return whole, (values - whole.to(gl.float32)).to(gl.bfloat16)
+
+
+@gluon.jit
+def parts_times(whole, lost, factor):
+    """The sum of two parts times a float32 factor, as two parts again.
+
+    Not by the instructions with which `in_parts` took `whole` apart, whose results would be kept till here.
+    """
+    if ASSEMBLES:
+        return gl.inline_asm_elementwise(
+            """{
+            .reg .b32 low, high, rest;
+            prmt.b32 low, $2, 0, 0x1044;
+            shl.b32 rest, $3, 16;
+            add.rn.f32 low, low, rest;
+            mul.rn.f32 low, low, $4;
+            prmt.b32 high, $2, 0, 0x3244;
+            and.b32 rest, $3, 0xffff0000;
+            add.rn.f32 high, high, rest;
+            mul.rn.f32 high, high, $5;
+            cvt.rn.bf16x2.f32 $0, high, low;
+            shl.b32 rest, $0, 16;
+            sub.rn.f32 low, low, rest;
+            and.b32 rest, $0, 0xffff0000;
+            sub.rn.f32 high, high, rest;
+            cvt.rn.bf16x2.f32 $1, high, low;
+            }""",
+            "=r,=r,r,r,r,r", [whole, lost, factor], (gl.bfloat16, gl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return in_parts((whole.to(gl.float32) + lost.to(gl.float32)) * factor)
 
 
 @gluon.jit

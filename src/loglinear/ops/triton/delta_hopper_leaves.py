@@ -27,7 +27,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from loglinear.ops.triton.common import decay_of, program_place
 from loglinear.ops.triton.delta_hopper import (
-    ASSEMBLES,
     COLUMNS_OF_HALF,
     EACH,
     HALF,
@@ -41,25 +40,16 @@ from loglinear.ops.triton.delta_hopper import (
     SIZE,
     arrived,
     barrier,
-    begin_copy,
     copy_columns,
     copy_rows,
+    copy_two_quarters,
     in_parts,
     load_column,
     new_half,
     new_tile,
+    parts_times,
 )
 from loglinear.ops.triton.launch import kernel
-
-
-@gluon.jit
-def _copy_two_quarters(tile, pointer, apart):
-    """Begins to bring two contiguous [64, 64] to shared memory, one below the other: the second begins so many numbers
-    after the first."""
-    row = gl.arange(0, SIZE, gl.SliceLayout(1, MOVED_HALF))
-    column = gl.arange(0, HALF, gl.SliceLayout(0, MOVED_HALF))
-    at = pointer + ((row // HALF).to(gl.int64) * apart + row % HALF * HALF)[:, None]
-    begin_copy(tile, at + column[None, :])
 
 
 @gluon.jit
@@ -73,37 +63,6 @@ def _turned_keys(keys, decay):
     """Half of the rows of k, turned, each row times its `decay`: a left operand [128, 64]."""
     turned = _as_sum(keys.permute([1, 0]).load(LEFT_HALF)).to(gl.float32)
     return _as_left((turned * _by_column(decay)).to(gl.bfloat16))
-
-
-@gluon.jit
-def _parts_times(whole, lost, factor):
-    """The sum of two parts times a float32 factor, as two parts again.
-
-    Not by the instructions with which `in_parts` took `whole` apart, whose results would be kept till here.
-    """
-    if ASSEMBLES:
-        return gl.inline_asm_elementwise(
-            """{
-            .reg .b32 low, high, rest;
-            prmt.b32 low, $2, 0, 0x1044;
-            shl.b32 rest, $3, 16;
-            add.rn.f32 low, low, rest;
-            mul.rn.f32 low, low, $4;
-            prmt.b32 high, $2, 0, 0x3244;
-            and.b32 rest, $3, 0xffff0000;
-            add.rn.f32 high, high, rest;
-            mul.rn.f32 high, high, $5;
-            cvt.rn.bf16x2.f32 $0, high, low;
-            shl.b32 rest, $0, 16;
-            sub.rn.f32 low, low, rest;
-            and.b32 rest, $0, 0xffff0000;
-            sub.rn.f32 high, high, rest;
-            cvt.rn.bf16x2.f32 $1, high, low;
-            }""",
-            "=r,=r,r,r,r,r", [whole, lost, factor], (gl.bfloat16, gl.bfloat16), is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        return in_parts((whole.to(gl.float32) + lost.to(gl.float32)) * factor)
 
 
 @gluon.jit
@@ -186,9 +145,9 @@ def _leaves_hopper_kernel(k, v, beta, inverse, gamma, added, maps, finals, token
     async_copy.commit_group()
     inverse += place * QUARTERS
     size = N.to(gl.int64) * H * QUARTERS  # of a part of X
-    _copy_two_quarters(tile0, inverse, QUARTER)
-    _copy_two_quarters(tile1, inverse + size, QUARTER)
-    _copy_two_quarters(tile2, inverse + 2 * QUARTER, size)
+    copy_two_quarters(tile0, inverse, QUARTER)
+    copy_two_quarters(tile1, inverse + size, QUARTER)
+    copy_two_quarters(tile2, inverse + 2 * QUARTER, size)
     async_copy.commit_group()
     v += head.to(gl.int64) * stride_vh
     copy_columns(tile3, v, token, first, rows, stride_v)
@@ -236,10 +195,10 @@ def _leaves_hopper_kernel(k, v, beta, inverse, gamma, added, maps, finals, token
     tile3.store(made.to(gl.bfloat16))
 
     # k̄ᵀ T e^γ
-    whole, lost = _parts_times(_as_sum(whole0), _as_sum(tile0.load(LEFT_HALF)), _by_column(decay_of(sums0)))
+    whole, lost = parts_times(_as_sum(whole0), _as_sum(tile0.load(LEFT_HALF)), _by_column(decay_of(sums0)))
     whole0 = _as_left(whole)
     tile4.store(lost)
-    whole, lost = _parts_times(_as_sum(whole1), _as_sum(tile1.load(LEFT_HALF)), _by_column(decay_of(sums1)))
+    whole, lost = parts_times(_as_sum(whole1), _as_sum(tile1.load(LEFT_HALF)), _by_column(decay_of(sums1)))
     whole1 = _as_left(whole)
     tile2.store(lost)
     fence_async_shared()
