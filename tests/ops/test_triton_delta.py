@@ -262,6 +262,26 @@ def test_interpreted_wide_nodes_on_hopper(shape, bounds, position, bfloat16, mon
 
 
 @needs_interpreter
+@pytest.mark.parametrize(
+    ("shape", "bounds", "position", "backwards"),
+    [
+        (Shape(B=1, T=520, G=1, H=1, K=192, V=128, L=11), [0, 5, 5, 350, 520], None, False),
+        (Shape(B=1, T=300, G=1, H=2, K=128, V=256, L=None), None, None, True),
+        (Shape(B=1, T=150, G=1, H=1, K=192, V=256, L=12), None, 7 * 128 + 41, False),
+    ],
+)
+def test_interpreted_wide_leaves_on_hopper(shape, bounds, position, backwards, bfloat16, monkeypatch):
+    """By themselves."""
+    ran = run_on_hopper([delta_halves], monkeypatch, backwards)
+    monkeypatch.setattr(delta_halves, "takes_hopper", lambda *_, widths=None: widths is not None)
+    cu_seqlens = None if bounds is None else torch.tensor(bounds)
+    inputs = make_inputs("gated_deltanet", shape, torch.bfloat16).map(poisoned)
+    state = None if position is None else random_state(shape, [position], torch.float32)
+    compare_with_tree(inputs, state, cu_seqlens, returns_state=state is not None)
+    assert ran == {"leaves_wide"}
+
+
+@needs_interpreter
 @pytest.mark.parametrize("strength", [1.0, 2.0])
 @pytest.mark.parametrize("apart", [1.0, 0.02])
 def test_interpreted_exact_inverse_on_hopper(apart, strength, bfloat16, monkeypatch):

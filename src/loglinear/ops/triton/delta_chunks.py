@@ -47,7 +47,7 @@ WALKED = 128  # the most that a program may have of all columns at once
 HOPPER_CHUNK = HOPPER_WIDTH = 128  # rows of chunks and columns of keys and values for which Hopper has its own kernels
 HOPPER_WARPS = 8  # of a program of them
 HOPPER_KEYS = (64, 128, 192, 256)  # of which Hopper has its own kernel for the inverse
-HOPPER_VALUES = (128, 256, 384)  # and for reads and nodes, with two or three tiles of keys
+HOPPER_VALUES = (128, 256, 384)  # and, with two or three tiles of keys, nearly all others
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 GLUON = VERSION in ((3, 6), (3, 7), (3, 9))  # what the kernels for Hopper have run with
 GLUON_WIDTHS = VERSION == (3, 6)  # and those of them that take other widths

@@ -31,7 +31,9 @@ from loglinear.ops.triton.common import (
     row_exists,
 )
 from loglinear.ops.triton.delta_chunks import (
+    HOPPER_KEYS,
     HOPPER_WARPS,
+    HOPPER_WIDTH,
     TILE,
     Chunks,
     fetch_quarters,
@@ -47,6 +49,7 @@ from loglinear.ops.triton.delta_chunks import (
     store_parts,
     store_quarter,
     takes_hopper,
+    takes_hopper_wide,
     tile_width,
 )
 from loglinear.ops.triton.delta_inverse import make_inverses
@@ -280,6 +283,13 @@ def make_leaves(k: Tensor, v: Tensor, beta: Tensor, chunks: Chunks, added: Tenso
             k, v, beta, chunks.inverse, chunks.gamma, added, maps, finals, slots.token, slots.first, slots.rows,
             slots.left, slots.height, num_slots, heads, groups, *k.stride()[:2], *v.stride()[:2], beta.stride(0),
             num_warps=HOPPER_WARPS, maxnreg=128,
+        )  # fmt: skip
+        return
+    if takes_hopper(chunk, k, widths=HOPPER_KEYS) and takes_hopper_wide(chunk, key_dim, v):
+        hopper_kernel("leaves_wide")[programs(heads, num_slots)](
+            k, v, beta, chunks.inverse, chunks.gamma, added, maps, finals, slots.token, slots.first, slots.rows,
+            slots.left, slots.height, num_slots, heads, groups, *k.stride()[:2], *v.stride()[:2], beta.stride(0),
+            KT=key_dim // TILE, VT=value_dim // HOPPER_WIDTH, num_warps=4,
         )  # fmt: skip
         return
     block, wide = tile_width(key_dim, most_rows(k)), tile_width(value_dim, 2 * TILE)

@@ -4,11 +4,11 @@ A program that has all rows of a chunk has a multiprocessor to itself, and a loa
 waiting (docs/log.md, 27 and 28 November 2026). The kernels of `delta_hopper_*.py` ask for everything as soon as there
 is shared memory for it: no register is held by what is under way, and a matrix is there when its turn comes. They are
 written in Gluon, which is Triton with layouts, shared memory and copies in the hands of who writes it, for bfloat16 and
-chunks of 128 rows. Most have keys and values of 128 columns; `inverse` takes keys of other widths, too, and `read`,
-`pull`, `gather_wide` and `merge_wide` keys and values that are too wide for a program to have all of their columns.
-`takes_hopper` in `delta_chunks.py` says where they run. Each takes what the kernel of Triton takes in whose place it
-runs (`inverse`, `solved` and `pull`: the kernels), and gives the same, but for sums that are added up in another order,
-what `pull` does not round on the way, and NaN, which spreads a little further within a chunk.
+chunks of 128 rows. Most have keys and values of 128 columns. `inverse` takes keys of other widths, too; `scores_back`,
+`read`, `pull` and those that are called `_wide` take keys of two or three tiles of 64, and values of one to three of
+128. `takes_hopper` in `delta_chunks.py` says where they run. Each takes what the kernel of Triton takes in whose place
+it runs (`inverse`, `solved`, `solved_wide` and `pull`: the kernels), and gives the same, but for sums that are added up
+in another order, what `pull` does not round on the way, and NaN, which spreads a little further within a chunk.
 
 For who knows Triton and not Gluon:
     A layout says which thread has which numbers of a tensor, or where shared memory has them. `gl.convert_layout`
