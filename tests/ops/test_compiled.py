@@ -22,7 +22,7 @@ CASES = {
     "delta, float16, computed as float32": (["delta", "--dtype", "float16"], 2500),
     "delta, all columns in a program": (["delta", "--heads", "2", "--key", "96", "--value", "128"], 420),
     "delta, on Hopper": (["delta", "--heads", "2", "--key", "128", "--value", "128", "--gluon"], 300),
-    "delta, on Hopper, wide": (["delta", "--heads", "2", "--gluon"], 300),
+    "delta, on Hopper, wide": (["delta", "--heads", "2", "--gluon"], 500),
     "delta, on Hopper, with a state": (
         ["delta", "--heads", "1", "--key", "128", "--value", "128", "--state", "--gluon"],
         300,
