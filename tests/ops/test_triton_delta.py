@@ -219,66 +219,31 @@ def test_interpreted_inverse_on_hopper(shape, bounds, bfloat16, monkeypatch):
     assert ran == {"inverse"}
 
 
-@needs_interpreter
-@pytest.mark.parametrize(
-    ("shape", "bounds", "position"),
-    [
-        (Shape(B=1, T=420, G=1, H=1, K=192, V=128, L=11), None, None),
-        (Shape(B=1, T=830, G=1, H=1, K=128, V=256, L=None), [0, 5, 830], None),  # a node has three readers
-        (Shape(B=1, T=150, G=1, H=1, K=192, V=256, L=12), None, 7 * 128 + 41),
-    ],
-)
-def test_interpreted_wide_on_hopper(shape, bounds, position, bfloat16, monkeypatch):
-    """Those that take wider keys and values than the others, by themselves."""
-    modules = delta_read, delta_backward, delta_backward_halves
-    ran = run_on_hopper(modules, monkeypatch)
-    for module in modules[1:]:  # not those for 128 columns
-        monkeypatch.setattr(module, "takes_hopper", lambda *_, widths=None: widths is not None)
-    cu_seqlens = None if bounds is None else torch.tensor(bounds)
-    inputs = make_inputs("gated_deltanet", shape, torch.bfloat16).map(poisoned)
-    state = None if position is None else random_state(shape, [position], torch.float32)
-    compare_with_tree(inputs, state, cu_seqlens, returns_state=state is not None)
-    assert ran == {"read", "pull", "gather_wide", "values_wide", "scores_back", "solved_wide", "keys_wide"}
-
-
-@needs_interpreter
-@pytest.mark.parametrize(
-    ("shape", "bounds", "position"),
-    [
-        (Shape(B=1, T=520, G=1, H=1, K=192, V=128, L=12), None, None),
-        (Shape(B=1, T=530, G=1, H=2, K=128, V=256, L=12), [0, 5, 5, 525, 530], None),
-        (Shape(B=1, T=300, G=1, H=1, K=192, V=256, L=13), None, 7 * 128 + 41),
-    ],
-)
-def test_interpreted_wide_nodes_on_hopper(shape, bounds, position, bfloat16, monkeypatch):
-    """By themselves: they take wider keys and values than the others."""
-    ran = run_on_hopper([delta_nodes], monkeypatch, backwards=bounds is not None)
-    monkeypatch.setattr(delta_nodes, "takes_hopper", lambda *_: False)  # of the kernel for 128 columns
-    cu_seqlens = None if bounds is None else torch.tensor(bounds)
-    inputs = make_inputs("gated_deltanet", shape, torch.bfloat16).map(poisoned)
-    state = None if position is None else random_state(shape, [position], torch.float32)
-    compare_with_tree(inputs, state, cu_seqlens, returns_state=state is not None)
-    assert ran == {"merge_wide"}
+WIDE = "inverse leaves_wide merge_wide read pull gather_wide values_wide scores_back solved_wide keys_wide"
 
 
 @needs_interpreter
 @pytest.mark.parametrize(
     ("shape", "bounds", "position", "backwards"),
     [
-        (Shape(B=1, T=520, G=1, H=1, K=192, V=128, L=11), [0, 5, 5, 350, 520], None, False),
-        (Shape(B=1, T=300, G=1, H=2, K=128, V=256, L=None), None, None, True),
-        (Shape(B=1, T=150, G=1, H=1, K=192, V=256, L=12), None, 7 * 128 + 41, False),
+        (Shape(B=1, T=520, G=1, H=1, K=192, V=128, L=12), [0, 5, 5, 520], None, False),
+        (Shape(B=1, T=830, G=1, H=1, K=128, V=256, L=12), [0, 5, 830], None, True),  # a node has three readers
+        (Shape(B=1, T=300, G=1, H=2, K=128, V=256, L=None), None, None, False),
+        (Shape(B=1, T=300, G=1, H=1, K=192, V=256, L=13), None, 7 * 128 + 41, False),
     ],
 )
-def test_interpreted_wide_leaves_on_hopper(shape, bounds, position, backwards, bfloat16, monkeypatch):
-    """By themselves."""
-    ran = run_on_hopper([delta_halves], monkeypatch, backwards)
-    monkeypatch.setattr(delta_halves, "takes_hopper", lambda *_, widths=None: widths is not None)
+def test_interpreted_wide_on_hopper(shape, bounds, position, backwards, bfloat16, monkeypatch):
+    """Those that take wider keys and values than the others."""
+    modules = delta_inverse, delta_halves, delta_nodes, delta_read, delta_backward, delta_backward_halves
+    ran = run_on_hopper(modules, monkeypatch, backwards)
+    for module in modules:  # not those for 128 columns
+        monkeypatch.setattr(module, "takes_hopper", lambda *_, widths=None: widths is not None)
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
     inputs = make_inputs("gated_deltanet", shape, torch.bfloat16).map(poisoned)
     state = None if position is None else random_state(shape, [position], torch.float32)
     compare_with_tree(inputs, state, cu_seqlens, returns_state=state is not None)
-    assert ran == {"leaves_wide"}
+    assert ran | {"merge_wide"} == set(WIDE.split())
+    assert ("merge_wide" in ran) == (shape.L is not None)  # else there is one level, and no tree
 
 
 @needs_interpreter
