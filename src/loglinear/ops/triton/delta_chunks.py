@@ -50,7 +50,7 @@ HOPPER_KEYS = (64, 128, 192, 256)  # of which Hopper has its own kernel for the 
 HOPPER_VALUES = (128, 256, 384)  # and, with two or three tiles of keys, nearly all others
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 GLUON = VERSION in ((3, 6), (3, 7), (3, 9))  # what the kernels for Hopper have run with
-GLUON_WIDTHS = VERSION == (3, 6)  # and those of them that take other widths
+GLUON_WIDTHS = VERSION in ((3, 6), (3, 7))  # and those of them that take other widths
 FETCHES = tl.constexpr(torch.version.hip is None and not INTERPRETED)
 
 
