@@ -22,6 +22,8 @@ For who knows Triton and not Gluon:
     `left` there or in registers. `warpgroup_mma_wait(n, deps)` waits for all but the last n, and a product may be used
     only as it returns it; one of the last n is still under way then. Left operands are among `deps` so that nothing
     takes their registers before (hence `_`).
+    Where code is unrolled, and multiplies the same tiles again and again, they are indexed by a number that is zero,
+    which the compiler does not know: else it keeps in registers where every 16 columns of all of them are.
     What is stored in shared memory and multiplied next takes `fence_async_shared` and a barrier between (`arrived` has
     both). Another barrier stands where all threads must be done with a tile before it gets something else.
 

@@ -1,4 +1,5 @@
-"""`_keys_kernel` of `delta_backward_halves.py` for Hopper, with keys of two or three tiles.
+"""`_keys_kernel` of `delta_backward_halves.py` for Hopper, with keys of two or three tiles and values of whole ones
+of 128.
 
 One program has all rows and columns of a chunk, and asks for each matrix once. What the keys owe to the state that
 leaves is made of tiles of dP and dU that come through a ring of shared memory, beside all of k and v. Then X, M T and
@@ -7,11 +8,13 @@ of k kᵀ comes last; it and its transpose are added up before they multiply k, 
 
 Legend as in `delta_backward_halves.py`, but KT tiles of 64 keys, VT of 128 values. What shared memory is, one after the
 other:
-    wide [128, 128] first columns of v; X; the gradient of k kᵀ
-    narrow [.., 128, 64] the other columns of v; diag(β) (v dUᵀ - k̂ dPᵀ), and one tile for what goes out; the ring of
-        dW, dR and q; dk as it is stored
-    ring [4, 64, 128], last [128, 64] the ring of dP and dU; M T and the gradient of q kᵀ, and the first of that of dW
     keys [KT, 128, 64] k
+    wide [128, 128] the first columns of v; X; the gradient of k kᵀ
+    narrow [.., 128, 64] the other columns of v; diag(β) (v dUᵀ - k̂ dPᵀ); the second ring, but for its first tile, and
+        beside it dq as it is stored; dk as it is stored
+    ring [4, 64, 128] the first ring, but for its last tile; M T and the gradient of q kᵀ
+    last [128, 64] the last tile of the first ring; the first of the second
+    found [2 KT, 128] what gamma and its end get from 64 columns each: in registers it would wait until the end
 """
 
 from __future__ import annotations
@@ -48,19 +51,13 @@ from loglinear.ops.triton.delta_hopper import (
 from loglinear.ops.triton.launch import kernel
 
 RING = gl.constexpr(5)  # tiles of dP and dU that have a place in shared memory, the one that is multiplied among them
-UNKNOWN = gl.constexpr(8)  # no chunk has 2^8 rows
-
-
-@gluon.jit
-def _copy_of_chunk(tile, pointer, width: gl.constexpr, exists):
-    """And of a matrix [128, width] that a chunk has for itself."""
-    begin_copy(tile, places_of_columns(pointer, width), mask=exists)
+ROWS_END = gl.constexpr(8)  # no chunk has 2^8 rows: shifted by so much they are zero, which the compiler does not know
 
 
 @gluon.jit
 def _place_of(ring, last, number: gl.constexpr, count: gl.constexpr):
     """Of `count` tiles that come through the ring, so that the last of them is in its last place."""
-    place: gl.constexpr = (number + RING * 8 - count) % RING
+    place: gl.constexpr = (number - count) % RING
     if place < RING - 1:
         return ring.index(place)
     else:
@@ -87,8 +84,8 @@ def _copy_one(ring, last, number: gl.constexpr, d_added, d_maps, writes, KT: gl.
 @gluon.jit
 def _next_tile(ring, last, wide, number: gl.constexpr, d_added, d_maps, inverse, mixed, d_pairs, place, writes, is_read,
                KT: gl.constexpr, VT: gl.constexpr):  # fmt: skip
-    """The tile of that number: waits for it, and begins to bring what comes into the place of the tile before, and into
-    those that nothing else comes into."""
+    """The tile of that number: waits for it, and begins to bring what comes into the place of the tile before. Towards
+    the end that is what is needed next, X, M T and the gradient of q kᵀ, as soon as there is all the room for it."""
     maps: gl.constexpr = (KT + 1) // 2
     count: gl.constexpr = KT * (maps + VT)
     arrived(RING - 2)
@@ -112,9 +109,9 @@ def _copy_of_ring(last, narrow, number: gl.constexpr, first, d_erase, pulled, q,
     key: gl.constexpr = number // 3
     tile = _place_in_ring(last, narrow, number, KT)
     if number % 3 == 0:
-        _copy_of_chunk(tile, d_erase + key * HALF, KT * HALF, writes)
+        begin_copy(tile, places_of_columns(d_erase + key * HALF, KT * HALF), mask=writes)
     elif number % 3 == 1:
-        _copy_of_chunk(tile, pulled + key * HALF, KT * HALF, is_read)
+        begin_copy(tile, places_of_columns(pulled + key * HALF, KT * HALF), mask=is_read)
     else:
         copy_columns(tile, q + key * HALF, token, first, rows, stride_q)
 
@@ -220,14 +217,13 @@ def _keys_wide_hopper_kernel(q, k, v, beta, inverse, pulled, gamma, d_added, d_m
     totals = ()
     for key in gl.static_range(KT):
         total = gl.zeros([SIZE, HALF], gl.float32, HALF_SUM)
-        for map in gl.static_range(maps):
-            tile = _next_tile(ring, last, wide, key * maps + map, *rest, KT, VT)
+        for pair in gl.static_range(maps):
+            tile = _next_tile(ring, last, wide, key * maps + pair, *rest, KT, VT)
             for half in gl.static_range(2):
-                if 2 * map + half < KT:
+                one: gl.constexpr = 2 * pair + half
+                if one < KT:
                     right = tile.slice(half * HALF, HALF, dim=1).permute([1, 0])
-                    total = warpgroup_mma(
-                        keys.index(2 * map + half), right, total, use_acc=map + half > 0, is_async=True
-                    )
+                    total = warpgroup_mma(keys.index(one), right, total, use_acc=one > 0, is_async=True)
             total = warpgroup_mma_wait(0, deps=[total])
         totals = totals + (total * -entering[:, None],)
     for value in gl.static_range(VT):
@@ -257,7 +253,7 @@ def _keys_wide_hopper_kernel(q, k, v, beta, inverse, pulled, gamma, d_added, d_m
     else:
         arrived(2)
     grads = ()
-    zero = rows >> UNKNOWN
+    zero = rows >> ROWS_END
     solved = seen_as(wide, [1, SIZE, SIZE]).index(zero)
     for key in gl.static_range(KT):
         grad = gl.zeros([SIZE, HALF], gl.float32, HALF_SUM)
@@ -268,13 +264,13 @@ def _keys_wide_hopper_kernel(q, k, v, beta, inverse, pulled, gamma, d_added, d_m
         _copy_of_ring(last, narrow, number, first, *sources, KT)
         async_copy.commit_group()
 
-    # as they meet the state that enters: k̂ gets diag(β) Xᵀ dW - (MT)ᵀ dR; and as queries and keys meet each other
+    # as they meet the state that enters: k̂ gets diag(β) Xᵀ dW - (MT)ᵀ dR; and as queries meet keys
     pairs = seen_as(ring, [2, SIZE, SIZE])
     stage = narrow.index(KT)
     seen = entering * scale
     totals = ()
     for key in gl.static_range(KT):
-        zero = rows >> UNKNOWN + 2 + key
+        zero = rows >> ROWS_END + 2 + key
         mix, grad_pairs, solved = pairs.index(zero), pairs.index(zero + 1), seen_as(wide, [1, SIZE, SIZE]).index(zero)
         grad_erase = _next_of_ring(last, narrow, 3 * key, first, *sources, KT)
         met = gl.zeros([SIZE, HALF], gl.float32, HALF_SUM)
@@ -307,6 +303,7 @@ def _keys_wide_hopper_kernel(q, k, v, beta, inverse, pulled, gamma, d_added, d_m
         grad = warpgroup_mma_wait(0, deps=[grad])
         totals = totals + (grad,)
 
+    # and as keys meet keys
     arrived(0)
     mass, to_end = gl.zeros([SIZE], gl.float32, EACH), gl.zeros([SIZE], gl.float32, EACH)
     for key in gl.static_range(KT):
@@ -315,7 +312,7 @@ def _keys_wide_hopper_kernel(q, k, v, beta, inverse, pulled, gamma, d_added, d_m
     each = gl.arange(0, SIZE, EACH)
     gl.store(d_sums + per_row + each, mass)
     gl.store(d_end + per_row + each, to_end)
-    zero = rows >> UNKNOWN + 1
+    zero = rows >> ROWS_END + 1
     both = wide.load(LEFT_HALF) + wide.permute([1, 0]).load(LEFT_HALF)
     grads = ()
     for key in gl.static_range(KT):
