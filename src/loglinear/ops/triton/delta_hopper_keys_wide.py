@@ -220,10 +220,11 @@ def _keys_wide_hopper_kernel(q, k, v, beta, inverse, pulled, gamma, d_added, d_m
         for pair in gl.static_range(maps):
             tile = _next_tile(ring, last, wide, key * maps + pair, *rest, KT, VT)
             for half in gl.static_range(2):
-                one: gl.constexpr = 2 * pair + half
-                if one < KT:
+                if 2 * pair + half < KT:
                     right = tile.slice(half * HALF, HALF, dim=1).permute([1, 0])
-                    total = warpgroup_mma(keys.index(one), right, total, use_acc=one > 0, is_async=True)
+                    total = warpgroup_mma(
+                        keys.index(2 * pair + half), right, total, use_acc=pair + half > 0, is_async=True
+                    )
             total = warpgroup_mma_wait(0, deps=[total])
         totals = totals + (total * -entering[:, None],)
     for value in gl.static_range(VT):
