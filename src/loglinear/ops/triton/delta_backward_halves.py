@@ -1,5 +1,5 @@
 """Gradients of one chunk of the delta rule, in programs that have half of its rows: see `delta_backward.py` for what.
-(On Hopper, where programs can have all of them, `_chunk_gradients_on_hopper` launches three kernels for these five.)
+(On Hopper, where programs can have all of them, three or four kernels take the place of these five.)
 
 Of the matrices [C, C] of a chunk only three quarters exist, for they are lower triangular: two of a half with itself,
 and that of the second half (`later` rows) with the first. Programs go by half, and take in what lies across:
