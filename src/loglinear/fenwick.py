@@ -33,6 +33,11 @@ def in_same_block(t, s, height):
     return ((t ^ s) >> height) == 0
 
 
+def block_number(position, height):
+    """Number of the block of 2^`height` that holds `position`."""
+    return position >> height
+
+
 def is_right_half(block, height):
     """Whether block number `block` (in units of the leaves) lies in the right half of its block at `height` + 1."""
     return ((block >> height) & 1) == 1

@@ -28,6 +28,7 @@ def _on_device(function):
 in_same_block = _on_device(fenwick.in_same_block)
 block_start = _on_device(fenwick.block_start)
 block_end = _on_device(fenwick.block_end)
+block_number = _on_device(fenwick.block_number)
 is_right_half = _on_device(fenwick.is_right_half)
 lowest_bit = _on_device(fenwick.lowest_bit)
 add_highest_bit = _on_device(fenwick.add_highest_bit)

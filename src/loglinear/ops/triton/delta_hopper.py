@@ -157,7 +157,7 @@ def copy_columns(tile, pointer, token, first, rows, stride, exists=None, LAYOUT:
     if exists is None:
         begin_copy(tile, at, mask=has_row)
     else:
-        begin_copy(tile, at, mask=has_row & exists)
+        begin_copy(tile, at, mask=has_row & (exists != 0))
 
 
 @gluon.jit
@@ -214,7 +214,7 @@ def copy_quarters(tile, matrix, place, exists=None):
     if exists is None:
         begin_copy(tile, at, mask=is_below)
     else:
-        begin_copy(tile, at, mask=is_below & exists)
+        begin_copy(tile, at, mask=is_below & (exists != 0))
 
 
 @gluon.jit

@@ -23,7 +23,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, warpgroup_mma, warpgroup_mma_wait
 
-from loglinear.ops.triton.common import decay_of, program_place
+from loglinear.ops.triton.common import block_number, decay_of, program_place
 from loglinear.ops.triton.delta_hopper import (
     EACH,
     HALF,
@@ -51,7 +51,7 @@ from loglinear.ops.triton.delta_hopper import (
 from loglinear.ops.triton.launch import kernel
 
 RING = gl.constexpr(5)  # tiles of dP and dU that have a place in shared memory, the one that is multiplied among them
-ROWS_END = gl.constexpr(8)  # no chunk has 2^8 rows: shifted by so much they are zero, which the compiler does not know
+BEYOND = gl.constexpr(8)  # no chunk has 2^8 rows: the number of that block is zero, which the compiler does not know
 
 
 @gluon.jit
@@ -254,7 +254,7 @@ def _keys_wide_hopper_kernel(q, k, v, beta, inverse, pulled, gamma, d_added, d_m
     else:
         arrived(2)
     grads = ()
-    zero = rows >> ROWS_END
+    zero = block_number(rows, BEYOND)
     solved = seen_as(wide, [1, SIZE, SIZE]).index(zero)
     for key in gl.static_range(KT):
         grad = gl.zeros([SIZE, HALF], gl.float32, HALF_SUM)
@@ -271,7 +271,7 @@ def _keys_wide_hopper_kernel(q, k, v, beta, inverse, pulled, gamma, d_added, d_m
     seen = entering * scale
     totals = ()
     for key in gl.static_range(KT):
-        zero = rows >> ROWS_END + 2 + key
+        zero = block_number(rows, BEYOND + 2 + key)
         mix, grad_pairs, solved = pairs.index(zero), pairs.index(zero + 1), seen_as(wide, [1, SIZE, SIZE]).index(zero)
         grad_erase = _next_of_ring(last, narrow, 3 * key, first, *sources, KT)
         met = gl.zeros([SIZE, HALF], gl.float32, HALF_SUM)
@@ -313,7 +313,7 @@ def _keys_wide_hopper_kernel(q, k, v, beta, inverse, pulled, gamma, d_added, d_m
     each = gl.arange(0, SIZE, EACH)
     gl.store(d_sums + per_row + each, mass)
     gl.store(d_end + per_row + each, to_end)
-    zero = rows >> ROWS_END + 1
+    zero = block_number(rows, BEYOND + 1)
     both = wide.load(LEFT_HALF) + wide.permute([1, 0]).load(LEFT_HALF)
     grads = ()
     for key in gl.static_range(KT):
